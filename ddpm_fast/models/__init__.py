@@ -1,0 +1,1 @@
+"""Networks: the UNet and its layers, the moving average of its weights, named configurations."""

@@ -1,0 +1,48 @@
+"""Exponential moving average of a network's weights."""
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """Keeps an average: average = decay * average + (1 - decay) * new.
+
+    Args:
+        decay: weight of the old value, in [0, 1].
+
+    Raises:
+        ValueError: decay is outside [0, 1].
+    """
+
+    def __init__(self, decay: float):
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay must lie in [0, 1], got {decay}")
+        self.decay = decay
+
+    def update_average(self, old: Tensor | None, new: Tensor) -> Tensor:
+        """The new average of two tensors; `new` itself where there is no old one."""
+        return new if old is None else old * self.decay + (1 - self.decay) * new
+
+    @torch.no_grad()
+    def update_model_average(self, ema_model: nn.Module, current_model: nn.Module) -> None:
+        """Average the parameters of `ema_model` towards `current_model`'s, in place; buffers are copied."""
+        averages = [p.data for p in ema_model.parameters()]
+        if averages:
+            torch._foreach_lerp_(averages, [p.data for p in current_model.parameters()], 1 - self.decay)
+        copy_buffers(ema_model, current_model)
+
+
+@torch.no_grad()
+def copy_buffers(to: nn.Module, source: nn.Module) -> None:
+    """Copy every buffer (batch-norm statistics) in place."""
+    for a, b in zip(to.buffers(), source.buffers(), strict=True):
+        a.copy_(b)
+
+
+@torch.no_grad()
+def copy_weights(to: nn.Module, source: nn.Module) -> None:
+    """Copy every parameter and buffer in place, so that storages (and captured graphs) stay valid."""
+    targets = [p.data for p in to.parameters()]
+    if targets:
+        torch._foreach_copy_(targets, [p.data for p in source.parameters()])
+    copy_buffers(to, source)

@@ -1,0 +1,122 @@
+"""Named configurations, and the configuration that a checkpoint carries."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch.nn.functional as F
+
+from ..schedules import Array, generate_cosine_schedule, generate_linear_schedule
+from .layers import Activation
+from .unet import UNet
+
+ACTIVATIONS: dict[str, Activation] = {"relu": F.relu, "mish": F.mish, "silu": F.silu}
+SCHEDULES = ("linear", "cosine")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that is needed to build a Diffusion; the defaults are those of the original DDPM scripts (CIFAR-10)."""
+
+    img_size: tuple[int, int] = (32, 32)  # height, width
+    img_channels: int = 3
+    num_classes: int | None = None
+    base_channels: int = 128
+    channel_mults: tuple[int, ...] = (1, 2, 2, 2)
+    num_res_blocks: int = 2
+    time_emb_dim: int | None = 512
+    time_emb_scale: float = 1.0
+    norm: str | None = "gn"
+    num_groups: int = 32
+    dropout: float = 0.1
+    activation: str = "silu"
+    attention_resolutions: tuple[int, ...] = (1,)  # indices of levels, 0 = full size
+    initial_pad: int = 0
+    num_timesteps: int = 1000
+    schedule: str = "linear"
+    schedule_low: float = 1e-4  # at 1000 timesteps; scaled by 1000 / num_timesteps
+    schedule_high: float = 0.02
+    loss_type: str = "l2"
+    prediction: str = "eps"
+    ema_decay: float = 0.9999
+    ema_start: int = 2000
+    ema_update_rate: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value, options in (
+            ("activation", self.activation, tuple(ACTIVATIONS)),
+            ("schedule", self.schedule, SCHEDULES),
+        ):
+            if value not in options:
+                raise ValueError(f"{name} must be one of {', '.join(options)}; got {value!r}")
+
+    def build_unet(self) -> UNet:
+        """The network, with fresh weights."""
+        return UNet(
+            img_channels=self.img_channels,
+            base_channels=self.base_channels,
+            channel_mults=self.channel_mults,
+            num_res_blocks=self.num_res_blocks,
+            time_emb_dim=self.time_emb_dim,
+            time_emb_scale=self.time_emb_scale,
+            num_classes=self.num_classes,
+            activation=ACTIVATIONS[self.activation],
+            dropout=self.dropout,
+            attention_resolutions=self.attention_resolutions,
+            norm=self.norm,
+            num_groups=self.num_groups,
+            initial_pad=self.initial_pad,
+        )
+
+    def betas(self) -> Array:
+        """The noise schedule, [num_timesteps]."""
+        if self.schedule == "cosine":
+            return generate_cosine_schedule(self.num_timesteps)
+        scale = 1000 / self.num_timesteps
+        return generate_linear_schedule(self.num_timesteps, self.schedule_low * scale, self.schedule_high * scale)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Config":
+        """The inverse of `to_dict`, also after a trip through JSON.
+
+        Raises:
+            ValueError: a key is no field, or a value is out of range.
+        """
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"unknown configuration key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+PRESETS = {
+    "cifar10": Config(),
+    "digits": Config(
+        img_size=(8, 8),
+        img_channels=1,
+        num_classes=10,
+        base_channels=32,
+        channel_mults=(1, 2),
+        time_emb_dim=128,
+        num_groups=8,
+        attention_resolutions=(1,),
+        num_timesteps=250,
+        ema_decay=0.995,
+        ema_start=100,
+    ),
+}
+
+
+def preset(name: str) -> Config:
+    """A configuration by name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}")
+    return PRESETS[name]

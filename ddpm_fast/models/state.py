@@ -1,0 +1,120 @@
+"""What a diffusion checkpoint carries beside its networks: the schedule's tables, and the counters."""
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..ops import NoiseState
+from ..schedules import Array, check_betas, tables
+
+
+def fresh_seed() -> int:
+    """A seed from torch's generator, so that torch.manual_seed makes a script repeatable."""
+    return int(torch.randint(2**63 - 1, (), device="cpu"))
+
+
+class DiffusionState(nn.Module):
+    """The eight buffers of the original code, and step, calls and seed, which ride in the state_dict's metadata:
+    strict loading of old files here, and of new files there, works.
+
+    Args:
+        betas: [T] noise schedule.
+        prediction: what the network predicts.
+        seed: of training's random numbers; drawn from torch's generator when first needed if None.
+    """
+
+    betas: Tensor
+    sqrt_alphas_cumprod: Tensor
+    sqrt_one_minus_alphas_cumprod: Tensor
+
+    def __init__(self, betas: Any, prediction: str, seed: int | None):
+        super().__init__()
+        self.prediction = prediction
+        self.seed = seed
+        self.step = 0  # calls of update_ema
+        self.calls = 0  # forward calls: the draw of training's random numbers
+        self.loaded = False
+        self._betas = check_betas(betas, prediction)
+        for name, table in tables(self._betas).items():
+            self.register_buffer(name, torch.tensor(table, dtype=torch.float32))
+
+    @property
+    def num_timesteps(self) -> int:
+        """T, the number of training timesteps."""
+        return len(self._betas)
+
+    def exact_alphas_cumprod(self) -> Array:
+        """[T] in float64, for plans."""
+        return np.cumprod(1 - self._betas)
+
+    def noise_state(self, draw: int, device: torch.device) -> NoiseState:
+        """Where training's random numbers stand at forward call `draw`; each process has its own range of samples."""
+        if self.seed is None:
+            self.seed = fresh_seed()
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if distributed else 0
+        return NoiseState.at(self.seed, draw, rank << 32, device)
+
+    def extra_state(self) -> dict[str, int | None]:
+        """What a checkpoint must carry beside the tensors: EMA step, forward calls, seed."""
+        return {"step": self.step, "calls": self.calls, "seed": self.seed}
+
+    def load_extra_state(self, state: Mapping[str, int | None]) -> None:
+        """Take over what `extra_state` gave; what is absent stays as it is."""
+        for name in ("step", "calls", "seed"):
+            if state.get(name) is not None:
+                setattr(self, name, int(state[name]))  # type: ignore[arg-type]
+
+    def load_state_dict(  # type: ignore[override]
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False, *, step: int | None = None
+    ) -> Any:
+        """As torch.nn.Module.load_state_dict.
+
+        Args:
+            step: calls of `update_ema` so far, for files of the original code, which did not save it.
+        """
+        if step is not None:
+            metadata = dict(getattr(state_dict, "_metadata", {}))
+            own = metadata.get("", {})
+            metadata[""] = {**own, "ddpm_fast": {**own.get("ddpm_fast", {}), "step": step}}
+            state_dict = OrderedDict(state_dict)
+            state_dict._metadata = metadata  # type: ignore[attr-defined]
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["ddpm_fast"] = self.extra_state()
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *args: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        self.loaded = True
+        betas = self.betas.double().cpu().numpy()
+        if not np.array_equal(betas.astype(np.float32), self._betas.astype(np.float32)):
+            self._betas = check_betas(betas, self.prediction)
+        if "ddpm_fast" in local_metadata:
+            self.load_extra_state(local_metadata["ddpm_fast"])
+        else:
+            warnings.warn(
+                "this state_dict does not say how often update_ema() was called, so counting goes on from "
+                f"{self.step}: until ema_start, ema_model is overwritten by model. "
+                "Pass load_state_dict(..., step=N) to go on averaging.",
+                stacklevel=5,
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DiffusionState":
+        super()._apply(fn, recurse)
+        # The tables never drop below float32, whatever the network's dtype; in float64 they are exact again.
+        if self.betas.dtype != torch.float32:
+            dtype = torch.float64 if self.betas.dtype == torch.float64 else torch.float32
+            device = self.betas.device
+            for name, table in tables(self._betas).items():
+                setattr(self, name, torch.tensor(table, dtype=dtype, device=device))
+        return self

@@ -1,0 +1,189 @@
+"""The UNet of the original DDPM code (Ho et al. 2020, appendix B)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import DROPOUT, NoiseState
+from ..ops import _checks as checks
+from ..reference.philox import MAX_STREAM
+from .layers import Activation, Downsample, PositionalEmbedding, ResidualBlock, Upsample, get_norm, norm_act
+
+
+class UNet(nn.Module):
+    """Predicts, for a noisy image, its timestep and class, what Diffusion trains it to: the noise, x_start or v.
+
+    Args:
+        img_channels: channels of the image.
+        base_channels: channels of the first level.
+        channel_mults: channels of each level as a multiple of `base_channels`; every further level halves the size.
+        num_res_blocks: residual blocks a level.
+        time_emb_dim: size of the time embedding; None for a network without time.
+        time_emb_scale: factor on the timestep before its embedding.
+        num_classes: number of classes; None for an unconditional network.
+        activation: any callable; relu, silu and mish run inside the norm.
+        dropout: probability, in each residual block.
+        attention_resolutions: indices of the levels (0 = full size) whose blocks have attention.
+        norm: "gn" (group), "in" (instance), "bn" (batch) or None.
+        num_groups: groups of "gn".
+        initial_pad: pixels of zero padding on every side, cropped again at the end.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    # Diffusion hands networks that say so the state from which dropout draws its masks.
+    takes_noise_state = True
+
+    def __init__(
+        self,
+        img_channels: int,
+        base_channels: int,
+        channel_mults: Sequence[int] = (1, 2, 4, 8),
+        num_res_blocks: int = 2,
+        time_emb_dim: int | None = None,
+        time_emb_scale: float = 1.0,
+        num_classes: int | None = None,
+        activation: Activation = F.relu,
+        dropout: float = 0.1,
+        attention_resolutions: Sequence[int] = (),
+        norm: str | None = "gn",
+        num_groups: int = 32,
+        initial_pad: int = 0,
+    ):
+        super().__init__()
+        for name, value, least in (
+            ("img_channels", img_channels, 1),
+            ("base_channels", base_channels, 1),
+            ("num_res_blocks", num_res_blocks, 0),
+            ("initial_pad", initial_pad, 0),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if not channel_mults or any(m < 1 for m in channel_mults):
+            raise ValueError(f"channel_mults must hold a positive integer a level, got {channel_mults!r}")
+        if not callable(activation):
+            raise TypeError(f"activation must be callable, such as F.silu; got {activation!r}")
+        self.img_channels = img_channels
+        self.num_classes = num_classes
+        self.activation = activation
+        self.initial_pad = initial_pad
+        self.multiple = 2 ** (len(channel_mults) - 1)
+
+        def block(in_channels: int, out_channels: int, use_attention: bool) -> ResidualBlock:
+            return ResidualBlock(
+                in_channels,
+                out_channels,
+                dropout,
+                time_emb_dim=time_emb_dim,
+                num_classes=num_classes,
+                activation=activation,
+                norm=norm,
+                num_groups=num_groups,
+                use_attention=use_attention,
+            )
+
+        # Old checkpoints fix the order of registration (downs, ups, mid), old seeds that of creation (downs, mid, ups).
+        self.time_mlp = None
+        if time_emb_dim is not None:
+            self.time_mlp = nn.Sequential(
+                PositionalEmbedding(base_channels, time_emb_scale),
+                nn.Linear(base_channels, time_emb_dim),
+                nn.SiLU(),
+                nn.Linear(time_emb_dim, time_emb_dim),
+            )
+        self.init_conv = nn.Conv2d(img_channels, base_channels, 3, padding=1)
+        self.downs = nn.ModuleList()
+        self.ups = nn.ModuleList()
+
+        skips, now = [base_channels], base_channels
+        for level, mult in enumerate(channel_mults):
+            for _ in range(num_res_blocks):
+                self.downs.append(block(now, base_channels * mult, level in attention_resolutions))
+                now = base_channels * mult
+                skips.append(now)
+            if level < len(channel_mults) - 1:
+                self.downs.append(Downsample(now))
+                skips.append(now)
+        self.mid = nn.ModuleList([block(now, now, True), block(now, now, False)])
+        for level, mult in reversed(list(enumerate(channel_mults))):
+            for _ in range(num_res_blocks + 1):
+                self.ups.append(block(skips.pop() + now, base_channels * mult, level in attention_resolutions))
+                now = base_channels * mult
+            if level > 0:
+                self.ups.append(Upsample(now))
+        self.out_norm = get_norm(norm, now, num_groups)
+        self.out_conv = nn.Conv2d(now, img_channels, 3, padding=1)
+
+        self._ups_take_skip = [isinstance(layer, ResidualBlock) for layer in self.ups]
+        blocks = [m for part in (self.downs, self.mid, self.ups) for m in part if isinstance(m, ResidualBlock)]
+        if len(blocks) > MAX_STREAM - DROPOUT + 1:
+            raise ValueError(f"at most {MAX_STREAM - DROPOUT + 1} residual blocks can draw dropout, got {len(blocks)}")
+        for k, b in enumerate(blocks):
+            b.dropout_stream = DROPOUT + k
+
+    def forward(
+        self, x: Tensor, time: Tensor | None = None, y: Tensor | None = None, noise_state: NoiseState | None = None
+    ) -> Tensor:
+        """
+        Args:
+            x: [N, img_channels, H, W].
+            time: [N], the timesteps (or another conditioning number).
+            y: [N] int64, the classes.
+            noise_state: where dropout draws its masks from; None for torch's generator.
+
+        Returns:
+            [N, img_channels, H, W].
+
+        Raises:
+            ValueError, TypeError: a size that cannot be halved often enough; a wrong shape; bad `time` or `y`.
+        """
+        self._check(x, time, y)
+        state = {} if noise_state is None else {"noise_state": noise_state}
+        if self.initial_pad:
+            x = F.pad(x, (self.initial_pad,) * 4)
+        time_emb = None if self.time_mlp is None else self.time_mlp(time)
+        x = self.init_conv(x)
+        skips = [x]
+        for layer in self.downs:
+            x = layer(x, time_emb, y, **(state if isinstance(layer, ResidualBlock) else {}))
+            skips.append(x)
+        for layer in self.mid:
+            x = layer(x, time_emb, y, **(state if isinstance(layer, ResidualBlock) else {}))
+        for layer, takes_skip in zip(self.ups, self._ups_take_skip, strict=True):
+            if takes_skip:
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = layer(x, time_emb, y, **(state if isinstance(layer, ResidualBlock) else {}))
+        x = self.out_conv(norm_act(self.out_norm, self.activation, x))
+        p = self.initial_pad
+        return x[:, :, p : x.shape[2] - p, p : x.shape[3] - p] if p else x
+
+    def _check(self, x: Tensor, time: Tensor | None, y: Tensor | None) -> None:
+        checks.tensor("x", x, ndim=4)
+        if x.shape[1] != self.img_channels:
+            raise ValueError(f"x must have {self.img_channels} channels, got {checks.text(x)}")
+        self._check_size(x.shape[2], x.shape[3])
+        if self.time_mlp is not None:
+            if time is None:
+                raise ValueError("time is required: this network was built with time_emb_dim")
+            if not isinstance(time, Tensor) or time.shape != x.shape[:1]:
+                raise ValueError(f"time must have shape [{x.shape[0]}], got {checks.text(time)}")
+        if self.num_classes is not None:
+            if y is None:
+                raise ValueError(f"y is required: this network was built with num_classes={self.num_classes}")
+            checks.tensor("y", y, shape=x.shape[:1], dtype=torch.int64)
+            checks.indices("y", y, self.num_classes)
+
+    def _check_size(self, height: int, width: int) -> None:
+        m, p = self.multiple, self.initial_pad
+        for name, size in (("height", height), ("width", width)):
+            if (size + 2 * p) % m:
+                enough = [q for q in range(m) if (height + 2 * q) % m == 0 and (width + 2 * q) % m == 0]
+                advice = f" or build the network with initial_pad={enough[0]}" if enough else ""
+                padded = f" + 2 * initial_pad = {size + 2 * p}" if p else ""
+                raise ValueError(
+                    f"x: {name} {size}{padded} is not divisible by {m}: "
+                    f"resize or pad to {-(-(size + 2 * p) // m) * m - 2 * p}{advice}"
+                )

@@ -1,0 +1,52 @@
+"""Argument checks of the public functions: each error names the argument, what came, and what would do."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def text(value: object) -> str:
+    """A value as an error message shows it: a tensor by dtype, shape and device."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def tensor(
+    name: str,
+    value: object,
+    *,
+    shape: Sequence[int] | None = None,
+    ndim: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Raise TypeError or ValueError unless `value` is such a tensor; without a dtype, any floating one."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {text(value)}")
+    if dtype is None and not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor, got {text(value)}: convert it with .float()")
+    if dtype is not None and value.dtype != dtype:
+        raise TypeError(f"{name} must have dtype {dtype}, got {text(value)}: convert it with .to({dtype})")
+    if shape is not None and value.shape != torch.Size(shape):
+        raise ValueError(f"{name} must have shape {list(shape)}, got {text(value)}")
+    if ndim is not None and value.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimensions, got {text(value)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on {device}, got {text(value)}: move it with .to({str(device)!r})")
+
+
+def indices(name: str, value: Tensor, size: int) -> None:
+    """Raise ValueError unless 0 <= value < size. Only on the CPU: elsewhere the look would wait for the device."""
+    if value.device.type != "cpu" or value.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = value.aminmax()
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} must lie in [0, {size}), got values from {int(low)} to {int(high)}")
+
+
+def choice(name: str, value: object, options: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of `options`."""
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(options)}; got {value!r}")

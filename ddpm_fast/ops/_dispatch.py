@@ -1,0 +1,101 @@
+"""The one dispatch point: which implementation of an op runs, and why the others don't."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+BACKENDS = ("cuda", "triton", "native", "reference")
+
+
+class Unavailable(Exception):
+    """A backend can't be loaded on this machine; the message says why."""
+
+
+def _check_backend(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}, expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+_environment = os.environ.get("DDPM_FAST_BACKEND")
+_forced: ContextVar[str | None] = ContextVar(
+    "ddpm_fast_backend", default=_check_backend(_environment, "DDPM_FAST_BACKEND") if _environment else None
+)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend for every op called inside the block; where it can't run, the op raises and never falls back.
+
+    Args:
+        name: "cuda", "triton", "native" or "reference".
+
+    Raises:
+        ValueError: `name` is no backend.
+    """
+    token = _forced.set(_check_backend(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+class Impl:
+    """One implementation of an op.
+
+    Args:
+        backend: its name, one of BACKENDS.
+        load: returns the function that runs it, or raises Unavailable; called once, at the first use.
+        rejects: takes the op's arguments and answers, from metadata alone, why they can't run here, or None.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        load: Callable[[], Callable[..., Any]],
+        rejects: Callable[..., str | None] = lambda *args, **kwargs: None,
+    ):
+        self.backend, self.rejects, self._load = backend, rejects, load
+        self._run: Callable[..., Any] | None = None
+        self._reason: str | None = None
+
+    def unavailable(self) -> str | None:
+        """Why this implementation can't be loaded here, or None."""
+        if self._run is None and self._reason is None:
+            try:
+                self._run = self._load()
+            except Unavailable as error:
+                self._reason = str(error)
+        return self._reason
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._run is not None
+        return self._run(*args, **kwargs)
+
+
+class Op:
+    """An op's implementations in order of preference; the last one, the reference, takes everything."""
+
+    def __init__(self, name: str, *impls: Impl):
+        self.name, self.impls = name, impls
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # A compiler traces through plain PyTorch; it can follow neither a ContextVar nor an address.
+        if torch.compiler.is_compiling():
+            impl = self.impls[-1]
+            impl.unavailable()
+            return impl(*args, **kwargs)
+        forced = _forced.get()
+        for impl in self.impls:
+            if forced in (None, impl.backend) and not (impl.unavailable() or impl.rejects(*args, **kwargs)):
+                return impl(*args, **kwargs)
+        raise RuntimeError(self._why_not(forced, args, kwargs))
+
+    def _why_not(self, forced: str | None, args: Any, kwargs: Any) -> str:
+        reasons = {i.backend: i.unavailable() or i.rejects(*args, **kwargs) or "can run" for i in self.impls}
+        lines = [f"  {b}: {reasons.get(b, 'not implemented for this op')}" for b in BACKENDS]
+        return f"{self.name}: the forced backend {forced!r} can't run these arguments\n" + "\n".join(lines)

@@ -1,0 +1,61 @@
+"""3x3 convolution with its neighbours folded in."""
+
+from typing import Any
+
+from torch import Tensor
+
+from ..reference import conv3x3 as reference
+from ..reference.conv3x3 import Norm
+from ..reference.group_norm_silu import ACTIVATIONS
+from . import _checks
+from ._dispatch import Impl, Op
+
+OP = Op("conv3x3", Impl("reference", lambda: reference.conv3x3))
+
+
+def conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    x2: Tensor | None = None,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    stats: bool = False,
+) -> Any:
+    """conv(activation(cat(x, x2) scale + shift)) + bias + residual; 3x3, stride 1, padding 1.
+
+    Args:
+        x: [N, C1, H, W].
+        weight: [K, C, 3, 3] with C = C1 + C2.
+        bias: [K].
+        x2: [N, C2, H, W], as if concatenated to x.
+        norm: a normalisation of the input reduced to scale and shift [N, C], and its activation.
+        residual: [N, K, H, W], added to the result.
+        stats: return also the result's mean and sum of squared deviations over H, W, [N, K] each.
+
+    Returns:
+        y [N, K, H, W], or (y, mean, m2) with `stats`.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong type, shape, device or value.
+    """
+    _checks.tensor("x", x, ndim=4)
+    n, channels, height, width = x.shape
+    if x2 is not None:
+        _checks.tensor("x2", x2, ndim=4, device=x.device)
+        if x2.shape[0] != n or x2.shape[2:] != x.shape[2:]:
+            raise ValueError(f"x2 must have the batch and size of x, {list(x.shape)}; got {_checks.text(x2)}")
+        channels += x2.shape[1]
+    _checks.tensor("weight", weight, ndim=4, device=x.device)
+    out_channels = weight.shape[0]
+    _checks.tensor("weight", weight, shape=(out_channels, channels, 3, 3))
+    if bias is not None:
+        _checks.tensor("bias", bias, shape=(out_channels,), device=x.device)
+    if residual is not None:
+        _checks.tensor("residual", residual, shape=(n, out_channels, height, width), device=x.device)
+    if norm is not None:
+        _checks.tensor("norm.scale", norm.scale, shape=(n, channels), device=x.device)
+        _checks.tensor("norm.shift", norm.shift, shape=(n, channels), device=x.device)
+        _checks.choice("norm.activation", norm.activation, tuple(ACTIVATIONS))
+    return OP(x, weight, bias, x2=x2, norm=norm, residual=residual, stats=stats)

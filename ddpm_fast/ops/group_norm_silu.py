@@ -1,0 +1,100 @@
+"""Group normalisation fused with what stands around it in a residual block."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import group_norm_silu as reference
+from ..reference.group_norm_silu import ACTIVATIONS
+from ..reference.philox import Dropout
+from . import _checks
+from ._dispatch import Impl, Op
+from .noise import drawn_dropout
+
+
+def _reference(x: Tensor, *args: Any, dropout: Dropout | None, **rest: Any) -> Any:
+    n, c, h, w = x.shape
+    shape = (n, c if rest["x2"] is None else c + rest["x2"].shape[1], h, w)
+    return reference.group_norm_silu(x, *args, dropout=drawn_dropout(dropout, shape), **rest)
+
+
+OP = Op("group_norm_silu", Impl("reference", lambda: _reference))
+
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    *,
+    eps: float = 1e-5,
+    x2: Tensor | None = None,
+    add: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str = "silu",
+    dropout: Dropout | None = None,
+) -> Any:
+    """dropout(activation(group_norm(h) (1 + scale) + shift)) of h = cat(x, x2) + add + residual (Wu & He 2018).
+
+    Args:
+        x: [N, C1, H, W].
+        weight, bias: [C] with C = C1 + C2, both or neither; may be float32 beside half-precision `x`.
+        groups: number of groups, divides C; groups may straddle x and x2.
+        eps: added to the variance.
+        x2: [N, C2, H, W], as if concatenated to x.
+        add: [C] or [N, C], added before the norm: convolution, time and class biases.
+        residual: [N, C, H, W], added before the norm; then h is returned too.
+        scale, shift: [N, C], applied after the norm (FiLM).
+        activation: "none", "silu", "relu" or "mish".
+        dropout: probability and source of the mask; only for training.
+
+    Returns:
+        y, like h; or (y, h) where `residual` is given.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong type, shape, device or value.
+    """
+    _checks.tensor("x", x, ndim=4)
+    n, channels, height, width = x.shape
+    if x2 is not None:
+        _checks.tensor("x2", x2, ndim=4, device=x.device)
+        if x2.shape[0] != n or x2.shape[2:] != x.shape[2:]:
+            raise ValueError(f"x2 must have the batch and size of x, {list(x.shape)}; got {_checks.text(x2)}")
+        channels += x2.shape[1]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"groups must divide the {channels} channels, got {groups}")
+    if (weight is None) != (bias is None):
+        raise ValueError("weight and bias go together: give both or neither")
+    for name, value, shape in (
+        ("weight", weight, (channels,)),
+        ("bias", bias, (channels,)),
+        ("residual", residual, (n, channels, height, width)),
+        ("scale", scale, (n, channels)),
+        ("shift", shift, (n, channels)),
+    ):
+        if value is not None:
+            _checks.tensor(name, value, shape=shape, device=x.device)
+    if add is not None:
+        _checks.tensor("add", add, device=x.device)
+        if add.shape not in (torch.Size((channels,)), torch.Size((n, channels))):
+            raise ValueError(f"add must have shape [{channels}] or [{n}, {channels}], got {_checks.text(add)}")
+    _checks.choice("activation", activation, tuple(ACTIVATIONS))
+    if dropout is not None and not 0 <= dropout.p <= 1:
+        raise ValueError(f"dropout.p must lie in [0, 1], got {dropout.p}")
+    return OP(
+        x,
+        weight,
+        bias,
+        groups,
+        eps=eps,
+        x2=x2,
+        add=add,
+        residual=residual,
+        scale=scale,
+        shift=shift,
+        activation=activation,
+        dropout=dropout,
+    )

@@ -1,0 +1,153 @@
+"""Random numbers as a function of (seed, stream, draw, sample, element): the same bits on every backend."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import noise as reference
+from ..reference.philox import MAX_STREAM, TIMESTEPS, Dropout, NoiseState
+from . import _checks, _native
+from ._dispatch import Impl, Op
+
+
+def _rejects(*args: Any, **kwargs: Any) -> str | None:
+    state = next(a for a in args if isinstance(a, NoiseState))
+    return None if state.seed.device.type == "cpu" else f"runs on the CPU, the data is on {state.seed.device}"
+
+
+def _state(state: NoiseState) -> tuple[int, int, int]:
+    return state.seed.data_ptr(), state.draw.data_ptr(), state.first_sample
+
+
+def _load_noise() -> Callable[..., Tensor]:
+    native = _native.load().noise
+
+    def run(shape: Sequence[int], state: NoiseState, stream: int, *, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(shape, dtype=torch.float32)
+        native(out.data_ptr(), shape[0], math.prod(shape[1:]), *_state(state), stream)
+        return out.to(dtype)
+
+    return run
+
+
+def _load_timesteps() -> Callable[..., Tensor]:
+    native = _native.load().timesteps
+
+    def run(num_samples: int, num_timesteps: int, state: NoiseState) -> Tensor:
+        out = torch.empty(num_samples, dtype=torch.int64)
+        native(out.data_ptr(), num_samples, num_timesteps, *_state(state), TIMESTEPS)
+        return out
+
+    return run
+
+
+def _load_dropout_mask() -> Callable[..., Tensor]:
+    native = _native.load().dropout_mask
+
+    def run(shape: Sequence[int], p: float, state: NoiseState, stream: int) -> Tensor:
+        n, c, h, w = shape
+        out = torch.empty(n, h, w, c, dtype=torch.float32)
+        threshold, scale = reference.dropout_threshold(p)
+        native(out.data_ptr(), n, c * h * w, threshold, scale, *_state(state), stream)
+        return out.permute(0, 3, 1, 2)
+
+    return run
+
+
+_noise = Op("noise", Impl("native", _load_noise, _rejects), Impl("reference", lambda: reference.noise))
+_timesteps = Op("noise", Impl("native", _load_timesteps, _rejects), Impl("reference", lambda: reference.timesteps))
+_dropout_mask = Op(
+    "noise", Impl("native", _load_dropout_mask, _rejects), Impl("reference", lambda: reference.dropout_mask)
+)
+OP = _noise
+
+
+def _check_state(state: object) -> None:
+    if not isinstance(state, NoiseState):
+        raise TypeError(f"state must be a NoiseState, got {_checks.text(state)}: NoiseState.at(seed, draw) makes one")
+    _checks.tensor("state.seed", state.seed, shape=(), dtype=torch.int64)
+    _checks.tensor("state.draw", state.draw, shape=(), dtype=torch.int64, device=state.seed.device)
+    if not 0 <= state.first_sample < 2**56:
+        raise ValueError(f"state.first_sample must lie in [0, 2^56), got {state.first_sample}")
+
+
+def _check_stream(stream: int) -> None:
+    if not 0 <= stream <= MAX_STREAM:
+        raise ValueError(f"stream must lie in [0, {MAX_STREAM}], got {stream}")
+
+
+def noise(shape: Sequence[int], state: NoiseState, stream: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normals from Philox4x32-10 and Box-Muller (formula and error bound: docs/architecture.md).
+
+    Args:
+        shape: [N, ...]; N = 0 is allowed.
+        state: seed, draw and first sample; its device is the result's.
+        stream: what the numbers are for, 0 to 255 (X_T, PERTURB, REVERSE...).
+        dtype: of the result; the numbers are float32, rounded.
+
+    Returns:
+        A contiguous tensor of `shape`. Sample n depends on `state.first_sample` + n, not on N.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or of the wrong type.
+    """
+    if len(shape) < 1 or any(s < 0 for s in shape):
+        raise ValueError(f"shape must be [N, ...] without negative sizes, got {list(shape)}")
+    if math.prod(shape[1:]) > 2**34:
+        raise ValueError(f"shape: a sample holds at most 2^34 elements, got {math.prod(shape[1:])}")
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating point type, got {dtype}")
+    _check_state(state)
+    _check_stream(stream)
+    return _noise(shape, state, stream, dtype=dtype)
+
+
+def timesteps(num_samples: int, num_timesteps: int, state: NoiseState) -> Tensor:
+    """Training timesteps, uniform in [0, num_timesteps): int64 [num_samples]. Errors as in `noise`."""
+    if num_samples < 0 or not 1 <= num_timesteps <= 2**31:
+        raise ValueError(
+            f"num_samples must be >= 0 and num_timesteps in [1, 2^31], got {num_samples} and {num_timesteps}"
+        )
+    _check_state(state)
+    return _timesteps(num_samples, num_timesteps, state)
+
+
+def dropout_mask(shape: Sequence[int], p: float, state: NoiseState, stream: int) -> Tensor:
+    """Dropout factors, 0 or 1 / (1 - p): float32 [N, C, H, W] in channels_last order. Errors as in `noise`."""
+    if len(shape) != 4:
+        raise ValueError(f"shape must be [N, C, H, W], got {list(shape)}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"p must lie in [0, 1], got {p}")
+    _check_state(state)
+    _check_stream(stream)
+    return _dropout_mask(shape, p, state, stream)
+
+
+def drawn(source: Tensor | NoiseState, like: Tensor, stream: int) -> Tensor:
+    """The noise itself where that is given, else drawn by the best backend in the shape and dtype of `like`."""
+    return _noise(like.shape, source, stream, dtype=like.dtype) if isinstance(source, NoiseState) else source
+
+
+def drawn_dropout(dropout: Dropout | None, shape: Sequence[int]) -> Dropout | Tensor | None:
+    """The factors of a dropout with a NoiseState, drawn by the best backend; any other dropout as it came."""
+    if dropout is None or dropout.state is None:
+        return dropout
+    return _dropout_mask(shape, dropout.p, dropout.state, dropout.stream)
+
+
+def apply_dropout(x: Tensor, dropout: Dropout) -> Tensor:
+    """x [N, C, H, W] times dropout factors, for the layers whose norm is not `group_norm_silu`."""
+    return reference.apply_dropout(x, drawn_dropout(dropout, x.shape))
+
+
+def check_source(source: Tensor | NoiseState, like: Tensor) -> None:
+    """Raise unless `source` is noise of the shape of `like`, or a state to draw it from."""
+    if isinstance(source, NoiseState):
+        _check_state(source)
+        if source.seed.device != like.device:
+            raise ValueError(f"noise: the state is on {source.seed.device}, the data on {like.device}")
+    else:
+        _checks.tensor("noise", source, shape=like.shape, device=like.device)

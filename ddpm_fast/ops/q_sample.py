@@ -1,0 +1,54 @@
+"""The perturb step of training: x_start and noise to x_t."""
+
+import torch
+from torch import Tensor
+
+from ..reference import q_sample as reference
+from ..reference.philox import PERTURB, NoiseState
+from . import _checks
+from ._dispatch import Impl, Op
+from .noise import check_source, drawn
+
+
+def _reference(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Tensor | NoiseState) -> Tensor:
+    return reference.q_sample(x_start, t, signal, sigma, drawn(noise, x_start, PERTURB))
+
+
+OP = Op("q_sample", Impl("reference", lambda: _reference))
+
+
+def q_sample(
+    x_start: Tensor,
+    t: Tensor,
+    sqrt_alphas_cumprod: Tensor,
+    sqrt_one_minus_alphas_cumprod: Tensor,
+    noise: Tensor | NoiseState,
+) -> Tensor:
+    """x_t = sqrt(alphas_cumprod[t]) x_start + sqrt(1 - alphas_cumprod[t]) noise (Ho et al. 2020, equation 4).
+
+    Args:
+        x_start: [N, ...], floating point.
+        t: [N], int64 in [0, T).
+        sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod: [T].
+        noise: like `x_start`, or the NoiseState to draw it from (stream PERTURB).
+
+    Returns:
+        x_t, like `x_start`.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong type, shape, dtype, device or range.
+    """
+    _checks.tensor("x_start", x_start)
+    if x_start.ndim < 1:
+        raise ValueError("x_start must have a batch dimension, got a scalar")
+    _checks.tensor("t", t, shape=x_start.shape[:1], dtype=torch.int64, device=x_start.device)
+    _checks.tensor("sqrt_alphas_cumprod", sqrt_alphas_cumprod, ndim=1, device=x_start.device)
+    _checks.tensor(
+        "sqrt_one_minus_alphas_cumprod",
+        sqrt_one_minus_alphas_cumprod,
+        shape=sqrt_alphas_cumprod.shape,
+        device=x_start.device,
+    )
+    _checks.indices("t", t, sqrt_alphas_cumprod.shape[0])
+    check_source(noise, x_start)
+    return OP(x_start, t, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, noise)

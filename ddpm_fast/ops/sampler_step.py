@@ -1,0 +1,87 @@
+"""One step of any sampler: the reverse step that a row of a plan describes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import sampler_step as reference
+from ..reference.philox import REVERSE, NoiseState
+from . import _checks
+from ._dispatch import Impl, Op
+from .noise import check_source, drawn
+
+NUM_COLUMNS = 8
+
+
+def _reference(
+    x: Tensor,
+    model_out: Tensor,
+    rows: Tensor,
+    k: Tensor,
+    *,
+    noise: Tensor | NoiseState | None,
+    out: Tensor | None,
+    x0_out: Tensor | None,
+    **rest: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    z = None if noise is None else drawn(noise, x, REVERSE)
+    x_next, x0_hat = reference.sampler_step(x, model_out, rows, k, noise=z, **{**rest, "return_x0": True})
+    x_next = x_next if out is None else out.copy_(x_next)
+    if not rest["return_x0"]:
+        return x_next
+    return x_next, x0_hat if x0_out is None else x0_out.copy_(x0_hat)
+
+
+OP = Op("sampler_step", Impl("reference", lambda: _reference))
+
+
+def sampler_step(
+    x: Tensor,
+    model_out: Tensor,
+    rows: Tensor,
+    k: Tensor,
+    *,
+    noise: Tensor | NoiseState | None = None,
+    hist: Tensor | None = None,
+    clip: float | None = None,
+    return_x0: bool = False,
+    out: Tensor | None = None,
+    x0_out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x' = c_x x + c_0 x0_hat + c_h hist + c_z z with x0_hat = clip(p_x x + p_m model_out) (docs/sampling.md).
+
+    Args:
+        x: [N, ...], the state; computed in its dtype.
+        model_out: like `x`, any floating dtype.
+        rows: [S, 8], columns t, c_in, p_x, p_m, c_x, c_0, c_h, c_z.
+        k: int64 scalar on the device of `x`: the row to take.
+        noise: z like `x`, or the NoiseState to draw it from (stream REVERSE); None for no noise.
+        hist: like `x`, x0_hat of the row before.
+        clip: bound of |x0_hat|; None for no clipping.
+        return_x0: return (x', x0_hat) and not x' alone.
+        out, x0_out: like `x`, receive x' and x0_hat; they may be `x` and `hist`. Without them nothing is overwritten
+            and the step is differentiable.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong type, shape, dtype, device or range.
+    """
+    _checks.tensor("x", x)
+    if x.ndim < 1:
+        raise ValueError("x must have a batch dimension, got a scalar")
+    _checks.tensor("model_out", model_out, shape=x.shape, device=x.device)
+    _checks.tensor("rows", rows, ndim=2, device=x.device)
+    if rows.shape[1] != NUM_COLUMNS:
+        raise ValueError(f"rows must have {NUM_COLUMNS} columns, got {_checks.text(rows)}")
+    _checks.tensor("k", k, shape=(), dtype=torch.int64, device=x.device)
+    _checks.indices("k", k, rows.shape[0])
+    for name, value in (("hist", hist), ("out", out), ("x0_out", x0_out)):
+        if value is not None:
+            _checks.tensor(name, value, shape=x.shape, device=x.device)
+    if noise is not None:
+        check_source(noise, x)
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be positive, got {clip}: None is for no clipping")
+    if x0_out is not None and not return_x0:
+        raise ValueError("x0_out needs return_x0=True")
+    return OP(x, model_out, rows, k, noise=noise, hist=hist, clip=clip, return_x0=return_x0, out=out, x0_out=x0_out)

@@ -1,0 +1,68 @@
+"""Philox4x32-10, the counter-based generator behind every random number here (Salmon et al. 2011, section 3.3).
+
+A number is a function of (seed, stream, draw, sample, element) and of nothing else. All integers are int64 tensors that
+hold 32-bit words; products wrap modulo 2^64, which leaves the bits of the unsigned product.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# What a random number is used for. Dropout layer k draws from DROPOUT + k.
+X_T, PERTURB, TIMESTEPS, REVERSE = range(4)
+DROPOUT = 32
+MAX_STREAM = 255
+
+MASK = 0xFFFFFFFF
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+
+
+class NoiseState(NamedTuple):
+    """Where in the random sequence a call stands: all an op needs to draw its numbers, or to draw them again.
+
+    `seed` and `draw` are int64 scalars on the device of the data, so that a captured graph can advance them.
+    """
+
+    seed: Tensor  # [] the 64-bit key
+    draw: Tensor  # [] row of the plan when sampling, number of the forward call in training
+    first_sample: int = 0  # global index of the batch's first image
+
+    @classmethod
+    def at(cls, seed: int, draw: int, first_sample: int = 0, device: torch.device | str = "cpu") -> "NoiseState":
+        """The state for plain integers; `seed` may use all 64 bits, signed or unsigned."""
+        signed = (seed + 2**63) % 2**64 - 2**63
+        scalar = {"dtype": torch.int64, "device": device}
+        # full and not tensor: a fill kernel takes the value along, where a copy from the host would wait.
+        return cls(torch.full((), signed, **scalar), torch.full((), draw, **scalar), first_sample)
+
+
+class Dropout(NamedTuple):
+    """Dropout drawn from `state` and `stream` (DROPOUT + layer), or from torch's generator where `state` is None."""
+
+    p: float
+    state: NoiseState | None = None
+    stream: int = DROPOUT
+
+
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Four 32-bit words (int64 tensors in [0, 2^32)) for each counter; counters and keys broadcast."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1, c2, c3 = ((p1 >> 32) & MASK) ^ c1 ^ k0, p1 & MASK, ((p0 >> 32) & MASK) ^ c3 ^ k1, p0 & MASK
+        k0, k1 = (k0 + KEY_STEPS[0]) & MASK, (k1 + KEY_STEPS[1]) & MASK
+    return c0, c1, c2, c3
+
+
+def words(state: NoiseState, stream: int, num_samples: int, num_counters: int) -> tuple[Tensor, ...]:
+    """Four words [N, num_counters] for the counters (block, draw, sample, stream | high bits of sample << 8)."""
+    device = state.seed.device
+    block = torch.arange(num_counters, device=device)
+    sample = (state.first_sample + torch.arange(num_samples, device=device))[:, None]
+    last = stream | ((sample >> 32) & 0xFFFFFF) << 8
+    key = (state.seed & MASK, (state.seed >> 32) & MASK)
+    return philox4x32((block, state.draw & MASK, sample & MASK, last), key)

@@ -1,0 +1,44 @@
+"""Samplers: functions (alphas_cumprod, prediction, num_steps, options) -> Plan, one short file each."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..schedules import Array
+from .ddpm import ddpm
+from .plan import COLUMNS, Plan
+
+SAMPLERS: dict[str, Callable[..., Plan]] = {"ddpm": ddpm}
+
+
+def make_plan(
+    sampler: str | Plan,
+    alphas_cumprod: Array,
+    prediction: str = "eps",
+    num_steps: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Plan:
+    """The plan of a sampler by name; a Plan is passed through.
+
+    Args:
+        sampler: a key of SAMPLERS, or a Plan.
+        alphas_cumprod: [T] float64.
+        prediction: "eps", "x0" or "v".
+        num_steps: steps to take, all T by default.
+        options: keyword arguments of the sampler.
+
+    Raises:
+        ValueError, TypeError: an unknown sampler or option, a value out of range, or options beside a Plan.
+    """
+    if isinstance(sampler, Plan):
+        if num_steps is not None or options:
+            raise ValueError("num_steps and sampler_options are for samplers by name: a Plan holds its own")
+        return sampler
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be a Plan or one of {', '.join(SAMPLERS)}; got {sampler!r}")
+    try:
+        return SAMPLERS[sampler](alphas_cumprod, prediction, num_steps, **(options or {}))
+    except TypeError as error:
+        raise TypeError(f"sampler_options of {sampler!r}: {error}") from error
+
+
+__all__ = ["COLUMNS", "SAMPLERS", "Plan", "ddpm", "make_plan"]

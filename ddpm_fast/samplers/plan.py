@@ -1,0 +1,49 @@
+"""A sampler is a table: the plan, one row a step."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+COLUMNS = ("t", "c_in", "p_x", "p_m", "c_x", "c_0", "c_h", "c_z")
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What each step of a sampler does, as numbers: row k takes x to
+
+        x' = c_x x + c_0 x0_hat + c_h hist + c_z z,   x0_hat = clip(p_x x + p_m model(c_in x, t)),   hist' = x0_hat.
+
+    Args:
+        rows: [S, 8], columns as in COLUMNS; kept in float64 on the CPU.
+        clip: bound of |x0_hat|, None for no clipping.
+
+    Raises:
+        ValueError, TypeError: the rows are no finite [S, 8] table with S >= 1, or clip is not positive.
+    """
+
+    rows: Tensor
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        rows = torch.as_tensor(self.rows, dtype=torch.float64, device="cpu")
+        if rows.ndim != 2 or rows.shape[1] != len(COLUMNS) or rows.shape[0] == 0:
+            raise ValueError(f"rows must have shape [S, {len(COLUMNS)}] with S >= 1, got {list(rows.shape)}")
+        if not rows.isfinite().all():
+            k, column = (~rows.isfinite()).nonzero()[0].tolist()
+            raise ValueError(f"rows must be finite: row {k} has {COLUMNS[column]} = {rows[k, column].item()}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip must be positive or None, got {self.clip}")
+        object.__setattr__(self, "rows", rows)
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+    def column(self, name: str) -> Tensor:
+        """One column by name, [S] float64."""
+        return self.rows[:, COLUMNS.index(name)]
+
+    def timesteps(self, device: torch.device | str) -> Tensor:
+        """What the model is told, [S]: int64 where every t is an integer, else float32."""
+        t = self.column("t")
+        return t.to(device, torch.int64 if torch.equal(t, t.round()) else torch.float32)
