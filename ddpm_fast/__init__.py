@@ -1,7 +1,6 @@
 """Training and sampling of denoising diffusion models, fast: a drop-in for the original DDPM code in PyTorch."""
 
-from .diffusion import Diffusion
-from .diffusion import Diffusion as GaussianDiffusion
+from .diffusion import Diffusion, GaussianDiffusion
 from .models.ema import EMA
 from .models.layers import AttentionBlock, Downsample, PositionalEmbedding, ResidualBlock, Upsample, get_norm
 from .models.presets import Config, preset

@@ -25,8 +25,8 @@ def x0_coefficients(prediction: str, a: Numbers, s: Numbers) -> tuple[Numbers, N
     return (0 * a, 0 * a + 1) if prediction == "x0" else (a, -s)
 
 
-def target_coefficients(prediction: str, a: Numbers, s: Numbers) -> tuple[Numbers, Numbers] | None:
-    """(noise_coef, x_coef), shaped like a and s; None where the target is the noise itself."""
+def target_coefficients(prediction: str, a: Numbers, s: Numbers) -> tuple[Numbers, Numbers]:
+    """(noise_coef, x_coef), shaped like a and s."""
     if prediction == "eps":
-        return None
+        return 0 * a + 1, 0 * a
     return (0 * a, 0 * a + 1) if prediction == "x0" else (a, -s)

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import DROPOUT, Dropout, NoiseState, apply_dropout, conv3x3, group_norm_silu, timestep_embedding
+from ..ops import _checks as checks
 
 Activation = Callable[[Tensor], Tensor]
 
-_FUSED = {F.relu: "relu", torch.relu: "relu", F.silu: "silu", F.mish: "mish"}
+_FUSED: dict[Activation, str] = {F.relu: "relu", torch.relu: "relu", F.silu: "silu", F.mish: "mish"}
 _STOCK = (nn.GroupNorm, nn.InstanceNorm2d, nn.BatchNorm2d, nn.Identity, nn.Conv2d, nn.Dropout, nn.Sequential)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -83,6 +84,13 @@ def norm_act(
     return y if dropout is None else apply_dropout(y, dropout)
 
 
+def check_input(x: Tensor, channels: int) -> None:
+    """Raise unless x is [N, channels, H, W]."""
+    checks.tensor("x", x, ndim=4)
+    if x.shape[1] != channels:
+        raise ValueError(f"x must have {channels} channels, got {checks.text(x)}")
+
+
 class PositionalEmbedding(nn.Module):
     """Timesteps [N] to their sinusoidal embedding [N, dim]; see `ops.timestep_embedding`."""
 
@@ -105,9 +113,11 @@ class Downsample(nn.Module):
 
     def __init__(self, in_channels: int):
         super().__init__()
+        self.in_channels = in_channels
         self.downsample = nn.Conv2d(in_channels, in_channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor, time_emb: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        check_input(x, self.in_channels)
         if x.shape[2] % 2 or x.shape[3] % 2:
             raise ValueError(f"x must have even height and width to be halved, got {list(x.shape)}")
         return self.downsample(x)
@@ -118,11 +128,13 @@ class Upsample(nn.Module):
 
     def __init__(self, in_channels: int):
         super().__init__()
+        self.in_channels = in_channels
         self.upsample = nn.Sequential(
             nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(in_channels, in_channels, 3, padding=1)
         )
 
     def forward(self, x: Tensor, time_emb: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        check_input(x, self.in_channels)
         return self.upsample(x)
 
 
@@ -131,11 +143,13 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, in_channels: int, norm: str | None = "gn", num_groups: int = 32):
         super().__init__()
+        self.in_channels = in_channels
         self.norm = get_norm(norm, in_channels, num_groups)
         self.to_qkv = nn.Conv2d(in_channels, in_channels * 3, 1)
         self.to_out = nn.Conv2d(in_channels, in_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_input(x, self.in_channels)
         qkv = self.to_qkv(norm_act(self.norm, None, x))
         q, k, v = (part.flatten(2).transpose(1, 2) for part in qkv.chunk(3, dim=1))  # [N, H W, C]
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
@@ -169,6 +183,7 @@ class ResidualBlock(nn.Module):
         use_attention: bool = False,
     ):
         super().__init__()
+        self.in_channels = in_channels
         self.activation = activation
         self.dropout_stream = DROPOUT  # a network numbers its blocks
         self.norm_1 = get_norm(norm, in_channels, num_groups)
@@ -188,7 +203,8 @@ class ResidualBlock(nn.Module):
         y: Tensor | None = None,  # [N] int64
         noise_state: NoiseState | None = None,  # where dropout draws from; torch's generator without it
     ) -> Tensor:  # [N, out_channels, H, W]
-        drop, last_conv = self.conv_2[0], self.conv_2[-1]
+        check_input(x, self.in_channels)
+        drop, last_conv = cast(nn.Dropout, self.conv_2[0]), cast(nn.Conv2d, self.conv_2[-1])
         fusable = is_plain(self.norm_1, self.norm_2, self.conv_2, drop) and len(self.conv_2) == 2
         if fusable and is_conv3x3(self.conv_1) and is_conv3x3(last_conv):
             # conv_1's bias joins the time and class biases in norm_2: one pass less over the activations.
@@ -209,11 +225,18 @@ class ResidualBlock(nn.Module):
         if self.time_bias is not None:
             if time_emb is None:
                 raise ValueError("time_emb is required: this block was built with time_emb_dim")
+            if time_emb.ndim != 2 or time_emb.shape[1] != self.time_bias.in_features:
+                size = self.time_bias.in_features
+                raise ValueError(f"time_emb must have shape [N, {size}], got {checks.text(time_emb)}")
             time = self.time_bias(self.activation(time_emb))
             bias = time if bias is None else bias + time
         if self.class_bias is not None:
             if y is None:
                 raise ValueError("y is required: this block was built with num_classes")
-            label = self.class_bias(y)
+            checks.tensor("y", y, ndim=1, dtype=torch.int64)
+            try:
+                label = self.class_bias(y)
+            except IndexError as error:
+                raise ValueError(f"y must lie in [0, {self.class_bias.num_embeddings}), got {y.tolist()}") from error
             bias = label if bias is None else bias + label
         return bias

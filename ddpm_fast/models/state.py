@@ -50,7 +50,7 @@ class DiffusionState(nn.Module):
 
     def exact_alphas_cumprod(self) -> Array:
         """[T] in float64, for plans."""
-        return np.cumprod(1 - self._betas)
+        return np.cumprod(1 - self._betas, dtype=np.float64)
 
     def noise_state(self, draw: int, device: torch.device) -> NoiseState:
         """Where training's random numbers stand at forward call `draw`; each process has its own range of samples."""
@@ -66,11 +66,11 @@ class DiffusionState(nn.Module):
 
     def load_extra_state(self, state: Mapping[str, int | None]) -> None:
         """Take over what `extra_state` gave; what is absent stays as it is."""
-        for name in ("step", "calls", "seed"):
-            if state.get(name) is not None:
-                setattr(self, name, int(state[name]))  # type: ignore[arg-type]
+        for name, value in state.items():
+            if name in ("step", "calls", "seed") and value is not None:
+                setattr(self, name, int(value))
 
-    def load_state_dict(  # type: ignore[override]
+    def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False, *, step: int | None = None
     ) -> Any:
         """As torch.nn.Module.load_state_dict.
@@ -83,7 +83,7 @@ class DiffusionState(nn.Module):
             own = metadata.get("", {})
             metadata[""] = {**own, "ddpm_fast": {**own.get("ddpm_fast", {}), "step": step}}
             state_dict = OrderedDict(state_dict)
-            state_dict._metadata = metadata  # type: ignore[attr-defined]
+            setattr(state_dict, "_metadata", metadata)  # noqa: B010 - not in the type
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

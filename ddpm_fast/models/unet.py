@@ -9,7 +9,16 @@ from torch import Tensor, nn
 from ..ops import DROPOUT, NoiseState
 from ..ops import _checks as checks
 from ..reference.philox import MAX_STREAM
-from .layers import Activation, Downsample, PositionalEmbedding, ResidualBlock, Upsample, get_norm, norm_act
+from .layers import (
+    Activation,
+    Downsample,
+    PositionalEmbedding,
+    ResidualBlock,
+    Upsample,
+    check_input,
+    get_norm,
+    norm_act,
+)
 
 
 class UNet(nn.Module):
@@ -161,9 +170,7 @@ class UNet(nn.Module):
         return x[:, :, p : x.shape[2] - p, p : x.shape[3] - p] if p else x
 
     def _check(self, x: Tensor, time: Tensor | None, y: Tensor | None) -> None:
-        checks.tensor("x", x, ndim=4)
-        if x.shape[1] != self.img_channels:
-            raise ValueError(f"x must have {self.img_channels} channels, got {checks.text(x)}")
+        check_input(x, self.img_channels)
         self._check_size(x.shape[2], x.shape[3])
         if self.time_mlp is not None:
             if time is None:

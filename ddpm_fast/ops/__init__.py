@@ -8,7 +8,7 @@ from .conv3x3 import Norm, conv3x3
 from .diffusion_loss import diffusion_loss
 from .group_norm_silu import group_norm_silu
 from .noise import apply_dropout, dropout_mask, noise, timesteps
-from .q_sample import q_sample
+from .q_sample import extract, q_sample
 from .sampler_step import sampler_step
 from .timestep_embedding import timestep_embedding
 
@@ -43,6 +43,7 @@ __all__ = [
     "conv3x3",
     "diffusion_loss",
     "dropout_mask",
+    "extract",
     "group_norm_silu",
     "noise",
     "q_sample",

@@ -127,8 +127,10 @@ def dropout_mask(shape: Sequence[int], p: float, state: NoiseState, stream: int)
 
 
 def drawn(source: Tensor | NoiseState, like: Tensor, stream: int) -> Tensor:
-    """The noise itself where that is given, else drawn by the best backend in the shape and dtype of `like`."""
-    return _noise(like.shape, source, stream, dtype=like.dtype) if isinstance(source, NoiseState) else source
+    """The noise itself where that is given, else drawn by the best backend like `like`, at least in float32."""
+    if not isinstance(source, NoiseState):
+        return source
+    return _noise(like.shape, source, stream, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
 def drawn_dropout(dropout: Dropout | None, shape: Sequence[int]) -> Dropout | Tensor | None:
@@ -140,7 +142,8 @@ def drawn_dropout(dropout: Dropout | None, shape: Sequence[int]) -> Dropout | Te
 
 def apply_dropout(x: Tensor, dropout: Dropout) -> Tensor:
     """x [N, C, H, W] times dropout factors, for the layers whose norm is not `group_norm_silu`."""
-    return reference.apply_dropout(x, drawn_dropout(dropout, x.shape))
+    factors = drawn_dropout(dropout, x.shape)
+    return reference.apply_dropout(x, dropout if factors is None else factors)
 
 
 def check_source(source: Tensor | NoiseState, like: Tensor) -> None:

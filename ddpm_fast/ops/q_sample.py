@@ -1,5 +1,7 @@
 """The perturb step of training: x_start and noise to x_t."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,28 @@ def _reference(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise:
 
 
 OP = Op("q_sample", Impl("reference", lambda: _reference))
+
+
+def extract(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
+    """a[t], shaped to broadcast against a batch.
+
+    Args:
+        a: [T], a table.
+        t: [N], int64 in [0, T).
+        x_shape: [N, ...], the shape of the batch.
+
+    Returns:
+        [N, 1, ...], as many dimensions as `x_shape`.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong type, shape, device or range.
+    """
+    _checks.tensor("a", a, ndim=1)
+    if len(x_shape) < 1:
+        raise ValueError("x_shape must begin with the batch size, got an empty shape")
+    _checks.tensor("t", t, shape=x_shape[:1], dtype=torch.int64, device=a.device)
+    _checks.indices("t", t, a.shape[0])
+    return reference.extract(a, t, x_shape)
 
 
 def q_sample(

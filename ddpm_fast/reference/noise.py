@@ -6,6 +6,7 @@ square root only, in a fixed order and without fused multiply-add: every backend
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -84,8 +85,10 @@ def noise(shape: Sequence[int], state: NoiseState, stream: int, *, dtype: torch.
 
 
 def drawn(source: Tensor | NoiseState, like: Tensor, stream: int) -> Tensor:
-    """The noise itself where that is given, else drawn from its counters in the shape and dtype of `like`."""
-    return noise(like.shape, source, stream, dtype=like.dtype) if isinstance(source, NoiseState) else source
+    """The noise itself where that is given, else drawn from its counters like `like`, at least in float32."""
+    if not isinstance(source, NoiseState):
+        return source
+    return noise(like.shape, source, stream, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
 def timesteps(num_samples: int, num_timesteps: int, state: NoiseState) -> Tensor:
@@ -122,5 +125,6 @@ def apply_dropout(x: Tensor, dropout: Dropout | Tensor) -> Tensor:
         # torch draws in memory order: the mask is what a contiguous x would get.
         dropout = F.dropout(torch.ones(x.shape, dtype=x.dtype, device=x.device), dropout.p)
     if isinstance(dropout, Dropout):
-        dropout = dropout_mask(x.shape, dropout.p, dropout.state, dropout.stream)
+        state = cast(NoiseState, dropout.state)
+        dropout = dropout_mask(x.shape, dropout.p, state, dropout.stream)
     return x * dropout.to(x.dtype)

@@ -34,9 +34,12 @@ class NoiseState(NamedTuple):
     def at(cls, seed: int, draw: int, first_sample: int = 0, device: torch.device | str = "cpu") -> "NoiseState":
         """The state for plain integers; `seed` may use all 64 bits, signed or unsigned."""
         signed = (seed + 2**63) % 2**64 - 2**63
-        scalar = {"dtype": torch.int64, "device": device}
-        # full and not tensor: a fill kernel takes the value along, where a copy from the host would wait.
-        return cls(torch.full((), signed, **scalar), torch.full((), draw, **scalar), first_sample)
+
+        def scalar(value: int) -> Tensor:
+            # full and not tensor: a fill kernel takes the value along, where a copy from the host would wait.
+            return torch.full((), value, dtype=torch.int64, device=device)
+
+        return cls(scalar(signed), scalar(draw), first_sample)
 
 
 class Dropout(NamedTuple):

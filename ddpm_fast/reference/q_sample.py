@@ -1,12 +1,14 @@
 """The forward process in one jump (Ho et al. 2020, equation 4)."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from .noise import drawn
 from .philox import PERTURB, NoiseState
 
 
-def extract(a: Tensor, t: Tensor, x_shape: tuple[int, ...]) -> Tensor:
+def extract(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
     """a[t], shaped [N, 1, ...] to broadcast against a batch of shape `x_shape`."""
     return a.gather(-1, t).reshape(t.shape[0], *([1] * (len(x_shape) - 1)))
 

@@ -1,0 +1,50 @@
+# Every target makes what it needs, also as the first command on a fresh machine.
+PYTHON ?= python3
+PYTEST_ARGS ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: help demo test check lint bench gpu clean
+.DELETE_ON_ERROR:
+
+help: ## show this list (default)
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
+
+demo: $(READY) ## train on real digits and draw samples into demo/
+	$(PY) -m ddpm_fast demo --out demo
+
+test: $(READY) ## run the test suite
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+check: lint test ## lint, format, types and tests: what CI runs
+
+lint: $(READY) ## lint, format and types only
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(READY) ## measure sampling, training and ops against plain PyTorch
+	$(PY) benchmarks/sample_throughput.py --quick
+	$(PY) benchmarks/train_throughput.py --quick
+	$(PY) -m benchmarks.ops --quick
+
+# Without .venv: it measures the PyTorch, and so the CUDA, that this machine has.
+gpu: ## measure on this machine's GPU, with its own PyTorch
+	@$(PYTHON) -c "import torch" 2>/dev/null || { echo "$(PYTHON) can't import torch; name one that can: make gpu PYTHON=..."; exit 1; }
+	$(PYTHON) benchmarks/gpu_suite.py --out benchmarks/results/gpu
+
+clean: ## remove .venv and everything built
+	rm -rf $(VENV) build dist *.egg-info .*_cache .benchmarks .hypothesis
+	rm -f ddpm_fast/_C*.so ddpm_fast/_C_unavailable.txt
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first, by its pinned version: as another package's dependency the newest would come.
+$(READY): pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc)
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { echo "Python 3.10 or newer is needed; name one: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c "import ensurepip, venv" || { echo "$(PYTHON) can't make virtual environments. On Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -c constraints.txt torch setuptools pybind11 cmake ninja
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	@if [ -f ddpm_fast/_C_unavailable.txt ]; then echo "No native module: $$(cat ddpm_fast/_C_unavailable.txt)"; fi
+	@touch $@

@@ -1,0 +1,142 @@
+"""The measurements of a GPU in one run: ceilings, sampling and training, ours beside PyTorch's strongest settings.
+
+python benchmarks/gpu_suite.py --part all --out results
+python benchmarks/gpu_suite.py --dry-run
+
+Networks are timed as they run: weights and activations of a step are larger than the L2, so nothing stays warm.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks import ceilings, gpu_peers
+from benchmarks.harness import DTYPES, Row, header, markdown, markdown_header, pick_device, progress, write_json
+from benchmarks.problem import Check, Problem, check_sampling, check_training, flops_per_image, measure
+from ddpm_fast.models.presets import Config, preset
+
+PARTS = ("ceilings", "sample", "train")
+UNROLL = 25
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the command line, with small sizes on the CPU filled in for a dry run."""
+    p = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    p.add_argument("--part", choices=(*PARTS, "all"), default="all")
+    p.add_argument("--model", choices=("cifar10", "digits"), default="cifar10")
+    p.add_argument("--batch", type=int, nargs="+", help="batch sizes (default: sampling 1 8 64 256, training 128 256)")
+    p.add_argument("--steps", type=int, default=2 * UNROLL, help=f"sampling steps per run, a multiple of {UNROLL}")
+    p.add_argument("--iterations", type=int, default=5, help="training iterations per run")
+    p.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["bf16", "float32"])
+    p.add_argument("--repetitions", type=int, default=20)
+    p.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="only contenders whose name has one of these")
+    p.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu"), help="folder of the tables and JSON")
+    p.add_argument(
+        "--dry-run", action="store_true", help="walk through everything, tiny, on the CPU, compiling nothing"
+    )
+    args = p.parse_args(argv)
+    if args.dry_run:
+        args.batch, args.steps, args.iterations, args.repetitions, args.model = [2], 4, 1, 2, "digits"
+    elif not torch.cuda.is_available():
+        p.error("torch sees no GPU here: --dry-run walks through the suite on a CPU")
+    return args
+
+
+def clocks() -> str | None:
+    """Return what nvidia-smi says of clocks, power and temperature."""
+    query = "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+class Report:
+    """One part's rows, written to its Markdown and JSON files after every group, so that a broken run leaves them."""
+
+    def __init__(self, folder: Path, part: str, device: torch.device) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.part, self.rows, self.tables = folder / part, part, [], []  # type: ignore[var-annotated]
+        self.head: dict[str, Any] = header(device) | {"clocks before": clocks()}
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Append a group of rows, print it and write the files."""
+        group = list(rows)
+        self.rows += group
+        self.tables.append(markdown(group))
+        self.head["clocks after"] = clocks()
+        print(self.tables[-1], end="\n\n", flush=True)
+        text = "\n\n".join([f"# {self.part}", markdown_header(self.head), *self.tables])
+        self.path.with_suffix(".md").write_text(text + "\n")
+        write_json(self.path.with_suffix(".json"), self.head, self.rows)
+
+
+def measure_ceilings(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Report the copy and matrix-product ceilings; return FLOP/s by precision."""
+    report = Report(args.out, "ceilings", device)
+    copy_rate = ceilings.copy_bytes(device, 1 << 24 if args.dry_run else None)
+    sizes = (256,) if args.dry_run else ()
+    flops = {name: ceilings.matmul_flops(device, DTYPES[name], sizes) for name in args.precision}
+    report.add([{"case": "copy", "name": "torch copy_", "gbytes_per_s": copy_rate * 1e-9}])
+    report.add(
+        {"case": "matrix product", "precision": n, "name": "torch.mm", "tflops": f * 1e-12} for n, f in flops.items()
+    )
+    return flops
+
+
+def measure_part(
+    args: argparse.Namespace,
+    part: str,
+    device: torch.device,
+    config: Config,
+    ceiling: dict[str, float],
+) -> None:
+    """Time the contenders of sampling or training at every precision and batch."""
+    training = part == "train"
+    unroll = args.steps // 2 if args.dry_run else UNROLL
+    builders = gpu_peers.training_contenders() if training else gpu_peers.sampling_contenders(unroll)
+    builders = {n: b for n, b in builders.items() if not args.only or any(text in n for text in args.only)}
+    check: Check = check_training if training else check_sampling
+    flops = flops_per_image(config, training)
+    report = Report(args.out, part, device)
+    for precision in args.precision:
+        for batch in args.batch or ([128, 256] if training else [1, 8, 64, 256]):
+            steps = args.iterations if training else args.steps
+            problem = Problem(config, device, batch, steps, precision, "eager" if args.dry_run else "inductor")
+            case = f"{part} {args.model}"
+            report.add(measure(case, problem, builders, check, args.repetitions, flops, ceiling[precision]))
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the suite and return the exit status; a failing contender is a row, not a failure of the run."""
+    args = parse(argv)
+    device = pick_device("cpu" if args.dry_run else "cuda")
+    gpu_peers.set_fast_math()
+    config = preset(args.model)
+    if args.dry_run:
+        config = replace(config, base_channels=16)
+    progress("ceilings")
+    ceiling = measure_ceilings(args, device)
+    for part in ("sample", "train") if args.part == "all" else {args.part} - {"ceilings"}:
+        measure_part(args, part, device, config, ceiling)
+    print(f"written to {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

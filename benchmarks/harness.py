@@ -1,0 +1,230 @@
+"""What every benchmark shares: header, agreement check, interleaved timing, rows, table, JSON.
+
+A row is one contender of one case: ``{"case", "precision", "batch", "name", "ms", ...}`` with ``ms`` the median of the
+interleaved repetitions; ours is named ``ddpm_fast``; ``ratio`` is its time over ours, so above 1 we are faster.
+"""
+
+import datetime
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OURS = "ddpm_fast"
+ROOT = Path(__file__).resolve().parents[1]
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+Row = dict[str, Any]
+
+
+def progress(text: str) -> None:
+    """Say on stderr what is being done."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device called ``name``; ``"auto"`` is the GPU where torch sees one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+
+
+def header(device: torch.device) -> dict[str, Any]:
+    """Describe the machine, the versions, the commit and the command of this run."""
+    return {
+        "machine": {
+            "cpu": _cpu_model(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "isa": torch.backends.cpu.get_cpu_capability(),
+            "load": round(os.getloadavg()[0], 2),
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            **{name: _version(name) for name in ("triton", "ddpm_fast")},
+        },
+        "commit": _commit(),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Return the commit of the working tree, marked where files differ from it."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit} (modified)" if changed else commit
+
+
+class Disagreement(ValueError):
+    """A contender computes something else than the reference; it must not be timed."""
+
+
+def check_agreement(
+    name: str, got: Tensor, plain: Sequence[Tensor], truth: Tensor, dtype: torch.dtype, factor: float = 2
+) -> float:
+    """Return ``got``'s relative error, or raise where it exceeds ``factor`` times plain PyTorch's own and the floor.
+
+    Args:
+        name: the contender, for the message.
+        got: the contender's result.
+        plain: plain PyTorch's results in the tested precision, by memory format; the least exact counts.
+        truth: the float64 result on the same inputs and weights.
+        dtype: the tested precision; its epsilon is the floor.
+        factor: how many of plain's errors are allowed; 2 for values, 3 for gradients.
+
+    Raises:
+        Disagreement: the shapes differ, or the error is not within the bound (NaN never is).
+    """
+    if got.shape != truth.shape:
+        raise Disagreement(f"{name} returned shape {tuple(got.shape)}, the reference {tuple(truth.shape)}")
+    error = relative_error(got, truth)
+    bound = factor * max(relative_error(x, truth) for x in plain) + torch.finfo(dtype).eps
+    if not error <= bound:
+        raise Disagreement(f"{name} is {error:.2e} from the float64 reference, allowed are {bound:.2e}")
+    return error
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    """Return |got - truth| / |truth| in the 2-norm, computed in float64."""
+    got, truth = got.detach().double().cpu(), truth.detach().double().cpu()
+    return ((got - truth).norm() / truth.norm()).item()
+
+
+def check_spread(name: str, got: Tensor, expected: Tensor) -> None:
+    """Raise Disagreement unless two independent draws of the same law have the same standard deviation."""
+    ratio = (got.double().std() / expected.double().std()).item()
+    bound = 6 / math.sqrt(got.numel())  # six standard errors of the ratio of two standard deviations of n normals
+    if not abs(ratio - 1) <= bound:
+        raise Disagreement(
+            f"{name} spreads its results {ratio:.3f} times as far as PyTorch, allowed is 1 +- {bound:.3f}"
+        )
+
+
+def time_interleaved(
+    runs: Mapping[str, Callable[[], Any]], device: torch.device, repetitions: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Time the contenders in turn, A B C A B C, so that drift of the machine meets all of them alike.
+
+    Returns:
+        milliseconds of each repetition, by contender; on a GPU between two events, else by the wall clock.
+    """
+    for _ in range(warmup):
+        for run in runs.values():
+            run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repetitions):
+        for name, run in runs.items():
+            times[name].append(_time_once(run, device))
+    return times
+
+
+def _time_once(run: Callable[[], Any], device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return (time.perf_counter() - start) * 1e3
+    torch.cuda.synchronize(device)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def summarise(times: Sequence[float], per: int = 1) -> Row:
+    """Return the median and the interquartile range of ``times`` in ms, each divided by ``per`` units of work."""
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
+    return {"ms": middle / per, "iqr_ms": (high - low) / per, "repetitions": len(times)}
+
+
+def add_ratios(rows: list[Row]) -> None:
+    """Give each row of one case ``ratio``: its time over ours."""
+    ours = next((row["ms"] for row in rows if row["name"] == OURS and "ms" in row), None)
+    for row in rows:
+        if ours is not None and "ms" in row:
+            row["ratio"] = row["ms"] / ours
+
+
+COLUMNS = {
+    "case": "case",
+    "precision": "precision",
+    "batch": "batch",
+    "name": "contender",
+    "ms": "ms",
+    "iqr_ms": "IQR",
+    "ratio": "over ours",
+    "images_per_s": "images/s",
+    "gbytes_per_s": "GB/s",
+    "tflops": "TFLOP/s",
+    "share": "of ceiling",
+    "error": "error",
+}
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Return the rows as a Markdown table with the columns that any of them fills."""
+    keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+    lines = [[COLUMNS[key] for key in keys], ["---"] * len(keys)]
+    lines += [[_cell(key, row.get(key)) for key in keys] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if key == "share":
+        return f"{value:.0%}"
+    if key == "ratio":
+        return f"{value:.2f}"
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def markdown_header(head: Mapping[str, Any]) -> str:
+    """Return the header as a Markdown list."""
+    lines = []
+    for key, value in head.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{name} {entry}" for name, entry in value.items() if entry is not None)
+        lines.append(f"- {key}: {value}")
+    return "\n".join(lines)
+
+
+def write_json(path: str | Path, head: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Write ``{"header": ..., "rows": [...]}``."""
+    Path(path).write_text(json.dumps({"header": head, "rows": list(rows)}, indent=1) + "\n")

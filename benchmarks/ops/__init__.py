@@ -1,0 +1,213 @@
+"""Op benchmarks: one file per op lists its cases; here they are built, checked against float64 and timed.
+
+``python -m benchmarks.ops --help``; the same cases run under pytest-benchmark with ``pytest benchmarks``.
+"""
+
+import importlib
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.ceilings import rotation
+from benchmarks.harness import (
+    OURS,
+    Row,
+    add_ratios,
+    check_agreement,
+    check_spread,
+    progress,
+    summarise,
+    time_interleaved,
+)
+from ddpm_fast import ops
+
+OPS = (
+    "q_sample",
+    "diffusion_loss",
+    "sampler_step",
+    "noise",
+    "timestep_embedding",
+    "group_norm_silu",
+    "conv3x3",
+)
+CHANNELS_LAST, NCHW = torch.channels_last, torch.contiguous_format
+NAMES = {torch.float32: "float32", torch.bfloat16: "bf16"}
+
+Inputs = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one shape and dtype.
+
+    Args:
+        op: the op's name.
+        label: shape and variant, for the table.
+        batch: images.
+        nbytes: the fewest bytes to move: each input read once, each output written once.
+        make: (seed, device, memory_format) -> inputs.
+        ours: the op on these inputs.
+        plain: what a PyTorch user writes.
+        dtype: of the data.
+        flops: 2 per multiply-add; 0 where only bytes matter.
+        grads: positions of the inputs to differentiate by; then forward and backward are timed together.
+        random: the result is a fresh draw; only its spread is compared.
+        layouts: whether PyTorch runs in both memory formats and ours in channels_last; else all run in NCHW.
+    """
+
+    op: str
+    label: str
+    batch: int
+    nbytes: int
+    make: Callable[[int, torch.device, torch.memory_format], Inputs]
+    ours: Callable[..., Any]
+    plain: Callable[..., Any]
+    dtype: torch.dtype = torch.float32
+    flops: int = 0
+    grads: tuple[int, ...] = ()
+    random: bool = False
+    layouts: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.label} {NAMES[self.dtype]}"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A function in one memory format, under one forced backend if it is ours."""
+
+    function: Callable[..., Any]
+    memory_format: torch.memory_format
+    backend: str | None = None
+
+
+def cases(names: list[str], batch: int, quick: bool) -> list[Case]:
+    """Return the cases of the named ops; the first two of each if ``quick``."""
+    listed = [importlib.import_module(f"benchmarks.ops.{name}").cases(batch) for name in names]
+    return [case for of_op in listed for case in (of_op[:2] if quick else of_op)]
+
+
+def contenders(case: Case, compile: bool) -> dict[str, Contender]:
+    """Return our backends, the preferred one under our name, and plain PyTorch, eager and compiled."""
+    backends = [backend for op, backend, reason in ops.availability() if op == case.op and reason is None]
+    found = {
+        OURS if i == 0 else f"{OURS} {backend}": Contender(case.ours, CHANNELS_LAST if case.layouts else NCHW, backend)
+        for i, backend in enumerate(backends)
+    }
+    formats = {" NCHW": NCHW, " channels_last": CHANNELS_LAST} if case.layouts else {"": NCHW}
+    for suffix, memory_format in formats.items():
+        found[f"torch eager{suffix}"] = Contender(case.plain, memory_format)
+    if compile:
+        torch._dynamo.reset()  # drops what earlier cases compiled
+        function = torch.compile(case.plain, fullgraph=True, dynamic=False)
+        for suffix, memory_format in formats.items():
+            found[f"torch.compile{suffix}"] = Contender(function, memory_format)
+    return found
+
+
+def prepare(case: Case, contender: Contender, device: torch.device) -> Callable[[], Any]:
+    """Return a call of the contender on rotated inputs, colder than the cache."""
+    inputs = rotation(lambda seed: make(case, seed, device, contender.memory_format), case.nbytes, device)
+    return lambda: call(case, contender, inputs())
+
+
+def make(case: Case, seed: int, device: torch.device, memory_format: torch.memory_format) -> Inputs:
+    """Make the inputs, with gradients required where the case differentiates, and then a cotangent at the end."""
+    inputs = case.make(seed, device, memory_format)
+    if not case.grads:
+        return inputs
+    for i in case.grads:
+        inputs[i].requires_grad_()
+    like = case.plain(*inputs).detach()
+    generator = torch.Generator(device).manual_seed(seed + 1)
+    cotangent = torch.randn(like.shape, device=device, generator=generator).to(like.dtype)
+    return *inputs, cotangent.contiguous(memory_format=memory_format) if like.ndim == 4 else cotangent
+
+
+def call(case: Case, contender: Contender, inputs: Inputs) -> Any:
+    """Run the contender once: its value, or its gradients."""
+    with ops.use_backend(contender.backend) if contender.backend else nullcontext():
+        if not case.grads:
+            with torch.no_grad():
+                return contender.function(*inputs)
+        out = contender.function(*inputs[:-1])
+        return torch.autograd.grad(out, [inputs[i] for i in case.grads], inputs[-1])
+
+
+def check(case: Case, name: str, contender: Contender, device: torch.device) -> None:
+    """Raise Disagreement unless the contender computes the same as plain PyTorch in float64."""
+    got = _flat(call(case, contender, make(case, 0, device, contender.memory_format)))
+    plain = Contender(case.plain, NCHW)
+    formats = (NCHW, CHANNELS_LAST) if case.layouts else (NCHW,)
+    expected = [_flat(call(case, plain, make(case, 0, device, f))) for f in formats]
+    if case.random:
+        check_spread(name, got, expected[0])
+        return
+    exact = tuple(
+        x.detach().double().requires_grad_(x.requires_grad) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for x in make(case, 0, device, NCHW)
+    )
+    truth = _flat(call(case, plain, exact))
+    check_agreement(name, got, expected, truth, case.dtype, factor=3 if case.grads else 2)
+
+
+def _flat(result: Any) -> Tensor:
+    parts = result if isinstance(result, tuple) else (result,)
+    return torch.cat([part.flatten() for part in parts])
+
+
+def measure(
+    case: Case, device: torch.device, compile: bool, repetitions: int, copy_rate: float, matmul_rate: float
+) -> list[Row]:
+    """Check and time the contenders of one case; one that fails becomes a row with its error.
+
+    Args:
+        case: what to run.
+        device: where.
+        compile: time torch.compile too.
+        repetitions: timed runs of each, of at least about 2 ms.
+        copy_rate: bytes/s of a copy; with ``matmul_rate``, FLOP/s in the case's dtype, the bound behind ``share``.
+    """
+    progress(str(case))
+    runs: dict[str, Callable[[], Any]] = {}
+    errors: dict[str, str] = {}
+    listed = contenders(case, compile)
+    for name, contender in listed.items():
+        try:
+            check(case, name, contender, device)
+            runs[name] = prepare(case, contender, device)
+        except Exception as error:  # a failure is a result, whatever it is
+            errors[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            progress(f"  {name} failed: {errors[name]}")
+    single = time_interleaved(runs, device, 3, warmup=1)
+    calls = max(1, round(2.0 / max(min(map(min, single.values()), default=2.0), 1e-3)))
+
+    def repeated(run: Callable[[], Any]) -> Callable[[], None]:
+        return lambda: [run() for _ in range(calls)].clear()
+
+    times = time_interleaved({name: repeated(run) for name, run in runs.items()}, device, repetitions)
+    bound_ms = max(case.nbytes / copy_rate, case.flops / matmul_rate) * 1e3
+    rows = []
+    for name, contender in listed.items():
+        row: Row = {
+            "case": f"{case.op} {case.label}",
+            "precision": NAMES[case.dtype],
+            "batch": case.batch,
+            "name": name,
+        }
+        if contender.backend:
+            row["backend"] = contender.backend
+        if name in errors:
+            row["error"] = errors[name]
+        else:
+            row |= summarise(times[name], per=calls)
+            row |= {"gbytes_per_s": case.nbytes / row["ms"] * 1e-6, "share": bound_ms / row["ms"]}
+            if case.flops:
+                row["tflops"] = case.flops / row["ms"] * 1e-9
+        rows.append(row)
+    add_ratios(rows)
+    return rows

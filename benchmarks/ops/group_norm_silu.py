@@ -1,0 +1,50 @@
+"""GroupNorm + time bias + SiLU on the shapes of the CIFAR-10 network."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.ops import Case, Inputs
+from ddpm_fast import ops
+
+GROUPS = 32
+
+
+def _ours(x: Tensor, weight: Tensor, bias: Tensor, add: Tensor) -> Tensor:
+    return ops.group_norm_silu(x, weight, bias, GROUPS, add=add)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor, add: Tensor) -> Tensor:
+    return F.silu(F.group_norm(x + add[:, :, None, None], GROUPS, weight, bias))
+
+
+def _case(batch: int, channels: int, size: int, dtype: torch.dtype, training: bool) -> Case:
+    shape = (batch, channels, size, size)
+
+    def make(seed: int, device: torch.device, memory_format: torch.memory_format) -> Inputs:
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(*size, device=device, generator=generator).to(dtype)
+
+        x = normal(*shape).to(memory_format=memory_format)
+        return x, normal(channels), normal(channels), normal(batch, channels)
+
+    numel = batch * channels * size * size
+    # Forward: read x, write y. Backward: read x and dy, write dx.
+    tensors = 5 if training else 2
+    label = f"{list(shape)} {'forward+backward' if training else 'forward'}"
+    grads = (0, 1, 2, 3) if training else ()
+    return Case(
+        "group_norm_silu", label, batch, tensors * numel * dtype.itemsize, make, _ours, _plain, dtype, grads=grads
+    )
+
+
+def cases(batch: int) -> list[Case]:
+    """Return the cases: both precisions at the two resolutions that hold most of the bytes."""
+    return [
+        _case(batch, channels, size, dtype, training)
+        for training in (False, True)
+        for channels, size in ((128, 32), (256, 16))
+        for dtype in (torch.float32, torch.bfloat16)
+    ]

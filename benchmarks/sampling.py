@@ -1,0 +1,163 @@
+"""The contenders in sampling: ours, the original formulation, and the strongest plain PyTorch loops.
+
+Every contender loads the same weights, takes the same number of steps and draws its noise inside the step.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks import original
+from benchmarks.harness import OURS
+from benchmarks.problem import Builder, Contender, Problem
+from ddpm_fast import Diffusion
+
+NCHW, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
+Step = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+class SdpaAttention(nn.Module):
+    """The plain attention block through ``scaled_dot_product_attention``."""
+
+    def __init__(self, block: original.AttentionBlock) -> None:
+        super().__init__()
+        self.norm, self.to_qkv, self.to_out = block.norm, block.to_qkv, block.to_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
+        out = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
+        return self.to_out(out.reshape(x.shape)) + x
+
+
+def with_sdpa(net: original.UNet) -> original.UNet:
+    """Replace the attention blocks of a plain network by ``SdpaAttention``, in place."""
+    for block in net.modules():
+        if isinstance(block, original.ResidualBlock) and isinstance(block.attention, original.AttentionBlock):
+            block.attention = SdpaAttention(block.attention)
+    return net
+
+
+class ReverseStep(nn.Module):
+    """One reverse step as one function, so that a compiler sees network, update and noise together.
+
+    ``forward(x, k, rows, y)``: x [N, C, H, W] float32, contiguous whatever the network's memory format, as torch draws
+    noise several times slower in channels_last; k int64 [1] on the device; rows as in ``Problem.rows``.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.dtype = next(net.parameters()).dtype
+
+    def forward(self, x: Tensor, k: Tensor, rows: Tensor, y: Tensor | None) -> Tensor:
+        t, coefficient, scale, sigma = rows.index_select(0, k)[0].unbind()
+        eps = self.net(x.to(self.dtype), t.expand(len(x)), y)
+        return (x - coefficient * eps.float()) * scale + sigma * torch.randn_like(x)
+
+
+def loop(problem: Problem, step: Step, context: Callable[[], AbstractContextManager] | None = None) -> Contender:
+    """Run ``step`` over the rows of the problem; everything but the last copy stays on the device.
+
+    ``context`` stands around the steps: the problem's autocast, unless another is given.
+    """
+    context = context or problem.autocast
+    y, shape, device = problem.inputs[1], problem.inputs[0].shape, problem.device
+    indices = [torch.tensor([k], device=device) for k in range(problem.steps)]
+    quiet = problem.rows * torch.tensor([1.0, 1.0, 1.0, 0.0], device=device)  # sigma = 0: the mean alone
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        x = torch.randn(shape, device=device)
+        with context():
+            for k in reversed(indices):
+                x = step(x, k, problem.rows, y)
+        return x.cpu()
+
+    @torch.no_grad()
+    def predict(k: int) -> Tensor:
+        with context():
+            return step(problem.inputs[0], indices[k], quiet, y).clone()
+
+    return Contender(run, predict)
+
+
+def eager(memory_format: torch.memory_format) -> Builder:
+    """PyTorch as it is, in a loop without host work."""
+
+    def build(problem: Problem) -> Contender:
+        net = problem.network().to(memory_format=memory_format)
+        if memory_format is CHANNELS_LAST:  # in NCHW the two batched products were the faster form
+            with_sdpa(net)
+        return loop(problem, ReverseStep(net))
+
+    return build
+
+
+def compile_module(module: nn.Module, problem: Problem, options: dict[str, Any]) -> Any:
+    """Return the module under ``torch.compile``, without graph breaks or dynamic shapes."""
+    torch._dynamo.config.recompile_limit = 64  # all contenders of a case are versions of the same code
+    options = options if problem.compiler == "inductor" else {}
+    return torch.compile(module, fullgraph=True, dynamic=False, backend=problem.compiler, options=options)
+
+
+def compiled(memory_format: torch.memory_format, **options: Any) -> Builder:
+    """The whole step under ``torch.compile`` with the inductor's ``options``."""
+
+    def build(problem: Problem) -> Contender:
+        net = with_sdpa(problem.network()).to(memory_format=memory_format)
+        return loop(problem, compile_module(ReverseStep(net), problem, options))
+
+    return build
+
+
+def original_loop(problem: Problem) -> Contender:
+    """The original formulation as it stands."""
+    diffusion = original.Diffusion(problem.network(), *geometry(problem)).to(problem.device).eval()
+    return _drop_in(problem, diffusion)
+
+
+def ours(problem: Problem) -> Contender:
+    """Our engine through its public interface."""
+    net = problem.config.build_unet()
+    net.load_state_dict(problem.weights)
+    net = net.to(problem.device, memory_format=CHANNELS_LAST)
+    return _drop_in(problem, Diffusion(net, *geometry(problem)).to(problem.device).eval())
+
+
+def geometry(problem: Problem) -> tuple[Any, ...]:
+    """Return the arguments of ``Diffusion`` after the network."""
+    config = problem.config
+    return config.img_size, config.img_channels, config.num_classes, problem.betas
+
+
+def _drop_in(problem: Problem, diffusion: Any) -> Contender:
+    def run() -> Tensor:
+        with problem.autocast():
+            return diffusion.sample(problem.batch, problem.device, y=problem.inputs[1])
+
+    def predict(k: int) -> Tensor:
+        x, y = problem.inputs
+        with problem.autocast():
+            return diffusion.remove_noise(x, torch.full((len(x),), k, device=x.device), y)
+
+    return Contender(run, predict)
+
+
+def contenders(compile: bool) -> dict[str, Builder]:
+    """Return the contenders of ``sample_throughput.py``, ours first."""
+    eagerly: dict[str, Builder] = {
+        OURS: ours,
+        "original": original_loop,
+        "torch eager NCHW": eager(NCHW),
+        "torch eager channels_last": eager(CHANNELS_LAST),
+    }
+    if not compile:
+        return eagerly
+    return eagerly | {
+        "torch.compile": compiled(CHANNELS_LAST),
+        "torch.compile freezing": compiled(CHANNELS_LAST, freezing=True, max_autotune=True),
+    }

@@ -1,0 +1,208 @@
+"""The drawing half of Diffusion: from noise to images, by any sampler."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from . import ops
+from .engine import Start, batch_that_fits, denoise, eval_mode, in_parts, philox_start, torch_start
+from .models.state import DiffusionState, fresh_seed
+from .ops import NoiseState
+from .ops import _checks as checks
+from .samplers import Plan, make_plan
+
+# On the CPU larger batches gain nothing, so only beyond this size is it worth a look at what fits the memory.
+UNCHECKED_BATCH = 64
+
+
+class SamplingDiffusion(DiffusionState):
+    """Samples from a pair of networks; Diffusion, which trains them, builds on it and documents the attributes."""
+
+    model: nn.Module
+    ema_model: nn.Module
+    img_size: tuple[int, ...]
+    img_channels: int
+    num_classes: int | None
+    rng: str
+
+    def __init__(self, betas: Any, prediction: str, seed: int | None):
+        super().__init__(betas, prediction, seed)
+        self._trained = False  # for the warnings: whether forward ran in train mode, what was said already
+        self._warned: set[str] = set()
+
+    @torch.no_grad()
+    def remove_noise(self, x: Tensor, t: Tensor, y: Tensor | None, use_ema: bool = True) -> Tensor:
+        """The mean of x_{t-1} given x_t (Ho et al. 2020, equation 11), for x [N, C, H, W] and t [N]; no noise added."""
+        self._check_x(x)
+        y = self._checked_y(y, x.shape[0], x.device)
+        # The full plan of the ddpm sampler counts its rows from T - 1 down.
+        rows = self.plan().rows.flip(0).to(x.device, x.dtype)
+        p_x, p_m, c_x, c_0 = (ops.extract(rows[:, i].contiguous(), t, x.shape) for i in range(2, 6))
+        with eval_mode(self._sampled(use_ema)) as model:
+            model_out = self._call(model, x, t, y).to(x.dtype)
+        return c_x * x + c_0 * (p_x * x + p_m * model_out)
+
+    def plan(
+        self, sampler: str | Plan = "ddpm", num_steps: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> Plan:
+        """The table of a sampler for this schedule and prediction; see `sample` for the arguments."""
+        return make_plan(sampler, self.exact_alphas_cumprod(), self.prediction, num_steps, options)
+
+    def sample(
+        self,
+        batch_size: int,
+        device: torch.device | str,
+        y: Tensor | None = None,
+        use_ema: bool = True,
+        *,
+        sampler: str | Plan = "ddpm",
+        num_steps: int | None = None,
+        sampler_options: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+        first_index: int = 0,
+        noise: Tensor | None = None,
+        progress: bool = False,
+        callback: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Draw images.
+
+        Image i depends on `seed` and `first_index` + i alone, whatever the batch size. A batch too large for the memory
+        is split.
+
+        Args:
+            batch_size: number of images.
+            device: where the network is.
+            y: [batch_size] int64, the classes of a conditional network.
+            use_ema: draw from `ema_model`, else from `model`.
+            sampler: name of a sampler ("ddpm") or a Plan.
+            num_steps: how many steps to take, by default all T.
+            sampler_options: keyword arguments of the sampler, such as {"variance": "posterior", "clip": True}.
+            seed: of all noise; by default drawn from torch's generator.
+            first_index: index of the first image.
+            noise: [batch_size, C, H, W], x_T; by default drawn.
+            progress: show a progress bar.
+            callback: called with (k, x) after step k; x is the loop's own tensor, to be read and not kept.
+
+        Returns:
+            [batch_size, C, H, W] on the CPU, about [-1, 1], not clipped.
+
+        Raises:
+            ValueError, TypeError: an argument is out of range or does not fit.
+        """
+        device = torch.device(device)
+        y = self._checked_y(y, batch_size, device)
+        plan = self.plan(sampler, num_steps, sampler_options)
+        start = self._start(batch_size, device, seed, first_index, noise)
+        with (
+            eval_mode(self._sampled(use_ema)) as model,
+            tqdm(total=batch_size * len(plan), disable=not progress) as bar,
+        ):
+            bar.set_description("sampling, images x steps")
+
+            def on_step(k: int, x: Tensor) -> None:
+                bar.update(x.shape[0])
+                if callback is not None:
+                    callback(k, x)
+
+            def run(part: slice) -> Tensor:
+                bar.n = part.start * len(plan)
+                x, state = start(part)
+                return denoise(self._network(model, y, part), x, plan, state, on_step).cpu()
+
+            if self.rng == "torch":  # one generator for the whole batch: it can't be split
+                return run(slice(0, batch_size))
+            limit = batch_size
+            if batch_size > UNCHECKED_BATCH:
+                one = slice(0, 1)
+                limit = batch_that_fits(self._network(model, y, one), start(one)[0], plan.timesteps(device)[:1])
+            return in_parts(run, batch_size, limit)
+
+    def sample_diffusion_sequence(
+        self,
+        batch_size: int,
+        device: torch.device | str,
+        y: Tensor | None = None,
+        use_ema: bool = True,
+        *,
+        sampler: str | Plan = "ddpm",
+        num_steps: int | None = None,
+        sampler_options: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+        first_index: int = 0,
+        noise: Tensor | None = None,
+    ) -> list[Tensor]:
+        """All states of the chain, on the CPU: x_T, and x after each step. Arguments and errors as in `sample`."""
+        device = torch.device(device)
+        y = self._checked_y(y, batch_size, device)
+        plan = self.plan(sampler, num_steps, sampler_options)
+        images = slice(0, batch_size)
+        x, state = self._start(batch_size, device, seed, first_index, noise)(images)
+        sequence = [x.cpu().clone()]
+        with eval_mode(self._sampled(use_ema)) as model:
+            network = self._network(model, y, images)
+            denoise(network, x, plan, state, lambda k, x: sequence.append(x.cpu().clone()))
+        return sequence
+
+    def _start(
+        self, batch_size: int, device: torch.device, seed: int | None, first_index: int, noise: Tensor | None
+    ) -> Start:
+        home = next((p.device for p in self.model.parameters()), device)
+        if home.type != device.type:
+            raise ValueError(f"device is {device}, the network is on {home}: call diffusion.to({str(device)!r}) first")
+        shape = (batch_size, self.img_channels, *self.img_size)
+        dtype = torch.promote_types(self.betas.dtype, torch.float32)
+        if self.rng == "philox":
+            return philox_start(shape, dtype, device, fresh_seed() if seed is None else seed, first_index, noise)
+        if seed is not None or first_index:
+            raise ValueError("seed and first_index are for rng='philox'; with rng='torch' call torch.manual_seed")
+        return torch_start(shape, dtype, device, noise)
+
+    def _call(
+        self, model: nn.Module, x: Tensor, t: Tensor, y: Tensor | None, state: NoiseState | None = None
+    ) -> Tensor:
+        """The network's output, for x in the network's own dtype; dropout draws from `state` where it can."""
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
+        if state is not None and model.training and getattr(model, "takes_noise_state", False):
+            return model(x.to(dtype), t, y, noise_state=state)
+        return model(x.to(dtype), t, y)
+
+    def _network(self, model: nn.Module, y: Tensor | None, part: slice) -> Callable[[Tensor, Tensor], Tensor]:
+        labels = None if y is None else y[part]
+        return lambda x, t: self._call(model, x, t, labels)
+
+    def _sampled(self, use_ema: bool) -> nn.Module:
+        """The network to sample from."""
+        if use_ema and self._trained and self.step == 0 and not self.loaded:
+            self._warn(
+                "ema",
+                "sampling from ema_model, which still has its initial weights: update_ema() was never called. "
+                "Call it after each optimizer step, or sample with use_ema=False.",
+            )
+        return self.ema_model if use_ema else self.model
+
+    def _check_x(self, x: Tensor) -> None:
+        checks.tensor("x", x)
+        expected = (self.img_channels, *self.img_size)
+        if x.shape[1:] != torch.Size(expected):
+            raise ValueError(f"x must have shape [N, {', '.join(map(str, expected))}], got {checks.text(x)}")
+
+    def _checked_y(self, y: Tensor | None, batch_size: int, device: torch.device) -> Tensor | None:
+        """y on the device, after a look at its shape and range."""
+        if y is None:
+            return None
+        checks.tensor("y", y, shape=(batch_size,), dtype=torch.int64)
+        num_classes = getattr(self.model, "num_classes", self.num_classes)
+        if num_classes is None:
+            self._warn("y", "y is ignored: the network was built without num_classes")
+        else:
+            checks.indices("y", y, num_classes)
+        return y.to(device)
+
+    def _warn(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, stacklevel=4)

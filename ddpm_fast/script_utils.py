@@ -1,0 +1,126 @@
+"""What training scripts written for the original DDPM code call: argument parsing, data helpers, construction."""
+
+import argparse
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .diffusion import Diffusion
+from .models.presets import Config
+
+Batch = TypeVar("Batch")
+
+
+def cycle(dl: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of a data loader, again and again.
+
+    Raises:
+        ValueError: the loader is empty.
+    """
+    while True:
+        empty = True
+        for batch in dl:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("dl gave no batch: an empty loader can't be cycled (drop_last with too few images?)")
+
+
+def get_transform() -> Callable[[Any], Tensor]:
+    """The transform that turns a PIL image or array into what Diffusion takes; see `image_to_tensor`."""
+    return image_to_tensor
+
+
+def image_to_tensor(image: Any) -> Tensor:
+    """A PIL image or array [H, W] or [H, W, C], uint8 or floating point in [0, 1], to float32 [C, H, W] in [-1, 1].
+
+    Raises:
+        TypeError: pixels are neither uint8 (or bool) nor floating point.
+        ValueError: not two or three dimensions.
+    """
+    pixels = np.asarray(image)
+    if pixels.ndim not in (2, 3):
+        raise ValueError(f"image must have shape [H, W] or [H, W, C], got {list(pixels.shape)}")
+    if pixels.dtype == np.uint8:
+        pixels = pixels.astype(np.float32) / 255
+    elif pixels.dtype != np.bool_ and not np.issubdtype(pixels.dtype, np.floating):
+        raise TypeError(f"image must hold uint8 or floating point in [0, 1], got {pixels.dtype}: convert it to uint8")
+    chw = np.atleast_3d(pixels.astype(np.float32)).transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(chw)) * 2 - 1
+
+
+def str2bool(v: str | bool) -> bool:
+    """ "yes", "true", "t", "y", "1" and their opposites, in any case, for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: anything else.
+    """
+    if isinstance(v, bool):
+        return v
+    if v.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if v.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected yes or no, true or false; got {v!r}")
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    """ "1,2,2", "1 2 2" or "(1, 2, 2)" to a tuple; the empty string to ()."""
+    parts = [p for p in re.split(r"[,\s]+", text.strip().strip("()[]")) if p]
+    try:
+        return tuple(int(p) for p in parts)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected integers such as 1,2,2,2; got {text!r}") from error
+
+
+def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: Mapping[str, Any]) -> None:
+    """Add an option --key of the value's type for each entry; None makes a string, a tuple is read as "1,2,2,2"."""
+    special: dict[type, Callable[[str], Any]] = {bool: str2bool, tuple: _integers, list: _integers, type(None): str}
+    for key, value in default_dict.items():
+        parser.add_argument(f"--{key}", default=value, type=special.get(type(value), type(value)))
+
+
+def diffusion_defaults() -> dict[str, Any]:
+    """The options of `get_diffusion_from_args` with their defaults: the CIFAR-10 model of the original scripts."""
+    return {
+        "num_timesteps": 1000,
+        "schedule": "linear",
+        "loss_type": "l2",
+        "use_labels": False,
+        "base_channels": 128,
+        "channel_mults": (1, 2, 2, 2),
+        "num_res_blocks": 2,
+        "time_emb_dim": 512,
+        "norm": "gn",
+        "dropout": 0.1,
+        "activation": "silu",
+        "attention_resolutions": (1,),
+        "ema_decay": 0.9999,
+        "ema_update_rate": 1,
+    }
+
+
+def get_diffusion_from_args(args: Any) -> Diffusion:
+    """A Diffusion for parsed options; those that are missing take their defaults.
+
+    Beside the entries of `diffusion_defaults`: schedule_low, schedule_high, ema_start (2000), img_size ((32, 32)),
+    img_channels (3), num_classes (10), initial_pad, num_groups, time_emb_scale, prediction.
+
+    Raises:
+        ValueError: an option has a value that is out of range.
+    """
+    given = {k: v for k, v in vars(args).items() if v is not None}
+    options = diffusion_defaults() | {"num_classes": 10} | given
+    names = set(Config.__dataclass_fields__) & set(options)
+    config = Config.from_dict({name: options[name] for name in names})
+    config = replace(
+        config,
+        schedule="cosine" if options["schedule"] == "cosine" else "linear",
+        num_classes=options["num_classes"] if options["use_labels"] else None,
+    )
+    return Diffusion.from_config(config, num_classes=options["num_classes"])

@@ -1,0 +1,1 @@
+"""Training: data readers, checkpoints, the trainer, and pictures of what it draws."""

@@ -1,0 +1,163 @@
+"""Checkpoints: one safetensors file with everything a run needs to go on.
+
+Tensors: the `state_dict()` of `Diffusion` under its own names, `optimizer.<index>.<name>`, `rng.torch`.
+Header key "ddpm_fast", JSON: {format, config, extra_state, param_groups, training}. Nothing is ever unpickled.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..diffusion import Diffusion
+from ..models.presets import Config
+
+FORMAT = 1
+HEADER = "ddpm_fast"
+OPTIMIZER, RNG = "optimizer.", "rng.torch"
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint file holds, on the CPU."""
+
+    path: Path
+    config: Config
+    state: dict[str, Tensor]  # of Diffusion
+    extra_state: dict[str, Any]  # of Diffusion: step, call counter, seed
+    optimizer: dict[str, Any] | None  # as torch.optim.Optimizer.state_dict() gives it
+    rng: Tensor | None  # of torch's CPU generator
+    training: dict[str, Any]  # JSON of the trainer's own
+
+    def load_into(self, diffusion: Diffusion, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Restores a diffusion, and an optimizer over its parameters, to the saved state.
+
+        Raises:
+            ValueError: names or shapes don't fit; the text names the file.
+        """
+        try:
+            diffusion.load_state_dict(self.state, step=self.extra_state.get("step"))
+        except RuntimeError as error:
+            raise ValueError(f"{self.path} doesn't fit its own configuration: {error}") from error
+        diffusion.load_extra_state(self.extra_state)
+        if optimizer is not None:
+            self._load_optimizer(optimizer)
+
+    def _load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.optimizer is None:
+            raise ValueError(f"{self.path} has no optimizer state: it can be sampled from, but not resumed")
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        saved = [i for group in self.optimizer["param_groups"] for i in group["params"]]
+        if len(saved) != len(params):
+            raise ValueError(f"{self.path} has optimizer state for {len(saved)} parameters, expected {len(params)}")
+        for index, entries in self.optimizer["state"].items():  # torch itself takes any shape
+            for name, value in entries.items():
+                if value.ndim and value.shape != params[index].shape:
+                    came, expected = tuple(value.shape), tuple(params[index].shape)
+                    raise ValueError(f"{self.path}: {OPTIMIZER}{index}.{name} has shape {came}, expected {expected}")
+        optimizer.load_state_dict(self.optimizer)
+
+
+def save_checkpoint(
+    path: str | Path,
+    diffusion: Diffusion,
+    config: Config,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a checkpoint atomically: a reader, or a crash, sees the old file or the new one, never a part.
+
+    Args:
+        optimizer: saved too, with the state of torch's CPU generator, so that training can go on.
+        training: JSON-able values of the caller's own.
+    """
+    header: dict[str, Any] = {
+        "format": FORMAT,
+        "config": config.to_dict(),
+        "extra_state": diffusion.extra_state(),
+        "training": dict(training or {}),
+    }
+    tensors = dict(diffusion.state_dict())
+    if optimizer is not None:
+        state = optimizer.state_dict()
+        header["param_groups"] = state["param_groups"]
+        tensors[RNG] = torch.get_rng_state()
+        for index, entries in state["state"].items():
+            tensors |= {f"{OPTIMIZER}{index}.{name}": torch.as_tensor(value) for name, value in entries.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {HEADER: json.dumps(header)}
+    write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` on a temporary file in the folder of `path`, then puts it in the place of `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        _flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # elsewhere a folder can't be opened
+        _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads a file written by `save_checkpoint`.
+
+    Raises:
+        ValueError: it is missing, truncated, not ours, or of a later format; the text names it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} doesn't exist: expected a checkpoint (.safetensors)")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a safetensors file, or it is truncated: {error}") from error
+    try:
+        header = json.loads(metadata[HEADER])
+        if header["format"] > FORMAT:
+            raise ValueError(f"format {header['format']}, this version reads up to {FORMAT}")
+        return _assemble(path, header, tensors)
+    except KeyError as error:
+        raise ValueError(f"{path} is no checkpoint of this package: {error} is missing in its header") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} has a header that can't be used: {error}") from error
+
+
+def _assemble(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
+    config = Config.from_dict(header["config"])
+    rng = tensors.pop(RNG, None)
+    entries: dict[int, dict[str, Tensor]] = {}
+    for name in [name for name in tensors if name.startswith(OPTIMIZER)]:
+        index, entry = name.removeprefix(OPTIMIZER).split(".")
+        entries.setdefault(int(index), {})[entry] = tensors.pop(name)
+    groups = header.get("param_groups")
+    optimizer = None if groups is None else {"state": entries, "param_groups": groups}
+    return Checkpoint(path, config, tensors, header["extra_state"], optimizer, rng, header["training"])
+
+
+def load_diffusion(path: str | Path, device: torch.device | str = "cpu") -> tuple[Diffusion, Config]:
+    """The trained diffusion in a checkpoint, in eval mode on `device`, and its configuration."""
+    checkpoint = read_checkpoint(path)
+    diffusion = Diffusion.from_config(checkpoint.config)
+    checkpoint.load_into(diffusion)
+    return diffusion.to(device).eval(), checkpoint.config

@@ -1,0 +1,103 @@
+"""Samples as pictures: PNG grid, single PNGs, GIF of the denoising, npz."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .extras import require
+
+BORDER = 2  # pixels between the images of a grid, after upscaling
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Float [-1, 1] to uint8 [0, 255], same shape; what lies outside is clipped."""
+    return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def upscale_for(height: int, shown: int = 48) -> int:
+    """The integer factor that shows an image of `height` pixels with at least `shown`."""
+    return max(1, -(-shown // height))
+
+
+def grid(pixels: Tensor, *, columns: int, upscale: int = 1) -> np.ndarray:
+    """Lays uint8 [N, C, H, W] out in rows of `columns` on a mid-grey ground.
+
+    Args:
+        upscale: each pixel becomes a square of this side.
+
+    Returns:
+        uint8 [height, width, C].
+    """
+    count, channels = pixels.shape[:2]
+    rows = -(-count // columns)
+    cells = pixels.repeat_interleave(upscale, 2).repeat_interleave(upscale, 3)
+    cells = F.pad(cells, (0, BORDER, 0, BORDER), value=128)
+    blank = cells.new_full((rows * columns - count, *cells.shape[1:]), 128)
+    height, width = cells.shape[2:]
+    cells = torch.cat([cells, blank]).reshape(rows, columns, channels, height, width)
+    sheet = cells.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, channels)
+    return F.pad(sheet, (0, 0, BORDER, 0, BORDER, 0), value=128).numpy()
+
+
+def save_png(path: str | Path, array: np.ndarray) -> None:
+    """Writes uint8 [H, W, C], C in {1, 3}, as PNG."""
+    _picture(array).save(_ready(path))
+
+
+def save_pngs(folder: str | Path, pixels: Tensor, labels: Tensor | None = None, *, first_index: int = 0) -> None:
+    """Writes uint8 [N, C, H, W] as `folder/000000.png`..., or `000000-class-7.png` with labels."""
+    for i, image in enumerate(pixels):
+        suffix = "" if labels is None else f"-class-{int(labels[i])}"
+        save_png(Path(folder) / f"{first_index + i:06d}{suffix}.png", image.permute(1, 2, 0).numpy())
+
+
+def save_gif(path: str | Path, frames: Sequence[np.ndarray], *, milliseconds: int = 80, hold: int = 2000) -> None:
+    """Writes uint8 [H, W, C] frames as an endless GIF whose last frame stays for `hold` milliseconds."""
+    pictures = [_picture(frame) for frame in frames]
+    durations = [milliseconds] * (len(pictures) - 1) + [hold]
+    pictures[0].save(_ready(path), save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+
+
+def save_npz(path: str | Path, pixels: Tensor, labels: Tensor | None = None) -> None:
+    """Writes `images` uint8 [N, H, W, C] and, if given, `labels` int64 [N]."""
+    arrays: dict[str, Any] = {"images": pixels.permute(0, 2, 3, 1).numpy()}
+    if labels is not None:
+        arrays["labels"] = labels.numpy()
+    np.savez_compressed(_ready(path), **arrays)
+
+
+class Frames:
+    """A sampling callback that keeps about `count` evenly spaced steps of the denoising.
+
+    Args:
+        steps: rows of the plan; the last of them leaves the finished images.
+    """
+
+    def __init__(self, steps: int, *, count: int = 50) -> None:
+        kept = np.linspace(0, steps - 1, min(count, steps)).round().astype(int)
+        self._kept: dict[int, list[Tensor]] = {k: [] for k in kept.tolist()}
+
+    def __call__(self, k: int, x: Tensor) -> None:
+        if k in self._kept:
+            self._kept[k].append(to_uint8(x).cpu())
+
+    def grids(self, *, columns: int, upscale: int = 1) -> list[np.ndarray]:
+        """The steps in order, each with the images of all batches as one grid."""
+        return [grid(torch.cat(parts), columns=columns, upscale=upscale) for parts in self._kept.values()]
+
+
+def _picture(array: np.ndarray) -> Any:
+    if array.shape[-1] not in (1, 3):
+        raise ValueError(f"images have {array.shape[-1]} channels: PNG and GIF take 1 or 3, npz any number")
+    return require("PIL.Image").fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+
+
+def _ready(path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

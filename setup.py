@@ -1,0 +1,113 @@
+"""Builds the optional native module `ddpm_fast._C` with CMake and ninja; pyproject.toml holds everything else.
+
+The package works without it, only slower. When it can't be built, the reason goes into
+`ddpm_fast/_C_unavailable.txt`, which `python -m ddpm_fast info` shows.
+`DDPM_FAST_NATIVE=0` skips the build, `DDPM_FAST_NATIVE=1` makes a failure fatal.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+MODULE = "_C"
+REASON = "_C_unavailable.txt"
+
+
+def requested() -> str:
+    """`DDPM_FAST_NATIVE`: "0" (skip), "1" (a failure is fatal) or "" (try)."""
+    value = os.environ.get("DDPM_FAST_NATIVE", "")
+    if value not in ("", "0", "1"):
+        raise ValueError(
+            f"DDPM_FAST_NATIVE={value}: expected 0 (skip the native build), 1 (require it) or nothing (try)"
+        )
+    return value
+
+
+def tool(name: str) -> str:
+    """Path of a build tool: from PATH, where an isolated build puts its own, or from beside this Python."""
+    path = shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+    if path is None:
+        raise CompileError(f"{name} was not found: pip install {name}")
+    return path
+
+
+def run(*command: str | Path) -> None:
+    """Runs a command and shows its output; on failure raises CompileError with the first error in it."""
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    print(result.stdout, flush=True)
+    if result.returncode:
+        lines = result.stdout.replace(f"{ROOT}{os.sep}", "").splitlines()
+        first = next((i for i, line in enumerate(lines) if "error" in line.lower()), -1)
+        text = " ".join(" ".join(lines[first:][:8]).split())
+        text = re.sub(r"^CMake Error at \S+ \(\w+\): ", "", text)[:300]
+        raise CompileError(f"the native build failed: {text} ... (all of it: pip install -v)")
+
+
+def compile_native() -> Path:
+    """Configures and builds, incrementally, and returns the directory that holds the module."""
+    if requested() == "0":
+        raise CompileError("not built: DDPM_FAST_NATIVE=0 was set when ddpm_fast was installed")
+    try:
+        import pybind11
+    except ImportError:
+        raise CompileError("pybind11 was not found: pip install pybind11") from None
+    cmake, ninja = tool("cmake"), tool("ninja")
+    # CMake keeps these for the life of a build directory, so each combination gets its own.
+    fixed = [str(ROOT), sys.executable, *(os.environ.get(name, "") for name in ("CXX", "CXXFLAGS", "LDFLAGS"))]
+    key = hashlib.sha256("\n".join(fixed).encode()).hexdigest()[:8]
+    directory = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{key}"
+    run(
+        *(cmake, "-S", ROOT, "-B", directory, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
+        *("-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}"),
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    )
+    run(cmake, "--build", directory)
+    return directory
+
+
+class BuildNative(build_ext):
+    """Puts the module, or the reason why there is none, into the package."""
+
+    def run(self) -> None:
+        if self.inplace:
+            package = Path(self.get_finalized_command("build_py").get_package_dir("ddpm_fast"))
+        else:
+            package = Path(self.build_lib, "ddpm_fast")
+        package.mkdir(parents=True, exist_ok=True)
+        module = package / Path(self.get_ext_filename(MODULE)).name
+        module.unlink(missing_ok=True)
+        (package / REASON).unlink(missing_ok=True)
+        try:
+            shutil.copy2(compile_native() / module.name, module)
+        except (CompileError, OSError) as error:
+            if requested() == "1":
+                raise
+            print(f"ddpm_fast is installed without its native module: {error}", file=sys.stderr)
+            (package / REASON).write_text(f"{error}\n", encoding="utf-8")
+            self.extensions = self.distribution.ext_modules = []
+
+
+class TagWheel(bdist_wheel):
+    """Tags a wheel as pure if it holds no native module, which is known only after the build."""
+
+    def run(self) -> None:
+        self.run_command("build")
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
+
+
+setup(
+    ext_modules=[Extension(f"ddpm_fast.{MODULE}", sources=[])],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": TagWheel},
+)

@@ -1,0 +1,176 @@
+"""Checkpoints: everything comes back bit for bit, a failed write leaves the old file, damage is named."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ddpm_fast import Diffusion
+from ddpm_fast.models.presets import Config
+from ddpm_fast.training import checkpoint as module
+from ddpm_fast.training.checkpoint import load_diffusion, read_checkpoint, save_checkpoint
+
+TINY = Config(
+    img_size=(8, 8),
+    img_channels=1,
+    num_classes=3,
+    base_channels=8,
+    channel_mults=(1, 2),
+    num_res_blocks=1,
+    time_emb_dim=16,
+    num_groups=4,
+    num_timesteps=10,
+    schedule="cosine",
+    ema_decay=0.9,
+    ema_start=1,
+)
+
+
+def trained(steps: int = 3) -> tuple[Diffusion, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    diffusion = Diffusion.from_config(TINY, seed=5)
+    optimizer = torch.optim.Adam(diffusion.model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        loss = diffusion(torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 0]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        diffusion.update_ema()
+    return diffusion, optimizer
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    diffusion, optimizer = trained()
+    save_checkpoint(tmp_path / "model.safetensors", diffusion, TINY, optimizer=optimizer, training={"position": 12})
+    return tmp_path / "model.safetensors"
+
+
+def rewrite(path: Path, change) -> None:
+    """Saves the file again after `change(tensors, header)`."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["ddpm_fast"])
+    tensors = load_file(path)
+    change(tensors, header)
+    save_file(tensors, path, {"ddpm_fast": json.dumps(header)})
+
+
+def test_everything_comes_back(path: Path) -> None:
+    diffusion, optimizer = trained()
+    torch.randn(3)  # the generator moves on after saving
+    fresh = Diffusion.from_config(TINY)
+    fresh_optimizer = torch.optim.Adam(fresh.model.parameters())
+    saved = read_checkpoint(path)
+    saved.load_into(fresh, fresh_optimizer)
+    assert saved.config == TINY and saved.training == {"position": 12}
+    assert fresh.extra_state() == diffusion.extra_state() and fresh.step == 3
+    expected = diffusion.state_dict()
+    assert list(fresh.state_dict()) == list(expected)
+    assert all(torch.equal(value, expected[name]) for name, value in fresh.state_dict().items())
+    ours, theirs = fresh_optimizer.state_dict(), optimizer.state_dict()
+    assert json.dumps(ours["param_groups"]) == json.dumps(theirs["param_groups"])  # JSON has no tuples
+    assert ours["state"].keys() == theirs["state"].keys()
+    for index, entries in theirs["state"].items():
+        assert all(torch.equal(ours["state"][index][name], value) for name, value in entries.items())
+    trained()
+    assert torch.equal(saved.rng, torch.get_rng_state())
+
+
+def test_the_file_reads_as_a_plain_state_dict(path: Path) -> None:
+    diffusion, _ = trained()
+    tensors = load_file(path)
+    assert all(torch.equal(tensors[name], value) for name, value in diffusion.state_dict().items())
+
+
+def test_load_diffusion_samples_the_same_images(path: Path) -> None:
+    diffusion, _ = trained()
+    loaded, config = load_diffusion(path)
+    assert config == TINY and not loaded.training
+    y = torch.tensor([0, 1, 2])
+    assert torch.equal(loaded.sample(3, "cpu", y, seed=1), diffusion.sample(3, "cpu", y, seed=1))
+
+
+def test_channels_last_weights_are_saved(tmp_path: Path) -> None:
+    diffusion, _ = trained()
+    diffusion.to(memory_format=torch.channels_last)
+    save_checkpoint(tmp_path / "a.safetensors", diffusion, TINY)
+    loaded, _ = load_diffusion(tmp_path / "a.safetensors")
+    expected = diffusion.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
+    with pytest.raises(ValueError, match="no optimizer state"):
+        optimizer = torch.optim.Adam(loaded.model.parameters())
+        read_checkpoint(tmp_path / "a.safetensors").load_into(loaded, optimizer)
+
+
+@pytest.mark.parametrize("failing", ["save_file", "os.replace"])
+def test_a_failed_write_leaves_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    before = path.read_bytes()
+
+    def half_written(tensors: dict, filename: Path, metadata: dict) -> None:
+        Path(filename).write_bytes(before[: len(before) // 2])
+        raise OSError("No space left on device")
+
+    def no_replace(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    if failing == "save_file":
+        monkeypatch.setattr(module, "save_file", half_written)
+    else:
+        monkeypatch.setattr(os, "replace", no_replace)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(path, *trained(5)[:1], TINY)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_the_file_and_then_its_folder_reach_the_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    replace, flush = os.replace, module._flush
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), replace(a, b)))
+    monkeypatch.setattr(module, "_flush", lambda p: (events.append("folder" if p.is_dir() else "file"), flush(p)))
+    save_checkpoint(path, trained()[0], TINY)
+    assert events == ["file", "replace", "folder"]
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 5000, -1])
+def test_a_truncated_file_is_named(path: Path, keep: int) -> None:
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="not a safetensors file, or it is truncated") as error:
+        read_checkpoint(path)
+    assert str(path) in str(error.value)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere\.safetensors doesn't exist"):
+        read_checkpoint(tmp_path / "nowhere.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(
+        ValueError, match=r"other\.safetensors is no checkpoint of this package: 'ddpm_fast' is missing"
+    ):
+        read_checkpoint(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors, header: header.update(format=2), "format 2, this version reads up to 1"),
+        (lambda tensors, header: header.pop("extra_state"), "'extra_state' is missing"),
+        (lambda tensors, header: header["config"].update(colour=1), "colour"),
+        (lambda tensors, header: tensors.pop("model.init_conv.weight"), "model.init_conv.weight"),
+        (lambda tensors, header: tensors.update(surplus=torch.zeros(1)), "surplus"),
+        (lambda tensors, header: header["config"].update(base_channels=16), "size mismatch"),
+        (lambda tensors, header: tensors.update({"optimizer.0.exp_avg": torch.zeros(3)}), r"0\.exp_avg has shape"),
+        (lambda tensors, header: header["param_groups"][0]["params"].pop(), "optimizer state for"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(path: Path, change, message: str) -> None:
+    rewrite(path, change)
+    with pytest.raises(ValueError, match=message) as error:
+        saved = read_checkpoint(path)
+        diffusion = Diffusion.from_config(saved.config)
+        saved.load_into(diffusion, torch.optim.Adam(diffusion.model.parameters()))
+    assert str(path) in str(error.value)

@@ -1,0 +1,222 @@
+"""Readers and batches: values, damaged files, and an order that depends on (seed, position) alone."""
+
+import gzip
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm_fast.training.data import Batches, Images, digits, load_images, read_idx, stratified, to_float
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (5, 6, 4), dtype=np.uint8)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes of two 4x6 RGB images each, and files that are no images."""
+    root = tmp_path / "photos"
+    for k, name in enumerate(("cat", "dog")):
+        (root / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (6, 4), (100 * k, 10 * i, 7)).save(root / name / f"{i}.png")
+    (root / "cat" / "notes.txt").write_text("not an image")
+    (root / "__MACOSX").mkdir()
+    (root / "__MACOSX" / "0.png").write_bytes(b"resource fork")
+    return root
+
+
+def zipped(root: Path, prefix: str = "") -> Path:
+    path = root.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in root.rglob("*"):
+            if file.is_file():
+                archive.write(file, prefix + file.relative_to(root).as_posix())
+    return path
+
+
+def test_digits_are_split_by_class_and_not_shared() -> None:
+    train, held_out, everything = digits("train"), digits("held_out"), digits("all")
+    assert (len(train.pixels), len(held_out.pixels)) == (1198, 599)
+    assert everything.pixels.shape == (1797, 1, 8, 8) and everything.pixels.max() == 255
+    share = train.labels.bincount() / everything.labels.bincount()
+    assert (share - 2 / 3).abs().max() < 0.005
+    parts = torch.cat([train.pixels, held_out.pixels]).flatten(1)
+    assert torch.equal(parts.unique(dim=0), everything.pixels.flatten(1).unique(dim=0))
+    assert torch.equal(digits("train").pixels, train.pixels)
+    assert not torch.equal(digits("train", seed=1).pixels, train.pixels)
+
+
+def test_stratified_needs_labels() -> None:
+    with pytest.raises(ValueError, match="no labels"):
+        stratified(Images(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), None), 0.5, seed=0)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx_with_its_labels(tmp_path: Path, pixels: np.ndarray, suffix: str) -> None:
+    pack = gzip.compress if suffix else bytes
+    labels = np.array([3, 0, 1, 1, 2], dtype=np.uint8)
+    (tmp_path / f"train-images-idx3-ubyte{suffix}").write_bytes(pack(idx_bytes(pixels)))
+    (tmp_path / f"train-labels-idx1-ubyte{suffix}").write_bytes(pack(idx_bytes(labels)))
+    for source in (tmp_path, tmp_path / f"train-images-idx3-ubyte{suffix}"):
+        images = load_images(source)
+        assert np.array_equal(images.pixels[:, 0].numpy(), pixels)
+        assert images.labels.tolist() == [3, 0, 1, 1, 2] and images.labels.dtype == torch.int64
+    assert (
+        load_images(tmp_path, pad=1).pixels[:, 0].numpy().tolist() == np.pad(pixels, ((0, 0), (1, 1), (1, 1))).tolist()
+    )
+
+
+def test_idx_without_labels(tmp_path: Path, pixels: np.ndarray) -> None:
+    (tmp_path / "x.idx").write_bytes(idx_bytes(pixels))
+    assert read_idx(tmp_path / "x.idx").labels is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda b: b[:-1], "truncated"),
+        (lambda b: b + b"\0", "truncated or damaged"),
+        (lambda b: b[:7], "neither an idx file nor a zip"),
+        (lambda b: b"", "neither an idx file nor a zip"),
+        (lambda b: b"\1" + b[1:], "neither an idx file nor a zip"),
+        (lambda b: b[:2] + b"\x0d" + b[3:], "type 0xd of rank 3, expected uint8"),
+        (lambda b: b[:4] + b"\xff" * 12 + b[16:], "truncated"),
+        (lambda b: gzip.compress(b)[:-12], "can't be read"),
+        (lambda b: gzip.compress(b)[:20] + b"garbage" + gzip.compress(b)[27:], "can't be read"),
+    ],
+)
+def test_damaged_idx_names_the_file(tmp_path: Path, pixels: np.ndarray, damage, message: str) -> None:
+    path = tmp_path / "bad-images-idx3-ubyte"
+    path.write_bytes(damage(idx_bytes(pixels)))
+    with pytest.raises(ValueError, match=message) as error:
+        load_images(path)
+    assert str(path) in str(error.value)
+
+
+def test_idx_with_too_few_labels(tmp_path: Path, pixels: np.ndarray) -> None:
+    (tmp_path / "t-images-idx3-ubyte").write_bytes(idx_bytes(pixels))
+    (tmp_path / "t-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(4, np.uint8)))
+    with pytest.raises(ValueError, match="t-labels-idx1-ubyte has 4 labels, .*t-images-idx3-ubyte has 5 images"):
+        load_images(tmp_path / "t-images-idx3-ubyte")
+
+
+def test_folder_and_zip_give_the_same_classes(photos: Path) -> None:
+    for source in (photos, zipped(photos)):
+        images = load_images(source)
+        assert images.class_names == ("cat", "dog")
+        assert images.labels.tolist() == [0, 0, 1, 1]
+        assert images.pixels.shape == (4, 3, 4, 6)
+        assert images.pixels[:, :, 0, 0].tolist() == [[0, 0, 7], [0, 10, 7], [100, 0, 7], [100, 10, 7]]
+
+
+def test_a_folder_inside_a_zip(photos: Path) -> None:
+    archive = zipped(photos, "train/")
+    assert load_images(archive / "train").class_names == ("cat", "dog")
+    assert load_images(archive / "train" / "dog").labels is None
+    with pytest.raises(ValueError, match="holds no images"):
+        load_images(archive / "test")
+
+
+def test_classes_on_two_levels_are_refused(photos: Path) -> None:
+    Image.new("RGB", (6, 4)).save(photos / "stray.png")
+    with pytest.raises(ValueError, match="one sub-folder per class"):
+        load_images(photos)
+
+
+def test_images_of_several_sizes_need_a_size(photos: Path) -> None:
+    Image.new("RGB", (9, 4), (0, 0, 7)).save(photos / "dog" / "9.png")
+    with pytest.raises(ValueError, match=r"dog/9\.png is 3x4x9, the images before it are 3x4x6: give a size"):
+        load_images(photos)
+    assert load_images(photos, size=(2, 2)).pixels[-1, :, 0, 0].tolist() == [0, 0, 7]
+
+
+def test_resize_fits_the_shorter_side_and_crops_the_centre(tmp_path: Path) -> None:
+    array = np.zeros((4, 12, 3), np.uint8)
+    array[:, 4:8] = 200  # all that is left of the middle third
+    Image.fromarray(array).save(tmp_path / "wide.png")
+    assert load_images(tmp_path, size=(4, 4)).pixels.unique().tolist() == [200]
+    half = load_images(tmp_path, size=(2, 6)).pixels[0, 0, 0].tolist()
+    assert half[0] == half[5] == 0 and half[2] == half[3] == 175 and half[1] == half[4] == 25  # a triangle 4 wide
+
+
+def test_grey_stays_grey_and_the_first_image_decides(tmp_path: Path) -> None:
+    Image.new("L", (3, 3), 9).save(tmp_path / "a.png")
+    Image.new("RGB", (3, 3), (255, 255, 255)).save(tmp_path / "b.png")
+    assert load_images(tmp_path).pixels[:, 0, 0, 0].tolist() == [9, 255]
+    Image.new("I;16", (3, 3)).save(tmp_path / "c.png")
+    with pytest.raises(ValueError, match=r"c\.png has more than 8 bits"):
+        load_images(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 20, 45])
+def test_damaged_image_is_named(photos: Path, keep: int) -> None:
+    path = photos / "dog" / "1.png"
+    path.write_bytes(path.read_bytes()[:keep])
+    for source in (photos, zipped(photos)):
+        with pytest.raises(ValueError, match=r"dog/1\.png can't be read"):
+            load_images(source)
+
+
+def test_damaged_zip_and_missing_source(photos: Path, tmp_path: Path) -> None:
+    archive = zipped(photos)
+    archive.write_bytes(archive.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"photos\.zip"):
+        load_images(archive)
+    with pytest.raises(ValueError, match="nowhere doesn't exist"):
+        load_images(tmp_path / "nowhere")
+
+
+def numbered(count: int) -> Images:
+    pixels = torch.arange(count, dtype=torch.uint8)[:, None, None, None].repeat(1, 1, 1, 2)
+    pixels[..., 1] += 100
+    return Images(pixels, torch.arange(count))
+
+
+def test_every_epoch_holds_every_image_once() -> None:
+    batches = Batches(numbered(10), seed=3)
+    drawn = [batches.take(position, 4)[1] for position in range(0, 40, 4)]  # batches straddle the epochs
+    epochs = torch.cat(drawn).reshape(4, 10)
+    assert torch.equal(epochs.sort(1).values, torch.arange(10).repeat(4, 1))
+    assert len(epochs.unique(dim=0)) == 4
+
+
+def test_batches_depend_on_seed_and_position_alone() -> None:
+    data = numbered(10)
+    x, y = Batches(data, seed=3, flip=True).take(0, 57)
+    late = Batches(data, seed=3, flip=True)
+    late.take(90, 2)
+    x_late, y_late = late.take(31, 20)
+    assert torch.equal(x_late, x[31:51]) and torch.equal(y_late, y[31:51])
+    assert not torch.equal(Batches(data, seed=4).take(0, 57)[1], y)
+
+
+def test_flip_mirrors_about_half_and_pixels_are_scaled() -> None:
+    data = numbered(100)
+    x, y = Batches(data, seed=0, flip=True).take(0, 400)
+    plain = to_float(data.pixels[y])
+    mirrored = (x == plain.flip(-1)).flatten(1).all(1)
+    assert ((x == plain).flatten(1).all(1) ^ mirrored).all()
+    assert 150 < int(mirrored.sum()) < 250
+    assert to_float(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
+    assert torch.equal(
+        Batches(data, seed=0).take(0, 100)[0], to_float(data.pixels[Batches(data, seed=0).take(0, 100)[1]])
+    )
+
+
+def test_fingerprint_sees_pixels_and_labels() -> None:
+    data = numbered(4)
+    seen = {
+        tuple(images.fingerprint().values()) for images in (data, numbered(5), data._replace(labels=data.labels + 1))
+    }
+    assert len(seen) == 3 and data.fingerprint() == numbered(4).fingerprint()
