@@ -5,9 +5,8 @@ from itertools import cycle
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
-from benchmarks.harness import time_interleaved
+from benchmarks.harness import NAMES, Row, time_interleaved
 
 T = TypeVar("T")
 
@@ -26,20 +25,27 @@ def rotation(make: Callable[[int], T], nbytes: int, device: torch.device) -> Cal
     return lambda: next(made)
 
 
-def matmul_flops(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] = (), repetitions: int = 9) -> float:
-    """Return the FLOP/s of the fastest square matrix product on random data (2 FLOP per multiply-add)."""
-    best = 0.0
+def matmul(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] = (), repetitions: int = 9) -> Row:
+    """Return the row of the fastest square matrix product on random data; 2 FLOP per multiply-add."""
+    rows = []
     for size in sizes or ((4096, 8192) if device.type == "cuda" else (512, 1024, 2048)):
         a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
         times = time_interleaved({"": lambda a=a, b=b, out=out: torch.mm(a, b, out=out)}, device, repetitions, warmup=2)
-        best = max(best, 2 * size**3 / (min(times[""]) * 1e-3))
-    return best
+        row: Row = {
+            "case": f"matrix product [{size}, {size}]",
+            "precision": NAMES[dtype],
+            "batch": 1,
+            "name": "torch.mm",
+        }
+        rows.append(row | {"ms": min(times[""]), "tflops": 2 * size**3 / min(times[""]) * 1e-9})
+    return max(rows, key=lambda row: row["tflops"])
 
 
-def copy_bytes(device: torch.device, nbytes: int | None = None, repetitions: int = 9) -> float:
-    """Return the bytes/s of a copy within the device, bytes read plus bytes written."""
+def copy(device: torch.device, nbytes: int | None = None, repetitions: int = 9) -> Row:
+    """Return the row of a copy within the device; bytes read plus bytes written."""
     nbytes = nbytes or (4 << 30 if device.type == "cuda" else 256 << 20)
-    source: Tensor = torch.randint(256, (nbytes // 8,), device=device)
+    source = torch.rand(nbytes // 4, device=device)
     target = torch.empty_like(source)
     times = time_interleaved({"": lambda: target.copy_(source)}, device, repetitions, warmup=2)
-    return 2 * nbytes / (min(times[""]) * 1e-3)
+    row: Row = {"case": f"copy of {nbytes >> 20} MiB", "precision": "float32", "batch": 1, "name": "torch copy_"}
+    return row | {"ms": min(times[""]), "gbytes_per_s": 2 * nbytes / min(times[""]) * 1e-6}

@@ -9,6 +9,7 @@ Networks are timed as they run: weights and activations of a step are larger tha
 import argparse
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from benchmarks import ceilings, gpu_peers
 from benchmarks.harness import DTYPES, Row, header, markdown, markdown_header, pick_device, progress, write_json
 from benchmarks.problem import Check, Problem, check_sampling, check_training, flops_per_image, measure
+from benchmarks.throughput import MODELS
 from ddpm_fast.models.presets import Config, preset
 
 PARTS = ("ceilings", "sample", "train")
@@ -33,18 +35,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     p.add_argument("--part", choices=(*PARTS, "all"), default="all")
-    p.add_argument("--model", choices=("cifar10", "digits"), default="cifar10")
+    p.add_argument("--model", choices=MODELS, default="cifar10")
     p.add_argument("--batch", type=int, nargs="+", help="batch sizes (default: sampling 1 8 64 256, training 128 256)")
     p.add_argument("--steps", type=int, default=2 * UNROLL, help=f"sampling steps per run, a multiple of {UNROLL}")
     p.add_argument("--iterations", type=int, default=5, help="training iterations per run")
     p.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["bf16", "float32"])
     p.add_argument("--repetitions", type=int, default=20)
     p.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="only contenders whose name has one of these")
-    p.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu"), help="folder of the tables and JSON")
+    p.add_argument("--out", type=Path, help="folder of the tables and JSON (default: gpu_results)")
     p.add_argument(
         "--dry-run", action="store_true", help="walk through everything, tiny, on the CPU, compiling nothing"
     )
     args = p.parse_args(argv)
+    args.out = args.out or Path(tempfile.mkdtemp(prefix="dry_run_") if args.dry_run else "gpu_results")
     if args.dry_run:
         args.batch, args.steps, args.iterations, args.repetitions, args.model = [2], 4, 1, 2, "digits"
     elif not torch.cuda.is_available():
@@ -67,10 +70,13 @@ def clocks() -> str | None:
 class Report:
     """One part's rows, written to its Markdown and JSON files after every group, so that a broken run leaves them."""
 
-    def __init__(self, folder: Path, part: str, device: torch.device) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path, self.part, self.rows, self.tables = folder / part, part, [], []  # type: ignore[var-annotated]
-        self.head: dict[str, Any] = header(device) | {"clocks before": clocks()}
+    def __init__(self, args: argparse.Namespace, part: str, device: torch.device) -> None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        self.path, self.part = args.out / part, part
+        self.rows: list[Row] = []
+        self.tables: list[str] = []
+        notes = {"dry run": "nothing was compiled or captured; the times mean nothing"} if args.dry_run else {}
+        self.head: dict[str, Any] = header(device) | notes | {"clocks before": clocks()}
 
     def add(self, rows: Iterable[Row]) -> None:
         """Append a group of rows, print it and write the files."""
@@ -85,16 +91,12 @@ class Report:
 
 
 def measure_ceilings(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Report the copy and matrix-product ceilings; return FLOP/s by precision."""
-    report = Report(args.out, "ceilings", device)
-    copy_rate = ceilings.copy_bytes(device, 1 << 24 if args.dry_run else None)
+    """Report the copy and matrix-product ceilings; return TFLOP/s by precision."""
+    report = Report(args, "ceilings", device)
     sizes = (256,) if args.dry_run else ()
-    flops = {name: ceilings.matmul_flops(device, DTYPES[name], sizes) for name in args.precision}
-    report.add([{"case": "copy", "name": "torch copy_", "gbytes_per_s": copy_rate * 1e-9}])
-    report.add(
-        {"case": "matrix product", "precision": n, "name": "torch.mm", "tflops": f * 1e-12} for n, f in flops.items()
-    )
-    return flops
+    products = {name: ceilings.matmul(device, DTYPES[name], sizes) for name in args.precision}
+    report.add([ceilings.copy(device, 1 << 24 if args.dry_run else None), *products.values()])
+    return {name: row["tflops"] for name, row in products.items()}
 
 
 def measure_part(
@@ -111,13 +113,13 @@ def measure_part(
     builders = {n: b for n, b in builders.items() if not args.only or any(text in n for text in args.only)}
     check: Check = check_training if training else check_sampling
     flops = flops_per_image(config, training)
-    report = Report(args.out, part, device)
+    report = Report(args, part, device)
     for precision in args.precision:
         for batch in args.batch or ([128, 256] if training else [1, 8, 64, 256]):
             steps = args.iterations if training else args.steps
             problem = Problem(config, device, batch, steps, precision, "eager" if args.dry_run else "inductor")
             case = f"{part} {args.model}"
-            report.add(measure(case, problem, builders, check, args.repetitions, flops, ceiling[precision]))
+            report.add(measure(case, problem, builders, check, args.repetitions, flops, ceiling[precision] * 1e12))
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -129,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     gpu_peers.set_fast_math()
     config = preset(args.model)
     if args.dry_run:
-        config = replace(config, base_channels=16)
+        config = replace(config, base_channels=16, num_res_blocks=1)
     progress("ceilings")
     ceiling = measure_ceilings(args, device)
     for part in ("sample", "train") if args.part == "all" else {args.part} - {"ceilings"}:

@@ -25,6 +25,7 @@ from torch import Tensor
 OURS = "ddpm_fast"
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Row = dict[str, Any]
 
@@ -135,21 +136,45 @@ def check_spread(name: str, got: Tensor, expected: Tensor) -> None:
 
 
 def time_interleaved(
-    runs: Mapping[str, Callable[[], Any]], device: torch.device, repetitions: int, warmup: int = 1
+    runs: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    repetitions: int,
+    warmup: int = 1,
+    errors: dict[str, str] | None = None,
 ) -> dict[str, list[float]]:
     """Time the contenders in turn, A B C A B C, so that drift of the machine meets all of them alike.
 
+    Args:
+        runs: contender name -> its work.
+        device: on a GPU the time is between two events, else by the wall clock.
+        repetitions: timed runs of each.
+        warmup: runs of each before.
+        errors: receives the message of a contender that fails, which is then left out; without it the error is raised.
+
     Returns:
-        milliseconds of each repetition, by contender; on a GPU between two events, else by the wall clock.
+        milliseconds of each repetition, by contender.
     """
-    for _ in range(warmup):
-        for run in runs.values():
-            run()
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repetitions):
-        for name, run in runs.items():
-            times[name].append(_time_once(run, device))
+    for i in range(warmup + repetitions):
+        for name in list(times):
+            try:
+                ms = _time_once(runs[name], device)
+            except Exception as error:
+                if errors is None:
+                    raise
+                errors[name] = describe(error)
+                del times[name]
+                continue
+            if i >= warmup:
+                times[name].append(ms)
     return times
+
+
+def describe(error: Exception) -> str:
+    """Return the error's kind and first line, and say it on stderr."""
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    progress(f"  failed: {text}")
+    return text
 
 
 def _time_once(run: Callable[[], Any], device: torch.device) -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -18,12 +18,16 @@ from benchmarks.harness import (
     add_ratios,
     check_agreement,
     check_spread,
+    describe,
     progress,
     summarise,
     time_interleaved,
 )
 from benchmarks.original import UNet
 from ddpm_fast.models.presets import ACTIVATIONS, Config
+
+SPREAD_ELEMENTS = 8192
+MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
 def plain_unet(config: Config) -> UNet:
@@ -58,7 +62,7 @@ def flops_per_image(config: Config, training: bool = False) -> int:
     return counter.get_total_flops()
 
 
-@dataclass
+@dataclass(eq=False)
 class Problem:
     """What all contenders of one case share: weights under a seed, inputs, a schedule of ``steps`` rows, precision.
 
@@ -115,10 +119,10 @@ class Problem:
         generator = torch.Generator().manual_seed(2)
         return torch.randn(self.inputs[0].shape, generator=generator).to(self.device)
 
-    @cached_property
-    def plain_samples(self) -> Tensor:
+    def plain_run(self) -> Tensor:
         """Samples [N, C, H, W] of a plain loop, float32 on the CPU."""
         net, (x, y) = self.network(), self.inputs
+        x = torch.randn_like(x)
         with torch.no_grad():
             for t, coefficient, scale, sigma in self.rows.flip(0):
                 x = (x - coefficient * net(x, t.expand(self.batch), y)) * scale + sigma * torch.randn_like(x)
@@ -150,48 +154,74 @@ Check = Callable[[Problem, str, Contender], None]
 @torch.no_grad()
 def check_sampling(problem: Problem, name: str, contender: Contender) -> None:
     """Raise Disagreement unless the noise predicted inside a reverse step, and the spread of samples, are right."""
-    x, y = problem.inputs
     k = problem.steps // 2
-    t = torch.full((problem.batch,), k, device=problem.device)
+    plain, truth = _sampling_reference(problem, k)
+    got = _noise_in(contender.predict(k), problem, k)
+    check_agreement(name, got, plain, truth, DTYPES[problem.precision])
+    check_spread(name, _enough(contender.run), _plain_samples(problem))
+
+
+def _enough(run: Callable[[], Tensor]) -> Tensor:
+    """Return several runs' samples, where one has too few elements to tell a spread by."""
+    samples = [run()]
+    more = min(31, SPREAD_ELEMENTS // samples[0].numel())
+    return torch.cat(samples + [run() for _ in range(more)])
+
+
+@lru_cache(maxsize=1)
+def _plain_samples(problem: Problem) -> Tensor:
+    return _enough(problem.plain_run)
+
+
+def _noise_in(mean: Tensor, problem: Problem, k: int) -> Tensor:
+    """Return the network's prediction that reverse step k's mean was made with, in float64."""
     _, coefficient, scale, _ = problem.rows[k].double()
+    return (problem.inputs[0].double() - mean.double() / scale) / coefficient
 
-    def noise_in(mean: Tensor) -> Tensor:
-        return (x.double() - mean.double() / scale) / coefficient
 
+@lru_cache(maxsize=1)
+def _sampling_reference(problem: Problem, k: int) -> tuple[list[Tensor], Tensor]:
+    """Return plain PyTorch's predictions in reverse step k, in both memory formats, and the float64 one."""
+    x, y = problem.inputs
+    t, coefficient, scale, _ = problem.rows[k]
+    t, net = t.expand(problem.batch), problem.network()
+    plain = []
+    for memory_format in MEMORY_FORMATS:
+        with problem.autocast():
+            mean = (x - coefficient * net.to(memory_format=memory_format)(x, t, y)) * scale
+        plain.append(_noise_in(mean, problem, k))
+    return plain, net.double()(x.double(), t.double(), y)
+
+
+def check_training(problem: Problem, name: str, contender: Contender) -> None:
+    """Raise Disagreement unless the gradients of every parameter are right and training gives a finite loss."""
+    k = problem.steps // 2
+    plain, truth = _training_reference(problem, k)
+    check_agreement(name, contender.predict(k), plain, truth, DTYPES[problem.precision], factor=3)
+    if not contender.run().isfinite().all():
+        raise Disagreement(f"training of {name} gave a loss that is not finite")
+
+
+@lru_cache(maxsize=1)
+def _training_reference(problem: Problem, k: int) -> tuple[list[Tensor], Tensor]:
+    """Return plain PyTorch's gradients of the loss at t = k, in both memory formats, and the float64 ones."""
+    (x, y), noise = problem.inputs, problem.noise
+    t = torch.full((problem.batch,), k, device=problem.device)
+    alphas_cumprod = float(np.prod(1 - problem.betas[: k + 1]))
+    x_t = alphas_cumprod**0.5 * x.double() + (1 - alphas_cumprod) ** 0.5 * noise.double()
     net = problem.network()
     plain = []
-    for memory_format in (torch.contiguous_format, torch.channels_last):
+    for memory_format in MEMORY_FORMATS:
         with problem.autocast():
-            mean = (x - coefficient.float() * net.to(memory_format=memory_format)(x, t, y)) * scale.float()
-        plain.append(noise_in(mean))
-    truth = net.double()(x.double(), t.double(), y)
-    check_agreement(name, noise_in(contender.predict(k)), plain, truth, DTYPES[problem.precision])
-    check_spread(name, contender.run(), problem.plain_samples)
+            loss = F.mse_loss(net.to(memory_format=memory_format)(x_t.float(), t, y).float(), noise)
+        plain.append(gradients(loss, net.parameters()))
+    net = net.double()
+    return plain, gradients(F.mse_loss(net(x_t, t.double(), y), noise.double()), net.parameters())
 
 
 def gradients(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return the gradients of ``loss``, concatenated in the order of ``parameters``."""
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(parameters))])
-
-
-def check_training(problem: Problem, name: str, contender: Contender) -> None:
-    """Raise Disagreement unless the gradients of every parameter are right and training gives a finite loss."""
-    x, y = problem.inputs
-    k = problem.steps // 2
-    t = torch.full((problem.batch,), k, device=problem.device)
-    alphas_cumprod = float(np.prod(1 - problem.betas[: k + 1]))
-    x_t = alphas_cumprod**0.5 * x.double() + (1 - alphas_cumprod) ** 0.5 * problem.noise.double()
-    net = problem.network()
-    plain = []
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        with problem.autocast():
-            loss = F.mse_loss(net.to(memory_format=memory_format)(x_t.float(), t, y).float(), problem.noise)
-        plain.append(gradients(loss, net.parameters()))
-    net = net.double()
-    truth = gradients(F.mse_loss(net(x_t, t.double(), y), problem.noise.double()), net.parameters())
-    check_agreement(name, contender.predict(k), plain, truth, DTYPES[problem.precision], factor=3)
-    if not contender.run().isfinite().all():
-        raise Disagreement(f"training of {name} gave a loss that is not finite")
 
 
 def measure(
@@ -224,10 +254,10 @@ def measure(
             check(problem, name, contender)
             built[name] = contender
         except Exception as error:  # a peer's failure is a result, whatever it is
-            errors[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            progress(f"  failed: {errors[name]}")
+            errors[name] = describe(error)
     progress(f"{case} {problem.precision} batch {problem.batch}: timing")
-    times = time_interleaved({name: c.run for name, c in built.items()}, problem.device, repetitions)
+    runs = {name: contender.run for name, contender in built.items()}
+    times = time_interleaved(runs, problem.device, repetitions, errors=errors)
     rows = []
     for name in builders:
         row: Row = {"case": case, "precision": problem.precision, "batch": problem.batch, "name": name}

@@ -42,23 +42,23 @@ def run(args: argparse.Namespace, case: str, contenders: Callable[[bool], dict[s
     on_gpu = device.type == "cuda"
     usual = [1, 64, 256] if on_gpu else [1, 4, 16]
     batches = args.batch or (usual[1:2] if args.quick else usual)
-    steps = args.steps or (50 if on_gpu else 4)
+    training = case == "train"
+    steps = args.steps or ((5 if on_gpu else 1) if training else (50 if on_gpu else 4))
     repetitions = args.repetitions or (5 if args.quick else 15)
     config = preset(args.model)
-    training = case == "train"
     flops = flops_per_image(config, training)
     head = header(device)
     print(f"{markdown_header(head)}\n- {flops * 1e-9:.3f} GFLOP per image and step, {steps} steps per timed run\n")
     rows: list[Row] = []
     for precision in args.precision:
         progress(f"matrix-product ceiling, {precision}")
-        ceiling = ceilings.matmul_flops(device, DTYPES[precision])
-        head[f"ceiling_tflops_{precision}"] = ceiling * 1e-12
-        print(f"- matrix product, {precision}: {ceiling * 1e-12:.3g} TFLOP/s\n")
+        ceiling = ceilings.matmul(device, DTYPES[precision])["tflops"]
+        head[f"matrix product {precision} TFLOP/s"] = ceiling
+        print(f"- matrix product, {precision}: {ceiling:.3g} TFLOP/s\n")
         for batch in batches:
             problem = Problem(config, device, batch, steps, precision)
             builders = contenders(args.compile or not args.quick)
-            group = measure(f"{case} {args.model}", problem, builders, check, repetitions, flops, ceiling)
+            group = measure(f"{case} {args.model}", problem, builders, check, repetitions, flops, ceiling * 1e12)
             print(markdown(group), end="\n\n", flush=True)
             rows += group
             if args.json:

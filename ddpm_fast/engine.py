@@ -73,43 +73,65 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
 
 
+class Chain:
+    """A plan under way: all that a step reads and writes, on the device of x.
+
+    Args:
+        x: [N, ...], where the chain starts; overwritten by each step.
+        plan: the sampler.
+        noise: seed and first sample of the steps' noise, which row k draws at draw k; without it, torch's generator.
+    """
+
+    def __init__(self, x: Tensor, plan: Plan, noise: NoiseState | None = None):
+        self.x, self.clip = x, plan.clip
+        self.rows = plan.rows.to(x.device, x.dtype)
+        self.t = plan.timesteps(x.device)
+        self.k = torch.zeros((), dtype=torch.int64, device=x.device)
+        # What no row uses is left out of every step; what a row uses is read here, once, on the host.
+        self.scaled = bool((plan.column("c_in") != 1).any())
+        self.hist = torch.zeros_like(x) if bool((plan.column("c_h") != 0).any()) else None
+        self.noisy = (plan.column("c_z") != 0).tolist()
+        self.noise = noise._replace(draw=self.k) if noise is not None and any(self.noisy) else None
+
+    def step(self, network: Network, z: Tensor | None = None) -> None:
+        """Row k, then k + 1. Nothing here depends on the host's idea of k: one captured step can serve all rows."""
+        x, row = self.x, self.k.reshape(1)
+        model_in = x * self.rows[:, 1].index_select(0, row) if self.scaled else x
+        model_out = network(model_in, self.t.index_select(0, row).repeat(x.shape[0]))
+        sampler_step(
+            x,
+            model_out,
+            self.rows,
+            self.k,
+            noise=self.noise if z is None else z,
+            hist=self.hist,
+            clip=self.clip,
+            return_x0=self.hist is not None,
+            out=x,
+            x0_out=self.hist,
+        )
+        self.k += 1
+
+
 @torch.no_grad()
 def denoise(
     network: Network, x: Tensor, plan: Plan, noise: NoiseState | None = None, on_step: OnStep | None = None
 ) -> Tensor:
-    """Take x through every row of a plan.
+    """Take x through every row of a plan; x, plan and noise as in Chain.
 
     Args:
         network: what predicts; told t as `plan.timesteps` gives it, one per image.
-        x: [N, ...], where the chain starts; overwritten.
-        plan: the sampler.
-        noise: seed and first sample of the steps' noise, which row k draws at draw k; without it, torch's generator.
         on_step: called with (k, x) after row k; x is the loop's own tensor, to be read and not kept.
 
     Returns:
         x after the last row.
     """
-    rows = plan.rows.to(x.device, x.dtype)
-    t = plan.timesteps(x.device)
-    c_in = rows[:, 1] if bool((plan.column("c_in") != 1).any()) else None
-    hist = torch.zeros_like(x) if bool((plan.column("c_h") != 0).any()) else None
-    noisy = (plan.column("c_z") != 0).tolist()
-    k = torch.zeros((), dtype=torch.int64, device=x.device)
-    for i in range(len(plan)):
-        row = k.reshape(1)
-        model_in = x if c_in is None else x * c_in.index_select(0, row)
-        model_out = network(model_in, t.index_select(0, row).repeat(x.shape[0]))
-        z: Tensor | NoiseState | None = None
-        if noise is not None and any(noisy):
-            z = noise._replace(draw=k)
-        elif noise is None and noisy[i]:
-            z = torch.randn(x.shape, dtype=x.dtype, device=x.device)
-        sampler_step(
-            x, model_out, rows, k, noise=z, hist=hist, clip=plan.clip, return_x0=hist is not None, out=x, x0_out=hist
-        )
-        k += 1
+    chain = Chain(x, plan, noise)
+    for k, noisy in enumerate(chain.noisy):
+        z = torch.randn(x.shape, dtype=x.dtype, device=x.device) if noise is None and noisy else None
+        chain.step(network, z)
         if on_step is not None:
-            on_step(i, x)
+            on_step(k, x)
     return x
 
 

@@ -3,7 +3,7 @@
 import argparse
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import numpy as np
@@ -116,11 +116,9 @@ def get_diffusion_from_args(args: Any) -> Diffusion:
     """
     given = {k: v for k, v in vars(args).items() if v is not None}
     options = diffusion_defaults() | {"num_classes": 10} | given
-    names = set(Config.__dataclass_fields__) & set(options)
-    config = Config.from_dict({name: options[name] for name in names})
-    config = replace(
-        config,
-        schedule="cosine" if options["schedule"] == "cosine" else "linear",
-        num_classes=options["num_classes"] if options["use_labels"] else None,
-    )
-    return Diffusion.from_config(config, num_classes=options["num_classes"])
+    num_classes = options["num_classes"]
+    # The original takes any schedule but "cosine" for the linear one.
+    options["schedule"] = "cosine" if options["schedule"] == "cosine" else "linear"
+    options["num_classes"] = num_classes if options["use_labels"] else None
+    config = Config.from_dict({field.name: options[field.name] for field in fields(Config) if field.name in options})
+    return Diffusion.from_config(config, num_classes=num_classes)

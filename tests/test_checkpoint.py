@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from ddpm_fast import Diffusion
 from ddpm_fast.models.presets import Config
-from ddpm_fast.training import checkpoint as module
 from ddpm_fast.training.checkpoint import load_diffusion, read_checkpoint, save_checkpoint
 
 TINY = Config(
@@ -106,34 +106,38 @@ def test_channels_last_weights_are_saved(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "a.safetensors").load_into(loaded, optimizer)
 
 
-@pytest.mark.parametrize("failing", ["save_file", "os.replace"])
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     before = path.read_bytes()
 
-    def half_written(tensors: dict, filename: Path, metadata: dict) -> None:
-        Path(filename).write_bytes(before[: len(before) // 2])
+    def fail(*_: object) -> None:
         raise OSError("No space left on device")
 
-    def no_replace(*_: object) -> None:
-        raise OSError("No space left on device")
-
-    if failing == "save_file":
-        monkeypatch.setattr(module, "save_file", half_written)
-    else:
-        monkeypatch.setattr(os, "replace", no_replace)
+    monkeypatch.setattr(os, failing, fail)
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(path, *trained(5)[:1], TINY)
+        save_checkpoint(path, trained(5)[0], TINY)
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == [path.name]
 
 
 def test_the_file_and_then_its_folder_reach_the_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    replace, flush = os.replace, module._flush
-    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), replace(a, b)))
-    monkeypatch.setattr(module, "_flush", lambda p: (events.append("folder" if p.is_dir() else "file"), flush(p)))
+    replace, fsync = os.replace, os.fsync
+
+    def flush(descriptor: int) -> None:
+        events.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", lambda *names: (events.append("replace"), replace(*names)))
     save_checkpoint(path, trained()[0], TINY)
     assert events == ["file", "replace", "folder"]
+
+
+def test_others_may_read_the_file_as_the_umask_says(path: Path) -> None:
+    plain = path.with_name("plain")
+    plain.write_bytes(b"")
+    assert path.stat().st_mode == plain.stat().st_mode
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 5000, -1])

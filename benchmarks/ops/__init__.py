@@ -14,11 +14,13 @@ from torch import Tensor
 
 from benchmarks.ceilings import rotation
 from benchmarks.harness import (
+    NAMES,
     OURS,
     Row,
     add_ratios,
     check_agreement,
     check_spread,
+    describe,
     progress,
     summarise,
     time_interleaved,
@@ -35,7 +37,7 @@ OPS = (
     "conv3x3",
 )
 CHANNELS_LAST, NCHW = torch.channels_last, torch.contiguous_format
-NAMES = {torch.float32: "float32", torch.bfloat16: "bf16"}
+MIN_RUN_MS = 2.0
 
 Inputs = tuple[Any, ...]
 
@@ -169,7 +171,7 @@ def measure(
         case: what to run.
         device: where.
         compile: time torch.compile too.
-        repetitions: timed runs of each, of at least about 2 ms.
+        repetitions: timed runs of each, of about ``MIN_RUN_MS`` or more.
         copy_rate: bytes/s of a copy; with ``matmul_rate``, FLOP/s in the case's dtype, the bound behind ``share``.
     """
     progress(str(case))
@@ -181,15 +183,15 @@ def measure(
             check(case, name, contender, device)
             runs[name] = prepare(case, contender, device)
         except Exception as error:  # a failure is a result, whatever it is
-            errors[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            progress(f"  {name} failed: {errors[name]}")
-    single = time_interleaved(runs, device, 3, warmup=1)
-    calls = max(1, round(2.0 / max(min(map(min, single.values()), default=2.0), 1e-3)))
+            errors[name] = describe(error)
+    single = time_interleaved(runs, device, 3, errors=errors)
+    calls = max(1, round(MIN_RUN_MS / max(min(map(min, single.values()), default=MIN_RUN_MS), 1e-3)))
 
     def repeated(run: Callable[[], Any]) -> Callable[[], None]:
         return lambda: [run() for _ in range(calls)].clear()
 
-    times = time_interleaved({name: repeated(run) for name, run in runs.items()}, device, repetitions)
+    repeats = {name: repeated(runs[name]) for name in single}
+    times = time_interleaved(repeats, device, repetitions, errors=errors)
     bound_ms = max(case.nbytes / copy_rate, case.flops / matmul_rate) * 1e3
     rows = []
     for name, contender in listed.items():

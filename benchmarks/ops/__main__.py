@@ -3,10 +3,8 @@
 import argparse
 import sys
 
-import torch
-
 from benchmarks import ceilings
-from benchmarks.harness import OURS, Row, header, markdown, markdown_header, pick_device, progress, write_json
+from benchmarks.harness import NAMES, OURS, Row, header, markdown, markdown_header, pick_device, progress, write_json
 from benchmarks.ops import OPS, cases, measure
 
 
@@ -24,11 +22,10 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(args.device)
     batch = args.batch or (4 if args.quick else 256 if device.type == "cuda" else 16)
     progress("ceilings")
-    copy_rate = ceilings.copy_bytes(device)
-    matmul_rate = {dtype: ceilings.matmul_flops(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    head = header(device)
-    head["ceiling_gbytes_copy"] = copy_rate * 1e-9
-    head |= {f"ceiling_tflops_{str(dtype).removeprefix('torch.')}": r * 1e-12 for dtype, r in matmul_rate.items()}
+    copy_rate = ceilings.copy(device)["gbytes_per_s"] * 1e9
+    matmul_rate = {dtype: ceilings.matmul(device, dtype)["tflops"] * 1e12 for dtype in NAMES}
+    head = header(device) | {"copy GB/s": copy_rate * 1e-9}
+    head |= {f"matrix product {NAMES[dtype]} TFLOP/s": rate * 1e-12 for dtype, rate in matmul_rate.items()}
     print(markdown_header(head), end="\n\n")
     rows: list[Row] = []
     for case in cases(args.ops, batch, args.quick):

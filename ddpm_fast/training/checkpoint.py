@@ -6,13 +6,13 @@ Header key "ddpm_fast", JSON: {format, config, extra_state, param_groups, traini
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..diffusion import Diffusion
@@ -91,30 +91,27 @@ def save_checkpoint(
         for index, entries in state["state"].items():
             tensors |= {f"{OPTIMIZER}{index}.{name}": torch.as_tensor(value) for name, value in entries.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {HEADER: json.dumps(header)}
-    write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
+    write_atomically(Path(path), save(tensors, {HEADER: json.dumps(header)}))
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` on a temporary file in the folder of `path`, then puts it in the place of `path`."""
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a temporary file in the folder of `path`, then puts it in the place of `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        _flush(temporary)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # elsewhere a folder can't be opened
-        _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:

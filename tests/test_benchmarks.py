@@ -1,0 +1,231 @@
+"""The benchmarks measure what they say: fair turns, honest checks, one JSON form, and they run."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import ceilings, gpu_peers, harness, problem, sampling, throughput, training
+from benchmarks.harness import OURS, Disagreement
+from benchmarks.ops import OPS
+from benchmarks.ops.__main__ import main as ops_main
+from benchmarks.problem import Contender, Problem
+from ddpm_fast import ops, preset
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+TINY = replace(preset("digits"), base_channels=16, num_res_blocks=1, dropout=0.0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(repeatable, monkeypatch):
+    """The networks here are too small for more."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
+
+def make_problem(precision: str = "float32", **changes) -> Problem:
+    return Problem(TINY, CPU, batch=4, steps=3, precision=precision, **changes)
+
+
+def check_form(path: Path, names: set[str]) -> None:
+    """The JSON form that all benchmarks share; every contender was timed, further backends of ours too."""
+    document = json.loads(path.read_text())
+    assert set(document) == {"header", "rows"}
+    assert {"machine", "versions", "commit", "command", "threads", "date"} <= set(document["header"])
+    assert {row["name"] for row in document["rows"] if not row["name"].startswith(f"{OURS} ")} == names
+    for row in document["rows"]:
+        assert {"case", "precision", "batch", "name", "ms"} <= set(row), row
+        assert "error" not in row and row["ms"] > 0
+        assert row["name"] != OURS or row["ratio"] == 1
+
+
+def test_flop_of_the_cifar10_network():
+    assert problem.flops_per_image(preset("cifar10")) == pytest.approx(12.444e9, abs=0.001e9)
+    # Two products of the backward for one of the forward, but none for the image's own gradient.
+    assert problem.flops_per_image(preset("cifar10"), training=True) == pytest.approx(3 * 12.444e9, rel=1e-3)
+
+
+def test_contenders_take_turns():
+    calls = []
+    runs = {name: (lambda name=name: calls.append(name)) for name in "ABC"}
+    times = harness.time_interleaved(runs, CPU, repetitions=3, warmup=1)
+    assert "".join(calls) == "ABC" * 4
+    assert [len(times[name]) for name in "ABC"] == [3, 3, 3]
+
+
+def test_a_failing_contender_leaves_the_others():
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    errors = {}
+    times = harness.time_interleaved({"bad": fail, "good": lambda: None}, CPU, repetitions=2, errors=errors)
+    assert errors == {"bad": "RuntimeError: out of memory"}
+    assert list(times) == ["good"] and len(times["good"]) == 2
+
+
+def test_median_range_and_ratio():
+    row = harness.summarise([5.0, 1.0, 2.0, 3.0, 4.0], per=2)
+    assert row == {"ms": 1.5, "iqr_ms": 1.0, "repetitions": 5}
+    rows = [{"name": OURS, "ms": 2.0}, {"name": "peer", "ms": 3.0}, {"name": "broken", "error": "no"}]
+    harness.add_ratios(rows)
+    assert [row.get("ratio") for row in rows] == [1.0, 1.5, None]
+    table = harness.markdown(rows).splitlines()
+    assert table[0] == "| contender | ms | over ours | error |"
+    assert table[3] == "| peer | 3 | 1.50 |  |"
+
+
+def test_agreement_is_measured_in_plains_own_error():
+    truth = torch.linspace(1, 2, 100, dtype=torch.float64)
+    plain = [truth.float(), (truth + 1e-4).float()]
+
+    def check(got: torch.Tensor) -> float:
+        return harness.check_agreement("peer", got, plain, truth, torch.float32)
+
+    assert check((truth + 1.9e-4).float()) > 1e-4
+    for wrong in (truth + 2.2e-4, truth * float("nan"), truth[:50]):
+        with pytest.raises(Disagreement, match="peer"):
+            check(wrong.float())
+
+
+def test_a_wrong_sampler_is_not_timed():
+    p = make_problem()
+    right = sampling.eager(sampling.NCHW)(p)
+    problem.check_sampling(p, "right", right)
+    bad_network = p.network()
+    bad_network.downs[0].conv_1.weight.data.mul_(1.01)
+    quiet = make_problem()
+    quiet.rows[:, 3] = 0  # a loop that forgets its noise
+    wrong = {
+        "network": sampling.loop(p, sampling.ReverseStep(bad_network)),
+        "noise": Contender(sampling.eager(sampling.NCHW)(quiet).run, right.predict),
+    }
+    for name, contender in wrong.items():
+        with pytest.raises(Disagreement, match=name):
+            problem.check_sampling(p, name, contender)
+    builders = {OURS: lambda p: right, "wrong": lambda p: wrong["network"]}
+    rows = problem.measure("sample", p, builders, problem.check_sampling, 1, flops=1, ceiling=1.0)
+    assert "ms" in rows[0] and "ms" not in rows[1] and "Disagreement" in rows[1]["error"]
+
+
+def test_a_wrong_trainer_is_not_timed():
+    p = make_problem()
+    right = training.plain(training.NCHW)(p)
+    problem.check_training(p, "right", right)
+    right = training.plain(training.NCHW)(p)
+    scaled = Contender(right.run, lambda k: right.predict(k) * 1.001)
+    with pytest.raises(Disagreement, match="scaled"):
+        problem.check_training(p, "scaled", scaled)
+    diverged = Contender(lambda: torch.tensor(float("nan")), right.predict)
+    with pytest.raises(Disagreement, match="finite"):
+        problem.check_training(p, "diverged", diverged)
+
+
+def test_peers_sample_as_the_original_under_its_seed():
+    p = make_problem()
+    samples = []
+    for build in (sampling.original_loop, sampling.eager(sampling.NCHW)):
+        contender = build(p)
+        torch.manual_seed(5)
+        samples.append(contender.run())
+    assert harness.relative_error(samples[1], samples[0]) < 1e-6
+    graph = gpu_peers.graph_loop(p, sampling.ReverseStep(p.network()), unroll=3)
+    torch.manual_seed(5)
+    assert harness.relative_error(graph.run(), samples[0]) < 1e-6
+
+
+def test_peers_train_as_the_original_under_its_seed(monkeypatch):
+    monkeypatch.setattr(training, "EMA_DECAY", 0.9)
+    p = make_problem()
+    original = training.original.Diffusion(
+        p.network(), *sampling.geometry(p), ema_decay=training.EMA_DECAY, ema_start=1
+    ).train()
+    optimizer = torch.optim.Adam(original.parameters(), lr=training.LEARNING_RATE)
+    peer = training.PlainTrainer(p, training.NCHW)
+    torch.manual_seed(5)
+    for _ in range(p.steps):
+        optimizer.zero_grad()
+        original(p.inputs[0], p.inputs[1]).backward()
+        optimizer.step()
+        original.update_ema()
+    torch.manual_seed(5)
+    peer.run()
+    for expected, got in ((original.model, peer.parameters), (original.ema_model, peer.ema)):
+        start = torch.cat([w.flatten() for w in p.network().parameters()])
+        expected, got = (torch.cat([w.flatten() for w in ws]) - start for ws in (expected.parameters(), got))
+        assert harness.relative_error(got, expected) < 1e-2  # of the change, a small difference of weights
+        assert expected.norm() > 0
+
+
+def test_inductor_knows_the_settings():
+    for options in (
+        gpu_peers.TUNED | gpu_peers.CUDA_GRAPH_TREES,
+        {"freezing": True, "epilogue_fusion": False, "loop_reindexing_after_fusion": False},
+    ):
+        sampling.compile_module(nn.Identity(), make_problem(), options)
+    with pytest.raises(RuntimeError, match="no_such_setting"):
+        sampling.compile_module(nn.Identity(), make_problem(), {"no_such_setting": True})
+
+
+def test_compiled_contenders_trace_without_breaks():
+    p = make_problem("bf16", compiler="eager")
+    problem.check_sampling(p, "sampling", sampling.compiled(sampling.CHANNELS_LAST)(p))
+    problem.check_training(p, "training", training.plain(training.CHANNELS_LAST, {})(p))
+
+
+def test_every_op_has_its_benchmark():
+    assert set(OPS) == set(ops.OPS)
+
+
+def test_ops_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ceilings, "copy", partial(ceilings.copy, nbytes=1 << 22))
+    monkeypatch.setattr(ceilings, "matmul", partial(ceilings.matmul, sizes=(256,)))
+    file = tmp_path / "ops.json"
+    argv = ["--quick", "--repetitions", "2", "--device", "cpu", "--json", str(file)]
+    names = ["timestep_embedding", "noise"]
+    assert ops_main([*argv, "--batch", "2", "--ops", *names]) == 0
+    check_form(file, {OURS, "torch eager"})
+    cases = {row["case"].split()[0] for row in json.loads(file.read_text())["rows"]}
+    assert cases == set(names)
+    assert "| contender |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["sample_throughput.py", "train_throughput.py"])
+def test_throughput_scripts_run_from_anywhere(script, tmp_path):
+    file = tmp_path / "out.json"
+    options = ["--device", "cpu", "--model", "digits", "--batch", "2", "--steps", "2", "--repetitions", "2"]
+    command = [sys.executable, ROOT / "benchmarks" / script, "--quick", *options, "--json", file]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peers = {"original", "torch eager NCHW", "torch eager channels_last"}
+    check_form(file, {OURS, *peers})
+    assert {row["precision"] for row in json.loads(file.read_text())["rows"]} == {"float32", "bf16"}
+    assert "TFLOP/s" in done.stdout and "timing" in done.stderr
+
+
+def test_full_runs_compile_and_quick_ones_do_not():
+    parser = throughput.parser("", "steps")
+    assert not parser.parse_args(["--quick"]).compile
+    for contenders in (sampling.contenders, training.contenders):
+        assert not [name for name in contenders(False) if "compile" in name]
+        assert [name for name in contenders(True) if "compile" in name]
+
+
+def test_gpu_suite_dry_run(tmp_path):
+    script = ROOT / "benchmarks" / "gpu_suite.py"
+    command = [sys.executable, script, "--dry-run", "--precision", "bf16", "--out", tmp_path / "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for part, contenders in (
+        ("sample", gpu_peers.sampling_contenders(2)),
+        ("train", gpu_peers.training_contenders()),
+        ("ceilings", {"torch.mm": 0, "torch copy_": 0}),
+    ):
+        check_form(tmp_path / "out" / f"{part}.json", set(contenders))
+        assert "contender" in (tmp_path / "out" / f"{part}.md").read_text()

@@ -1,0 +1,32 @@
+import numpy as np
+import pytest
+
+from ddpm_fast import generate_cosine_schedule, generate_linear_schedule
+
+
+def test_linear() -> None:
+    betas = generate_linear_schedule(5, 0.1, 0.5)
+    assert betas.dtype == np.float64 and np.allclose(betas, [0.1, 0.2, 0.3, 0.4, 0.5], rtol=1e-15)
+
+
+def test_cosine() -> None:
+    """alphas_cumprod follows cos^2, and the last beta is clipped."""
+    betas = generate_cosine_schedule(100)
+    t = np.arange(1, 100)
+    f = np.cos((t / 100 + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2
+    assert np.allclose(np.cumprod(1 - betas)[:-1], f, rtol=1e-10) and betas[-1] == 0.999
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: generate_linear_schedule(0, 0.1, 0.2), "T must be a positive integer, got 0"),
+        (lambda: generate_linear_schedule(2.5, 0.1, 0.2), "T must be a positive integer"),
+        (lambda: generate_linear_schedule(5, float("nan"), 0.2), "low and high must be finite"),
+        (lambda: generate_cosine_schedule(-1), "T must be a positive integer"),
+        (lambda: generate_cosine_schedule(5, -0.1), "s must not be negative"),
+    ],
+)
+def test_bad_input(call, text) -> None:
+    with pytest.raises(ValueError, match=text):
+        call()
