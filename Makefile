@@ -35,7 +35,7 @@ gpu: ## measure on this machine's GPU, with its own PyTorch
 	$(PYTHON) benchmarks/gpu_suite.py --out benchmarks/results/gpu
 
 clean: ## remove .venv and everything built
-	rm -rf $(VENV) build dist *.egg-info .*_cache .benchmarks .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .*_cache .benchmarks
 	rm -f ddpm_fast/_C*.so ddpm_fast/_C_unavailable.txt
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

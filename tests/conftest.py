@@ -4,16 +4,10 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-
-# Timings vary on shared machines, and a failure must come back on the next run.
-hypothesis.settings.register_profile("ddpm_fast", deadline=None, derandomize=True)
-hypothesis.settings.load_profile("ddpm_fast")
-
 
 @pytest.fixture(autouse=True)
 def repeatable() -> Iterator[None]:

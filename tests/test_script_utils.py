@@ -15,7 +15,7 @@ from ddpm_fast import script_utils
 
 SCRIPTS = Path(__file__).parent / "scripts"
 TINY = (
-    "--num_timesteps 50 --base_channels 32 --channel_mults 1,2 --num_res_blocks 1 --time_emb_dim 16 "
+    "--num_timesteps 25 --base_channels 32 --channel_mults 1,1 --num_res_blocks 1 --time_emb_dim 16 "
     "--attention_resolutions 1 --schedule {schedule} --use_labels {labels} --device cpu"
 )
 
