@@ -41,13 +41,17 @@ def pick_device(name: str) -> torch.device:
 
 
 def header(device: torch.device) -> dict[str, Any]:
-    """Describe the machine, the versions, the commit and the command of this run."""
+    """Describe the machine, the versions, the commit and the command of this run; say so where the machine is busy."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    load = round(os.getloadavg()[0], 2)
+    if load > 1:
+        progress(f"the load is {load} on {cores} cores: times taken beside other work are not worth quoting")
     return {
         "machine": {
             "cpu": _cpu_model(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": cores,
             "isa": torch.backends.cpu.get_cpu_capability(),
-            "load": round(os.getloadavg()[0], 2),
+            "load": load,
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         },
         "versions": {

@@ -15,10 +15,10 @@ from .evaluation.metrics import agreement, frechet_distance, nearest_distances
 from .models.presets import preset
 from .training.data import Images, digits, stratified, to_float
 from .training.extras import require
-from .training.images import Frames, grid, save_gif, save_png, to_uint8, upscale_for
+from .training.images import Frames, grid, save_gif, save_png, to_uint8
 from .training.trainer import LOG, RECIPES, Trainer, read_log
 
-STEPS = 2000
+STEPS = 1800
 COLUMNS = 10
 
 
@@ -69,11 +69,10 @@ def run(
 def draw(diffusion: Diffusion, out: Path, *, seed: int, device: torch.device | str) -> None:
     """Writes samples.png, a class per row, and denoising.gif, how they came about."""
     y = torch.arange(10, device=device).repeat_interleave(COLUMNS)
-    frames = Frames(diffusion.num_timesteps)
+    frames = Frames(diffusion.num_timesteps, count=40)
     x = diffusion.sample(len(y), device, y, seed=seed, callback=frames)
-    upscale = upscale_for(x.shape[2])
-    save_png(out / "samples.png", grid(to_uint8(x), columns=COLUMNS, upscale=upscale))
-    save_gif(out / "denoising.gif", frames.grids(columns=COLUMNS, upscale=upscale))
+    save_png(out / "samples.png", grid(to_uint8(x), columns=COLUMNS, upscale=6))
+    save_gif(out / "denoising.gif", frames.grids(columns=COLUMNS, upscale=4))
 
 
 def plot_loss(out: Path) -> None:

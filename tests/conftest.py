@@ -1,5 +1,6 @@
-"""What all tests share: repeatable random numbers, few threads, and memory that no one may read before writing it."""
+"""What all tests share: repeatable random numbers, one thread, and memory that no one may read before writing it."""
 
+import os
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -9,14 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
+# On tensors this small a second thread gains nothing, and on a busy machine the two wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+
+
 @pytest.fixture(autouse=True)
 def repeatable() -> Iterator[None]:
-    """Every test starts from the same seeds and two threads, whatever ran before it."""
+    """Every test starts from the same seeds and one thread, whatever ran before it."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 

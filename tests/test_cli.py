@@ -59,8 +59,8 @@ def test_train_on_a_folder_resumes_and_refuses_to_overwrite(tmp_path: Path, caps
         (tmp_path / "photos" / name).mkdir(parents=True)
         Image.new("RGB", (20, 18), (10, 200, 30)).save(tmp_path / "photos" / name / "1.png")
     where = {"data": tmp_path / "photos", "out": tmp_path / "run"}
-    command = TRAIN + " --data {data} --size 14x12 --pad 1 --num-groups-is-from-preset --out {out}"
-    command = command.replace(" --num-groups-is-from-preset", " --preset digits --flip")
+    command = TRAIN + " --data {data} --size 14x12 --pad 1 --out {out}"
+    command = command.replace("", " --preset digits --flip")
     assert run(command + " --steps 2", **where) == 0
     saved = read_checkpoint(tmp_path / "run" / "model.safetensors")
     assert (saved.config.img_size, saved.config.img_channels, saved.config.num_classes) == ((16, 14), 3, 2)

@@ -155,6 +155,15 @@ def test_an_image_depends_on_seed_and_index_alone() -> None:
     assert whole.flatten(1).unique(dim=0).shape[0] == 8
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_with_a_unet_batches_agree_up_to_rounding(memory_format) -> None:
+    diffusion = small(num_classes=5).to(memory_format=memory_format)
+    y = torch.arange(8) % 5
+    whole = diffusion.sample(8, "cpu", y=y, seed=1)
+    parts = [diffusion.sample(3, "cpu", y=y[:3], seed=1), diffusion.sample(5, "cpu", y=y[3:], seed=1, first_index=3)]
+    assert float((whole - torch.cat(parts)).abs().max()) < 1e-3
+
+
 def test_torch_manual_seed_makes_sampling_repeatable() -> None:
     diffusion = pixelwise()
     torch.manual_seed(3)
@@ -201,14 +210,15 @@ def test_sampling_is_in_eval_mode_and_restores_each_module() -> None:
     assert [m.training for m in diffusion.modules()] == modes
 
 
-def test_half_precision_networks_keep_tables_and_state_in_float32() -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_networks_keep_tables_and_state_in_float32(dtype: torch.dtype) -> None:
     diffusion = small()
     diffusion.update_ema()
     expected = diffusion.sample(2, "cpu", seed=1)
     betas = diffusion.betas.clone()
-    diffusion.bfloat16()
+    diffusion.to(dtype)
     assert diffusion.betas.dtype == torch.float32 and torch.equal(diffusion.betas, betas)
-    assert next(diffusion.ema_model.parameters()).dtype == torch.bfloat16
+    assert next(diffusion.ema_model.parameters()).dtype == dtype
     images = diffusion.sample(2, "cpu", seed=1)
     assert images.dtype == torch.float32 and float((images - expected).abs().max()) < 0.2
     assert diffusion(torch.zeros(2, 1, 8, 8)).dtype == torch.float32

@@ -46,7 +46,7 @@ class Recipe:
 
 RECIPES = {
     "cifar10": Recipe(flip=True),
-    "digits": Recipe(lr=1e-3, warmup=100),
+    "digits": Recipe(batch_size=64, lr=1e-3, warmup=100),
 }
 
 
