@@ -232,6 +232,7 @@ def measure(
     repetitions: int,
     flops: int,
     ceiling: float,
+    around: AbstractContextManager | None = None,
 ) -> list[Row]:
     """Build, check and time the contenders in turn; one that fails becomes a row with its error.
 
@@ -243,6 +244,7 @@ def measure(
         repetitions: timed runs of each, after one warm-up.
         flops: of one image and step.
         ceiling: FLOP/s of a matrix product in this precision.
+        around: a context for all timed runs; an outer autocast keeps the cast weights, as one long loop would.
     """
     torch._dynamo.reset()  # drops what earlier cases compiled
     built: dict[str, Contender] = {}
@@ -257,7 +259,8 @@ def measure(
             errors[name] = describe(error)
     progress(f"{case} {problem.precision} batch {problem.batch}: timing")
     runs = {name: contender.run for name, contender in built.items()}
-    times = time_interleaved(runs, problem.device, repetitions, errors=errors)
+    with around or nullcontext():
+        times = time_interleaved(runs, problem.device, repetitions, errors=errors)
     rows = []
     for name in builders:
         row: Row = {"case": case, "precision": problem.precision, "batch": problem.batch, "name": name}

@@ -104,12 +104,18 @@ def compile_module(module: nn.Module, problem: Problem, options: dict[str, Any])
     return torch.compile(module, fullgraph=True, dynamic=False, backend=problem.compiler, options=options)
 
 
-def compiled(memory_format: torch.memory_format, **options: Any) -> Builder:
-    """The whole step under ``torch.compile`` with the inductor's ``options``."""
+def compiled(memory_format: torch.memory_format, freezing: bool = False, **options: Any) -> Builder:
+    """The whole step under ``torch.compile`` with the inductor's ``options``; weights as constants if ``freezing``."""
 
     def build(problem: Problem) -> Contender:
         net = with_sdpa(problem.network()).to(memory_format=memory_format)
-        return loop(problem, compile_module(ReverseStep(net), problem, options))
+        step = compile_module(ReverseStep(net), problem, options | {"freezing": freezing})
+        contender = loop(problem, step)
+        # Compiles now, for all strides that come later: as an option alone, freezing is ignored without a word.
+        with torch._inductor.config.patch(freezing=freezing):
+            contender.run()
+            contender.predict(0)
+        return contender
 
     return build
 

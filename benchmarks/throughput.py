@@ -40,9 +40,9 @@ def run(args: argparse.Namespace, case: str, contenders: Callable[[bool], dict[s
     """Measure every precision and batch, print the tables, write the JSON; return 1 where ours failed, else 0."""
     device = pick_device(args.device)
     on_gpu = device.type == "cuda"
-    usual = [1, 64, 256] if on_gpu else [1, 4, 16]
-    batches = args.batch or (usual[1:2] if args.quick else usual)
     training = case == "train"
+    usual = ([64, 256] if on_gpu else [4, 16]) if training else ([64, 1, 256] if on_gpu else [4, 1, 16])
+    batches = args.batch or (usual[:1] if args.quick else usual)
     steps = args.steps or ((5 if on_gpu else 1) if training else (50 if on_gpu else 4))
     repetitions = args.repetitions or (5 if args.quick else 15)
     config = preset(args.model)
@@ -58,7 +58,8 @@ def run(args: argparse.Namespace, case: str, contenders: Callable[[bool], dict[s
         for batch in batches:
             problem = Problem(config, device, batch, steps, precision)
             builders = contenders(args.compile or not args.quick)
-            group = measure(f"{case} {args.model}", problem, builders, check, repetitions, flops, ceiling * 1e12)
+            name, around = f"{case} {args.model}", None if training else problem.autocast()
+            group = measure(name, problem, builders, check, repetitions, flops, ceiling * 1e12, around)
             print(markdown(group), end="\n\n", flush=True)
             rows += group
             if args.json:

@@ -22,10 +22,9 @@ your own images, one sub-folder per class:
 TRAIN_EPILOG = """\
 examples:
   ddpm-fast train                                               digits that come with scikit-learn, into runs/digits
-  ddpm-fast train --data mnist/ --pad 2 --out runs/mnist        a folder with MNIST's four files; 28 + 2*2 = 32 pixels
+  ddpm-fast train --data mnist/ --pad 2 --base-channels 32      a folder with MNIST's files; 28 + 2*2 = 32 pixels
+  ddpm-fast train --data mnist/ --pad 2 --resume --steps 50000  go on after Ctrl-C, or for longer
   ddpm-fast train --data cifar10.zip/train --flip --steps 200000 --out runs/cifar10
-  ddpm-fast train --data mnist/ --pad 2 --out runs/mnist --steps 50000 --resume
-                                                                go on after Ctrl-C, or for longer
 
 written into --out: model.safetensors (checkpoint), log.jsonl (loss), samples-*.png
 """
@@ -113,7 +112,7 @@ def _train_model(add: Callable[..., object]) -> None:
 
 
 def _train_recipe(add: Callable[..., object]) -> None:
-    add("--steps", type=int, default=20000, metavar="N", help="optimizer steps in all (%(default)s)")
+    add("--steps", type=int, metavar="N", help="optimizer steps in all (1800 for the digits, else 20000)")
     add("--batch", dest="batch_size", type=int, metavar="N", help="images per step")
     add("--lr", type=float, help="learning rate of Adam")
     add("--warmup", type=int, metavar="N", help="steps over which the learning rate rises")

@@ -32,7 +32,7 @@ MODEL_OPTIONS = (
     "schedule",
     "ema_decay",
 )
-RECIPE_OPTIONS = ("batch_size", "lr", "warmup", "clip", "flip", "bf16", "seed")
+RECIPE_OPTIONS = ("steps", "batch_size", "lr", "warmup", "clip", "flip", "bf16", "seed")
 
 
 def train(args: Namespace) -> int:
@@ -44,8 +44,8 @@ def train(args: Namespace) -> int:
     parameters = sum(p.numel() for p in trainer.diffusion.model.parameters())
     shape = "x".join(str(n) for n in trainer.images.pixels.shape)
     print(f"{shape} images, {trainer.config.num_classes or 'no'} classes, {parameters:,} parameters, {trainer.device}")
-    print(f"step {trainer.step} to {args.steps} into {out}/; Ctrl-C saves and stops")
-    trainer.run(args.steps)
+    print(f"step {trainer.step} to {trainer.recipe.steps} into {out}/; Ctrl-C saves and stops")
+    trainer.run()
     print(f"step {trainer.step}: saved {out / CHECKPOINT}")
     if trainer.interrupted:
         print("ddpm-fast: stopped by Ctrl-C; the same command with --resume goes on", file=sys.stderr)

@@ -166,11 +166,35 @@ def test_peers_train_as_the_original_under_its_seed(monkeypatch):
 def test_inductor_knows_the_settings():
     for options in (
         gpu_peers.TUNED | gpu_peers.CUDA_GRAPH_TREES,
-        {"freezing": True, "epilogue_fusion": False, "loop_reindexing_after_fusion": False},
+        {"epilogue_fusion": False, "loop_reindexing_after_fusion": False},
     ):
         sampling.compile_module(nn.Identity(), make_problem(), options)
     with pytest.raises(RuntimeError, match="no_such_setting"):
         sampling.compile_module(nn.Identity(), make_problem(), {"no_such_setting": True})
+
+
+def test_freezing_makes_the_weights_constants():
+    class Tiny(Problem):
+        def network(self) -> nn.Module:
+            return nets[-1]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+        def forward(self, x, t, y):
+            return self.conv(x)
+
+    for freezing in (False, True):
+        nets = [Net()]
+        contender = sampling.compiled(sampling.NCHW, freezing=freezing, max_autotune=True)(
+            Tiny(TINY, CPU, batch=4, steps=3, precision="float32")
+        )
+        before = contender.predict(1)
+        with torch.no_grad():
+            nets[0].conv.weight.zero_()
+        assert torch.equal(contender.predict(1), before) == freezing
 
 
 def test_compiled_contenders_trace_without_breaks():

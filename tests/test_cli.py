@@ -59,8 +59,7 @@ def test_train_on_a_folder_resumes_and_refuses_to_overwrite(tmp_path: Path, caps
         (tmp_path / "photos" / name).mkdir(parents=True)
         Image.new("RGB", (20, 18), (10, 200, 30)).save(tmp_path / "photos" / name / "1.png")
     where = {"data": tmp_path / "photos", "out": tmp_path / "run"}
-    command = TRAIN + " --data {data} --size 14x12 --pad 1 --out {out}"
-    command = command.replace("", " --preset digits --flip")
+    command = TRAIN + " --preset digits --flip --data {data} --size 14x12 --pad 1 --out {out}"
     assert run(command + " --steps 2", **where) == 0
     saved = read_checkpoint(tmp_path / "run" / "model.safetensors")
     assert (saved.config.img_size, saved.config.img_channels, saved.config.num_classes) == ((16, 14), 3, 2)
@@ -204,7 +203,8 @@ def test_help(command: str, capsys: pytest.CaptureFixture) -> None:
 
 def test_ctrl_c_ends_with_130_and_a_checkpoint(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ddpm_fast", *TRAIN.split(), "--steps", "100000", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
     while not (log := tmp_path / "log.jsonl").exists() or not log.read_text():
         assert process.poll() is None, process.stderr.read()
     os.kill(process.pid, signal.SIGINT)

@@ -187,7 +187,7 @@ def test_images_that_do_not_fit_are_refused(tmp_path: Path, change, message: str
 
 
 @pytest.mark.parametrize(
-    "bad", [{"batch_size": 0}, {"lr": 0.0}, {"lr": 5.0}, {"warmup": -1}, {"clip": -1.0}, {"seed": -1}]
+    "bad", [{"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"lr": 5.0}, {"warmup": -1}, {"clip": -1.0}, {"seed": -1}]
 )
 def test_bad_recipes_are_refused(bad: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):

@@ -28,6 +28,7 @@ CHECKPOINT, LOG = "model.safetensors", "log.jsonl"
 class Recipe:
     """How a model is trained; saved with every checkpoint."""
 
+    steps: int = 20_000  # optimizer steps in all
     batch_size: int = 128
     lr: float = 2e-4
     warmup: int = 500  # steps over which lr rises linearly from 0
@@ -37,7 +38,7 @@ class Recipe:
     seed: int = 0  # of initial weights, data order and noise
 
     def __post_init__(self) -> None:
-        for name, smallest in (("batch_size", 1), ("warmup", 0), ("clip", 0), ("seed", 0)):
+        for name, smallest in (("steps", 1), ("batch_size", 1), ("warmup", 0), ("clip", 0), ("seed", 0)):
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {smallest}")
         if not 0 < self.lr < 1:
@@ -45,8 +46,8 @@ class Recipe:
 
 
 RECIPES = {
-    "cifar10": Recipe(flip=True),
-    "digits": Recipe(batch_size=64, lr=1e-3, warmup=100),
+    "cifar10": Recipe(),
+    "digits": Recipe(steps=1800, batch_size=64, lr=1e-3, warmup=100),
 }
 
 
@@ -121,12 +122,13 @@ class Trainer:
         trainer._restore(checkpoint)
         return trainer
 
-    def run(self, steps: int) -> None:
-        """Trains until `steps` steps are made in all, or until Ctrl-C, which sets `interrupted`; saves either way.
+    def run(self, steps: int | None = None) -> None:
+        """Trains until `steps` (the recipe's) are made in all, or until Ctrl-C, which sets `interrupted`; then saves.
 
         Raises:
             FloatingPointError: the loss is no longer finite; the last checkpoint stays.
         """
+        steps = self.recipe.steps if steps is None else steps
         self.out.mkdir(parents=True, exist_ok=True)
         if self.step == 0:
             (self.out / LOG).write_text("")
