@@ -118,9 +118,8 @@ def measure_part(
         for batch in args.batch or ([128, 256] if training else [1, 8, 64, 256]):
             steps = args.iterations if training else args.steps
             problem = Problem(config, device, batch, steps, precision, "eager" if args.dry_run else "inductor")
-            case, around = f"{part} {args.model}", None if training else problem.autocast()
-            rate = ceiling[precision] * 1e12
-            report.add(measure(case, problem, builders, check, args.repetitions, flops, rate, around))
+            case, rate = f"{part} {args.model}", ceiling[precision] * 1e12
+            report.add(measure(case, problem, builders, check, args.repetitions, flops, rate))
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 

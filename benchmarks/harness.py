@@ -40,6 +40,11 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
 
 
+def compile_options(device: torch.device) -> dict[str, Any]:
+    """Return the inductor's options that every compiled peer gets: its own random numbers are slow on a CPU."""
+    return {"fallback_random": device.type == "cpu"}
+
+
 def header(device: torch.device) -> dict[str, Any]:
     """Describe the machine, the versions, the commit and the command of this run; say so where the machine is busy."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import original
+from benchmarks import harness, original
 from benchmarks.harness import OURS
 from benchmarks.problem import Builder, Contender, Problem
 from ddpm_fast import Diffusion
@@ -100,7 +100,7 @@ def eager(memory_format: torch.memory_format) -> Builder:
 def compile_module(module: nn.Module, problem: Problem, options: dict[str, Any]) -> Any:
     """Return the module under ``torch.compile``, without graph breaks or dynamic shapes."""
     torch._dynamo.config.recompile_limit = 64  # all contenders of a case are versions of the same code
-    options = options if problem.compiler == "inductor" else {}
+    options = options | harness.compile_options(problem.device) if problem.compiler == "inductor" else {}
     return torch.compile(module, fullgraph=True, dynamic=False, backend=problem.compiler, options=options)
 
 

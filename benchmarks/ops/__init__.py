@@ -20,6 +20,7 @@ from benchmarks.harness import (
     add_ratios,
     check_agreement,
     check_spread,
+    compile_options,
     describe,
     progress,
     summarise,
@@ -80,7 +81,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Contender:
-    """A function in one memory format, under one forced backend if it is ours."""
+    """A function in one memory format; ``backend`` forces one of ours."""
 
     function: Callable[..., Any]
     memory_format: torch.memory_format
@@ -93,19 +94,18 @@ def cases(names: list[str], batch: int, quick: bool) -> list[Case]:
     return [case for of_op in listed for case in (of_op[:2] if quick else of_op)]
 
 
-def contenders(case: Case, compile: bool) -> dict[str, Contender]:
-    """Return our backends, the preferred one under our name, and plain PyTorch, eager and compiled."""
+def contenders(case: Case, device: torch.device, compile: bool) -> dict[str, Contender]:
+    """Return ours as dispatched, each of our backends forced, and plain PyTorch, eager and compiled."""
     backends = [backend for op, backend, reason in ops.availability() if op == case.op and reason is None]
-    found = {
-        OURS if i == 0 else f"{OURS} {backend}": Contender(case.ours, CHANNELS_LAST if case.layouts else NCHW, backend)
-        for i, backend in enumerate(backends)
-    }
+    layout = CHANNELS_LAST if case.layouts else NCHW
+    found = {OURS: Contender(case.ours, layout)}
+    found |= {f"{OURS} {backend}": Contender(case.ours, layout, backend) for backend in backends}
     formats = {" NCHW": NCHW, " channels_last": CHANNELS_LAST} if case.layouts else {"": NCHW}
     for suffix, memory_format in formats.items():
         found[f"torch eager{suffix}"] = Contender(case.plain, memory_format)
     if compile:
         torch._dynamo.reset()  # drops what earlier cases compiled
-        function = torch.compile(case.plain, fullgraph=True, dynamic=False)
+        function = torch.compile(case.plain, fullgraph=True, dynamic=False, options=compile_options(device))
         for suffix, memory_format in formats.items():
             found[f"torch.compile{suffix}"] = Contender(function, memory_format)
     return found
@@ -177,7 +177,7 @@ def measure(
     progress(str(case))
     runs: dict[str, Callable[[], Any]] = {}
     errors: dict[str, str] = {}
-    listed = contenders(case, compile)
+    listed = contenders(case, device, compile)
     for name, contender in listed.items():
         try:
             check(case, name, contender, device)
@@ -194,15 +194,13 @@ def measure(
     times = time_interleaved(repeats, device, repetitions, errors=errors)
     bound_ms = max(case.nbytes / copy_rate, case.flops / matmul_rate) * 1e3
     rows = []
-    for name, contender in listed.items():
+    for name in listed:
         row: Row = {
             "case": f"{case.op} {case.label}",
             "precision": NAMES[case.dtype],
             "batch": case.batch,
             "name": name,
         }
-        if contender.backend:
-            row["backend"] = contender.backend
         if name in errors:
             row["error"] = errors[name]
         else:

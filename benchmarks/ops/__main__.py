@@ -1,4 +1,7 @@
-"""Time the ops, every backend of ours beside plain PyTorch: python -m benchmarks.ops --ops group_norm_silu --quick."""
+"""Time the ops: ours as dispatched and by backend, beside plain PyTorch.
+
+python -m benchmarks.ops --ops group_norm_silu --quick
+"""
 
 import argparse
 import sys
@@ -10,7 +13,11 @@ from benchmarks.ops import OPS, cases, measure
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark and return the exit status: 1 where an implementation of ours failed."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.ops",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     p.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), metavar="NAME", help=f"which: {', '.join(OPS)}")
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1...; auto takes the GPU where torch sees one")
     p.add_argument("--batch", type=int, help="images (default: 16 on a CPU, 256 on a GPU, 4 if --quick)")

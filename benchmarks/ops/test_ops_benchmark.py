@@ -12,7 +12,7 @@ BATCH = 4 if DEVICE.type == "cpu" else 256
 PAIRS = [
     pytest.param(case, name, contender, id=f"{case}: {name}")
     for case in cases(list(OPS), BATCH, quick=True)
-    for name, contender in contenders(case, compile=False).items()
+    for name, contender in contenders(case, DEVICE, compile=False).items()
 ]
 
 
