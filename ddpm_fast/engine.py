@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .ops import X_T, NoiseState, sampler_step
+from .ops import X_T, NoiseState
 from .ops import _checks as checks
 from .ops import noise as draw_noise
+from .ops.sampler_step import OP as sampler_step  # a chain's arguments are right by construction: no checks
 from .samplers import Plan
 
 Network = Callable[[Tensor, Tensor], Tensor]  # (x [N, ...], t [N]) -> model_out [N, ...]
@@ -63,14 +64,36 @@ def torch_start(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
     """The model in eval mode and without gradients; afterwards every module is in the mode it was in."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
+    training = [m for m in model.modules() if m.training]
+    if training:
+        model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _cast_once(model):
             yield model
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _cast_once(model: nn.Module) -> Iterator[None]:
+    """Under autocast, cast each weight once for the whole chain and not in every step.
+
+    Autocast keeps only casts of what requires gradients, which the weights of an average do not.
+    """
+    first = next(model.parameters(), None)
+    if first is None or not torch.is_autocast_enabled(first.device.type):
+        yield
+        return
+    frozen = [p for p in model.parameters() if p.is_floating_point() and not (p.requires_grad or p.is_inference())]
+    for p in frozen:
+        p.requires_grad = True
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad = False
+        torch.clear_autocast_cache()  # the weights may change before the caller's autocast ends
 
 
 class Chain:

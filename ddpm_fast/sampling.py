@@ -1,12 +1,12 @@
 """The drawing half of Diffusion: from noise to images, by any sampler."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from . import ops
 from .engine import Start, batch_that_fits, denoise, eval_mode, in_parts, philox_start, torch_start
@@ -17,6 +17,18 @@ from .samplers import Plan, make_plan
 
 # On the CPU larger batches gain nothing, so only beyond this size is it worth a look at what fits the memory.
 UNCHECKED_BATCH = 64
+
+
+@contextmanager
+def _bar(progress: bool, total: int) -> Iterator[Callable[[int], object]]:
+    """A progress bar, told how much of the total is done; or nothing."""
+    if not progress:
+        yield lambda done: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc="sampling, images x steps") as bar:
+        yield lambda done: bar.update(done - bar.n)
 
 
 class SamplingDiffusion(DiffusionState):
@@ -97,19 +109,14 @@ class SamplingDiffusion(DiffusionState):
         y = self._checked_y(y, batch_size, device)
         plan = self.plan(sampler, num_steps, sampler_options)
         start = self._start(batch_size, device, seed, first_index, noise)
-        with (
-            eval_mode(self._sampled(use_ema)) as model,
-            tqdm(total=batch_size * len(plan), disable=not progress) as bar,
-        ):
-            bar.set_description("sampling, images x steps")
-
-            def on_step(k: int, x: Tensor) -> None:
-                bar.update(x.shape[0])
-                if callback is not None:
-                    callback(k, x)
+        with eval_mode(self._sampled(use_ema)) as model, _bar(progress, batch_size * len(plan)) as show:
 
             def run(part: slice) -> Tensor:
-                bar.n = part.start * len(plan)
+                def on_step(k: int, x: Tensor) -> None:
+                    show(part.start * len(plan) + (k + 1) * x.shape[0])
+                    if callback is not None:
+                        callback(k, x)
+
                 x, state = start(part)
                 return denoise(self._network(model, y, part), x, plan, state, on_step).cpu()
 

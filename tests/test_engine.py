@@ -133,3 +133,33 @@ def test_interruption_restores_the_model(error) -> None:
         diffusion.sample(2, "cpu", callback=stop, use_ema=False, progress=True)
     assert diffusion.model.training and torch.is_grad_enabled()
     assert diffusion.sample(2, "cpu", seed=0).isfinite().all()
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of tensors of one shape."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and tuple(args[0].shape) == self.shape:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_autocast_casts_each_weight_once_a_chain() -> None:
+    class Network(nn.Conv2d):
+        def forward(self, x, t, y):
+            return super().forward(x)
+
+    diffusion = Diffusion(Network(1, 1, 3, padding=1), (8, 8), 1, None, BETAS[:5]).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        with Casts((1, 1, 3, 3)) as casts:
+            before = diffusion.sample(2, "cpu", seed=1)
+        assert casts.count == 1
+        assert not any(p.requires_grad for p in diffusion.ema_model.parameters())
+        for p in diffusion.ema_model.parameters():
+            p.data.mul_(2)
+        after = diffusion.sample(2, "cpu", seed=1)
+    assert not torch.equal(before, after), "a cast of the old weights was used"

@@ -131,9 +131,16 @@ PLAIN_CASES = [
 ]
 
 
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize(("options", "size", "why"), PLAIN_CASES, ids=lambda v: v if isinstance(v, str) else "")
 @pytest.mark.parametrize("train", [False, True])
-def test_against_the_plain_formulation(options, size, why, train) -> None:
+def test_against_the_plain_formulation(float64, options, size, why, train) -> None:
     kwargs = {
         "channel_mults": (1, 2),
         "num_res_blocks": 1,
@@ -148,7 +155,7 @@ def test_against_the_plain_formulation(options, size, why, train) -> None:
     plain, ours = nets
     assert list(plain.state_dict()) == list(ours.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), ours.state_dict().values(), strict=True))
-    x, t = torch.randn(3, 2, *size), torch.randint(0, 1000, (3,))
+    x, t = torch.randn(3, 2, *size), torch.randint(0, 1000, (3,)).double()
     y = torch.randint(0, 5, (3,)) if options.get("num_classes") else None
     outs, grads = [], []
     for net in nets:
@@ -157,10 +164,11 @@ def test_against_the_plain_formulation(options, size, why, train) -> None:
         (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
         outs.append(out.detach())
         grads.append({k: p.grad for k, p in net.named_parameters()})
-    assert error(outs[1], outs[0]) < 1e-5
+    # In float64 nothing but rounding is left, whatever the condition of a norm over few numbers.
+    assert error(outs[1], outs[0]) < 1e-9
     scale = max(float(g.abs().max()) for g in grads[0].values())
     for key, gradient in grads[0].items():
-        assert float((grads[1][key] - gradient).abs().max()) < 1e-5 * scale, key
+        assert float((grads[1][key] - gradient).abs().max()) < 1e-9 * scale, key
     if options.get("norm") == "bn":
         statistics = [k for k in plain.state_dict() if "running" in k]
         assert statistics

@@ -10,29 +10,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import DROPOUT, Dropout, NoiseState, apply_dropout, conv3x3, group_norm_silu, timestep_embedding
+from ..ops import DROPOUT, Dropout, NoiseState, apply_dropout, timestep_embedding
 from ..ops import _checks as checks
+from ..ops.conv3x3 import OP as conv3x3  # without the public function's checks: modules check what they are given
+from ..ops.group_norm_silu import OP as group_norm_silu
 
 Activation = Callable[[Tensor], Tensor]
 
 _FUSED: dict[Activation, str] = {F.relu: "relu", torch.relu: "relu", F.silu: "silu", F.mish: "mish"}
-_STOCK = (nn.GroupNorm, nn.InstanceNorm2d, nn.BatchNorm2d, nn.Identity, nn.Conv2d, nn.Dropout, nn.Sequential)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_STOCK = {nn.GroupNorm, nn.InstanceNorm2d, nn.BatchNorm2d, nn.Identity, nn.Conv2d, nn.Dropout, nn.Sequential}
 
 
 def is_plain(*modules: nn.Module) -> bool:
     """Whether an op may stand in for these modules: PyTorch's own classes, without hooks."""
     if nn.modules.module._has_any_global_hook():
         return False
-    return all(type(m) in _STOCK and not any(getattr(m, hooks) for hooks in _HOOKS) for m in modules)
+    for m in modules:
+        if type(m) not in _STOCK or m._forward_hooks or m._forward_pre_hooks:
+            return False
+        if m._backward_hooks or m._backward_pre_hooks:
+            return False
+    return True
 
 
 def is_conv3x3(conv: nn.Module) -> bool:
     """Whether `conv3x3` computes what this module does."""
     return (
-        is_plain(conv)
-        and isinstance(conv, nn.Conv2d)
-        and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
+        type(conv) is nn.Conv2d
+        and is_plain(conv)
+        and conv.kernel_size == (3, 3)
+        and conv.stride == conv.padding == conv.dilation == (1, 1)
         and conv.groups == 1
         and conv.padding_mode == "zeros"
         and conv.bias is not None
@@ -205,14 +212,20 @@ class ResidualBlock(nn.Module):
         noise_state: NoiseState | None = None,  # where dropout draws from; torch's generator without it
     ) -> Tensor:  # [N, out_channels, H, W]
         check_input(x, self.in_channels)
-        drop, last_conv = cast(nn.Dropout, self.conv_2[0]), cast(nn.Conv2d, self.conv_2[-1])
-        fusable = is_plain(self.norm_1, self.norm_2, self.conv_2, drop) and len(self.conv_2) == 2
-        if fusable and is_conv3x3(self.conv_1) and is_conv3x3(last_conv):
+        norm_1, conv_1, norm_2, conv_2 = self.norm_1, self.conv_1, self.norm_2, self.conv_2
+        layers = list(conv_2.children())
+        if (
+            is_plain(norm_1, norm_2, conv_2, *layers)
+            and [type(m) for m in layers] == [nn.Dropout, nn.Conv2d]
+            and is_conv3x3(conv_1)
+            and is_conv3x3(layers[1])
+        ):
+            drop, last_conv = cast(nn.Dropout, layers[0]), cast(nn.Conv2d, layers[1])
             # conv_1's bias joins the time and class biases in norm_2: one pass less over the activations.
-            h = conv3x3(norm_act(self.norm_1, self.activation, x), self.conv_1.weight)
-            add = self._bias(time_emb, y, self.conv_1.bias)
+            h = conv3x3(norm_act(norm_1, self.activation, x), conv_1.weight)
+            add = self._bias(time_emb, y, conv_1.bias)
             dropout = Dropout(drop.p, noise_state, self.dropout_stream) if drop.training and drop.p > 0 else None
-            h = norm_act(self.norm_2, self.activation, h, add=add, dropout=dropout)
+            h = norm_act(norm_2, self.activation, h, add=add, dropout=dropout)
             out = conv3x3(h, last_conv.weight, last_conv.bias, residual=self.residual_connection(x))
         else:
             h = self.conv_1(self.activation(self.norm_1(x)))

@@ -150,24 +150,32 @@ class UNet(nn.Module):
             ValueError, TypeError: a size that cannot be halved often enough; a wrong shape; bad `time` or `y`.
         """
         self._check(x, time, y)
-        state = {} if noise_state is None else {"noise_state": noise_state}
         if self.initial_pad:
             x = F.pad(x, (self.initial_pad,) * 4)
         time_emb = None if self.time_mlp is None else self.time_mlp(time)
         x = self.init_conv(x)
         skips = [x]
         for layer in self.downs:
-            x = layer(x, time_emb, y, **(state if isinstance(layer, ResidualBlock) else {}))
+            x = self._run(layer, x, time_emb, y, noise_state)
             skips.append(x)
         for layer in self.mid:
-            x = layer(x, time_emb, y, **(state if isinstance(layer, ResidualBlock) else {}))
+            x = self._run(layer, x, time_emb, y, noise_state)
         for layer, takes_skip in zip(self.ups, self._ups_take_skip, strict=True):
             if takes_skip:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = layer(x, time_emb, y, **(state if isinstance(layer, ResidualBlock) else {}))
+            x = self._run(layer, x, time_emb, y, noise_state)
         x = self.out_conv(norm_act(self.out_norm, self.activation, x))
         p = self.initial_pad
         return x[:, :, p : x.shape[2] - p, p : x.shape[3] - p] if p else x
+
+    @staticmethod
+    def _run(
+        layer: nn.Module, x: Tensor, time_emb: Tensor | None, y: Tensor | None, noise_state: NoiseState | None
+    ) -> Tensor:
+        """One layer; only residual blocks, which may have been replaced or wrapped, know of a noise state."""
+        if noise_state is not None and isinstance(layer, ResidualBlock):
+            return layer(x, time_emb, y, noise_state)
+        return layer(x, time_emb, y)
 
     def _check(self, x: Tensor, time: Tensor | None, y: Tensor | None) -> None:
         check_input(x, self.img_channels)
@@ -181,7 +189,6 @@ class UNet(nn.Module):
             if y is None:
                 raise ValueError(f"y is required: this network was built with num_classes={self.num_classes}")
             checks.tensor("y", y, shape=x.shape[:1], dtype=torch.int64)
-            checks.indices("y", y, self.num_classes)
 
     def _check_size(self, height: int, width: int) -> None:
         m, p = self.multiple, self.initial_pad

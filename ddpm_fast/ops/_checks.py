@@ -29,7 +29,7 @@ def tensor(
         raise TypeError(f"{name} must be a floating point tensor, got {text(value)}: convert it with .float()")
     if dtype is not None and value.dtype != dtype:
         raise TypeError(f"{name} must have dtype {dtype}, got {text(value)}: convert it with .to({dtype})")
-    if shape is not None and value.shape != torch.Size(shape):
+    if shape is not None and value.shape != tuple(shape):
         raise ValueError(f"{name} must have shape {list(shape)}, got {text(value)}")
     if ndim is not None and value.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, got {text(value)}")

@@ -50,31 +50,25 @@ class Impl:
     Args:
         backend: its name, one of BACKENDS.
         load: returns the function that runs it, or raises Unavailable; called once, at the first use.
-        rejects: takes the op's arguments and answers, from metadata alone, why they can't run here, or None.
+        rejects: takes the op's arguments and answers, from metadata alone, why they can't run here, or None;
+            without it everything can.
     """
 
     def __init__(
-        self,
-        backend: str,
-        load: Callable[[], Callable[..., Any]],
-        rejects: Callable[..., str | None] = lambda *args, **kwargs: None,
+        self, backend: str, load: Callable[[], Callable[..., Any]], rejects: Callable[..., str | None] | None = None
     ):
         self.backend, self.rejects, self._load = backend, rejects, load
-        self._run: Callable[..., Any] | None = None
+        self.run: Callable[..., Any] | None = None  # once loaded
         self._reason: str | None = None
 
     def unavailable(self) -> str | None:
         """Why this implementation can't be loaded here, or None."""
-        if self._run is None and self._reason is None:
+        if self.run is None and self._reason is None:
             try:
-                self._run = self._load()
+                self.run = self._load()
             except Unavailable as error:
                 self._reason = str(error)
         return self._reason
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        assert self._run is not None
-        return self._run(*args, **kwargs)
 
 
 class Op:
@@ -85,17 +79,18 @@ class Op:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # A compiler traces through plain PyTorch; it can follow neither a ContextVar nor an address.
-        if torch.compiler.is_compiling():
-            impl = self.impls[-1]
-            impl.unavailable()
-            return impl(*args, **kwargs)
-        forced = _forced.get()
-        for impl in self.impls:
-            if forced in (None, impl.backend) and not (impl.unavailable() or impl.rejects(*args, **kwargs)):
-                return impl(*args, **kwargs)
+        compiling = torch.compiler.is_compiling()
+        forced = None if compiling else _forced.get()
+        for impl in self.impls[-1:] if compiling else self.impls:
+            if forced is None or forced == impl.backend:
+                run = impl.run or (None if impl.unavailable() else impl.run)
+                if run is not None and not (impl.rejects and impl.rejects(*args, **kwargs)):
+                    return run(*args, **kwargs)
         raise RuntimeError(self._why_not(forced, args, kwargs))
 
     def _why_not(self, forced: str | None, args: Any, kwargs: Any) -> str:
-        reasons = {i.backend: i.unavailable() or i.rejects(*args, **kwargs) or "can run" for i in self.impls}
+        reasons = {
+            i.backend: i.unavailable() or (i.rejects and i.rejects(*args, **kwargs)) or "can run" for i in self.impls
+        }
         lines = [f"  {b}: {reasons.get(b, 'not implemented for this op')}" for b in BACKENDS]
         return f"{self.name}: the forced backend {forced!r} can't run these arguments\n" + "\n".join(lines)

@@ -13,10 +13,13 @@ from ._dispatch import Impl, Op
 from .noise import drawn_dropout
 
 
-def _reference(x: Tensor, *args: Any, dropout: Dropout | None, **rest: Any) -> Any:
+def _reference(x: Tensor, *args: Any, dropout: Dropout | None = None, **rest: Any) -> Any:
+    if dropout is None:
+        return reference.group_norm_silu(x, *args, **rest)
     n, c, h, w = x.shape
-    shape = (n, c if rest["x2"] is None else c + rest["x2"].shape[1], h, w)
-    return reference.group_norm_silu(x, *args, dropout=drawn_dropout(dropout, shape), **rest)
+    if rest.get("x2") is not None:
+        c += rest["x2"].shape[1]
+    return reference.group_norm_silu(x, *args, dropout=drawn_dropout(dropout, (n, c, h, w)), **rest)
 
 
 OP = Op("group_norm_silu", Impl("reference", lambda: _reference))

@@ -11,16 +11,16 @@ ACTIVATIONS = {"none": lambda x: x, "silu": F.silu, "relu": F.relu, "mish": F.mi
 
 
 def _group_norm(h: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
-    """F.group_norm that takes float32 parameters beside half-precision data on every device."""
+    """torch.group_norm that takes float32 parameters beside half-precision data on every device."""
     if (
         weight is None
         or bias is None
         or weight.dtype == h.dtype
         or (h.device.type == "cpu" and weight.dtype == torch.float32)
     ):
-        return F.group_norm(h, groups, weight, bias, eps)
+        return torch.group_norm(h, groups, weight, bias, eps)
     dtype = torch.promote_types(h.dtype, weight.dtype)
-    return F.group_norm(h.to(dtype), groups, weight.to(dtype), bias.to(dtype), eps).to(h.dtype)
+    return torch.group_norm(h.to(dtype), groups, weight.to(dtype), bias.to(dtype), eps).to(h.dtype)
 
 
 def group_norm_silu(
