@@ -37,6 +37,18 @@ def tensor(
         raise ValueError(f"{name} must be on {device}, got {text(value)}: move it with .to({str(device)!r})")
 
 
+def concatenated(x: Tensor, x2: Tensor | None) -> tuple[int, int, int, int]:
+    """N, C, H, W of x [N, C1, H, W] and x2 [N, C2, H, W] together; raise TypeError or ValueError where they don't fit."""
+    tensor("x", x, ndim=4)
+    n, channels, height, width = x.shape
+    if x2 is not None:
+        tensor("x2", x2, ndim=4, device=x.device)
+        if x2.shape[0] != n or x2.shape[2:] != x.shape[2:]:
+            raise ValueError(f"x2 must have the batch and size of x, {list(x.shape)}; got {text(x2)}")
+        channels += x2.shape[1]
+    return n, channels, height, width
+
+
 def indices(name: str, value: Tensor, size: int) -> None:
     """Raise ValueError unless 0 <= value < size. Only on the CPU: elsewhere the look would wait for the device."""
     if value.device.type != "cpu" or value.numel() == 0 or torch.compiler.is_compiling():

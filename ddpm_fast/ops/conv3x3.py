@@ -40,13 +40,7 @@ def conv3x3(
     Raises:
         ValueError, TypeError: an argument has the wrong type, shape, device or value.
     """
-    _checks.tensor("x", x, ndim=4)
-    n, channels, height, width = x.shape
-    if x2 is not None:
-        _checks.tensor("x2", x2, ndim=4, device=x.device)
-        if x2.shape[0] != n or x2.shape[2:] != x.shape[2:]:
-            raise ValueError(f"x2 must have the batch and size of x, {list(x.shape)}; got {_checks.text(x2)}")
-        channels += x2.shape[1]
+    n, channels, height, width = _checks.concatenated(x, x2)
     _checks.tensor("weight", weight, ndim=4, device=x.device)
     out_channels = weight.shape[0]
     _checks.tensor("weight", weight, shape=(out_channels, channels, 3, 3))

@@ -60,13 +60,7 @@ def group_norm_silu(
     Raises:
         ValueError, TypeError: an argument has the wrong type, shape, device or value.
     """
-    _checks.tensor("x", x, ndim=4)
-    n, channels, height, width = x.shape
-    if x2 is not None:
-        _checks.tensor("x2", x2, ndim=4, device=x.device)
-        if x2.shape[0] != n or x2.shape[2:] != x.shape[2:]:
-            raise ValueError(f"x2 must have the batch and size of x, {list(x.shape)}; got {_checks.text(x2)}")
-        channels += x2.shape[1]
+    n, channels, height, width = _checks.concatenated(x, x2)
     if groups < 1 or channels % groups:
         raise ValueError(f"groups must divide the {channels} channels, got {groups}")
     if (weight is None) != (bias is None):
