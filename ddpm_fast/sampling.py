@@ -13,6 +13,7 @@ from .engine import Start, batch_that_fits, denoise, eval_mode, in_parts, philox
 from .models.state import DiffusionState, fresh_seed
 from .ops import NoiseState
 from .ops import _checks as checks
+from .progress import progress_bar
 from .samplers import Plan, make_plan
 
 # On the CPU larger batches gain nothing, so only beyond this size is it worth a look at what fits the memory.
@@ -25,9 +26,7 @@ def _bar(progress: bool, total: int) -> Iterator[Callable[[int], object]]:
     if not progress:
         yield lambda done: None
         return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, desc="sampling, images x steps") as bar:
+    with progress_bar(total, "sampling, images x steps") as bar:
         yield lambda done: bar.update(done - bar.n)
 
 

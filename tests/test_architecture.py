@@ -18,7 +18,7 @@ LEVELS = (
     "reference",
     "kernels _C",
     "ops schedules predictions samplers",
-    "engine models",
+    "engine models progress",
     "diffusion sampling",
     "editing training evaluation interop demo unet ema utils script_utils",
     "__init__ __main__ cli commands",

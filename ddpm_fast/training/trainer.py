@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..diffusion import Diffusion
 from ..models.presets import Config
+from ..progress import progress_bar
 from .checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from .data import Batches, Images
 from .images import grid, save_png, to_uint8, upscale_for
@@ -133,13 +133,14 @@ class Trainer:
         if self.step == 0:
             (self.out / LOG).write_text("")
         total, count, clock = torch.zeros((), device=self.device), 0, time.perf_counter()
-        with _interruptible(self), tqdm(total=steps, initial=self.step, disable=not self.progress, unit="step") as bar:
+        options = {"initial": self.step, "disable": not self.progress, "unit": "step"}
+        with _interruptible(self), progress_bar(steps, "training", **options) as bar:
             while self.step < steps and not self.interrupted:
                 total += self.train_step()
                 count += 1
                 bar.update()
                 if self._due(self.log_every):
-                    bar.set_postfix_str(self._log(total, count, time.perf_counter() - clock))
+                    bar.set_postfix_str(self._log(total, count, time.perf_counter() - clock), refresh=False)
                     total, count, clock = torch.zeros_like(total), 0, time.perf_counter()
                 if self._due(self.save_every) and self.step < steps:
                     _finite(total, self.step)
