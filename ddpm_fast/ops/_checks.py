@@ -38,7 +38,7 @@ def tensor(
 
 
 def concatenated(x: Tensor, x2: Tensor | None) -> tuple[int, int, int, int]:
-    """N, C, H, W of x [N, C1, H, W] and x2 [N, C2, H, W] together; raise TypeError or ValueError where they don't fit."""
+    """N, C1 + C2, H, W of x [N, C1, H, W] and x2 [N, C2, H, W]; raise TypeError or ValueError where they don't fit."""
     tensor("x", x, ndim=4)
     n, channels, height, width = x.shape
     if x2 is not None:
