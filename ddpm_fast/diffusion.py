@@ -66,11 +66,12 @@ class Diffusion(SamplingDiffusion):
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if not isinstance(img_size, Sequence) or any(not isinstance(s, int) or s < 1 for s in img_size):
-            raise ValueError(f"img_size must be a tuple such as (32, 32), got {img_size!r}")
-        for name, value in (("img_channels", img_channels), ("ema_update_rate", ema_update_rate)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        size = checks.integers("img_size", img_size, 1)
+        img_channels = checks.integer("img_channels", img_channels, 1)
+        num_classes = None if num_classes is None else checks.integer("num_classes", num_classes, 1)
+        ema = EMA(checks.number("ema_decay", ema_decay, 0, 1))
+        ema_start = checks.integer("ema_start", ema_start)
+        ema_update_rate = checks.integer("ema_update_rate", ema_update_rate, 1)
         checks.choice("loss_type", loss_type, ("l1", "l2"))
         checks.choice("rng", rng, ("philox", "torch"))
         checks.choice("prediction", prediction, PREDICTIONS)
@@ -80,11 +81,11 @@ class Diffusion(SamplingDiffusion):
 
         self.model = model
         self.ema_model = copy.deepcopy(model).requires_grad_(False)
-        self.ema = EMA(ema_decay)
-        self.ema_decay = ema_decay
+        self.ema = ema
+        self.ema_decay = ema.decay
         self.ema_start = ema_start
         self.ema_update_rate = ema_update_rate
-        self.img_size = tuple(img_size)
+        self.img_size = size
         self.img_channels = img_channels
         self.num_classes = num_classes
         self.loss_type = loss_type
@@ -93,6 +94,8 @@ class Diffusion(SamplingDiffusion):
     @classmethod
     def from_config(cls, config: Config, **options: Any) -> "Diffusion":
         """A Diffusion with a fresh UNet for a configuration; `options` are keyword arguments of the constructor."""
+        if not isinstance(config, Config):
+            raise TypeError(f"config must be a Config, got {checks.text(config)}: Config.from_dict makes one")
         names = ("img_size", "img_channels", "num_classes", "loss_type", "ema_decay", "ema_start", "ema_update_rate")
         arguments: dict[str, Any] = {name: getattr(config, name) for name in (*names, "prediction")}
         return cls(config.build_unet(), betas=config.betas(), **arguments | options)

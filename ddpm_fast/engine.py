@@ -24,11 +24,9 @@ Start = Callable[[slice], tuple[Tensor, NoiseState | None]]
 
 
 def _given(noise: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    if not isinstance(shape[0], int) or shape[0] < 1:
-        raise ValueError(f"batch_size must be a positive integer, got {shape[0]!r}")
     if noise is not None:
         checks.tensor("noise", noise, shape=shape)
-        noise = noise.to(device, dtype)
+        noise = noise.detach().to(device, dtype)
     return noise
 
 
@@ -42,8 +40,8 @@ def philox_start(
 ) -> Start:
     """Chains whose image i depends on `seed` and `first_index` + i alone; x_T is `noise` where that is given."""
     noise = _given(noise, shape, dtype, device)
-    if first_index < 0:
-        raise ValueError(f"first_index must not be negative, got {first_index}")
+    seed = checks.integer("seed", seed, -(2**63), 2**64 - 1)
+    first_index = checks.integer("first_index", first_index, 0, 2**56 - shape[0])
 
     def start(part: slice) -> tuple[Tensor, NoiseState]:
         state = NoiseState.at(seed, 0, first_index + part.start, device)

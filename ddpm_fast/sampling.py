@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .engine import Start, batch_that_fits, denoise, eval_mode, in_parts, philox_start, torch_start
+from .engine import Network, Start, batch_that_fits, denoise, eval_mode, in_parts, philox_start, torch_start
+from .models.fusing import takes_noise_state
 from .models.state import DiffusionState, fresh_seed
 from .ops import NoiseState
 from .ops import _checks as checks
 from .progress import progress_bar
-from .samplers import Plan, make_plan
+from .samplers import COLUMNS, Plan, make_plan
 
 # On the CPU larger batches gain nothing, so only beyond this size is it worth a look at what fits the memory.
 UNCHECKED_BATCH = 64
@@ -50,11 +51,12 @@ class SamplingDiffusion(DiffusionState):
         """The mean of x_{t-1} given x_t (Ho et al. 2020, equation 11), for x [N, C, H, W] and t [N]; no noise added."""
         self._check_x(x)
         y = self._checked_y(y, x.shape[0], x.device)
+        dtype = torch.promote_types(x.dtype, torch.float32)
         # The full plan of the ddpm sampler counts its rows from T - 1 down.
-        rows = self.plan().rows.flip(0).to(x.device, x.dtype)
-        p_x, p_m, c_x, c_0 = (ops.extract(rows[:, i].contiguous(), t, x.shape) for i in range(2, 6))
+        columns = self.plan().rows.flip(0)[:, 2:6].T.contiguous().to(x.device, dtype)
+        p_x, p_m, c_x, c_0 = (ops.extract(column, t, x.shape) for column in columns)
         with eval_mode(self._sampled(use_ema)) as model:
-            model_out = self._call(model, x, t, y).to(x.dtype)
+            model_out = self._call(model, x, t, y).to(dtype)
         return c_x * x + c_0 * (p_x * x + p_m * model_out)
 
     def plan(
@@ -79,7 +81,7 @@ class SamplingDiffusion(DiffusionState):
         progress: bool = False,
         callback: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """Draw images.
+        """Draw images; one thread at a time for one Diffusion.
 
         Image i depends on `seed` and `first_index` + i alone, whatever the batch size. A batch too large for the memory
         is split.
@@ -96,7 +98,8 @@ class SamplingDiffusion(DiffusionState):
             first_index: index of the first image.
             noise: [batch_size, C, H, W], x_T; by default drawn.
             progress: show a progress bar.
-            callback: called with (k, x) after step k; x is the loop's own tensor, to be read and not kept.
+            callback: called with (k, x) after step k; x is the loop's own tensor, to be read and not kept. Where a
+                batch was split, its parts run one after the other.
 
         Returns:
             [batch_size, C, H, W] on the CPU, about [-1, 1], not clipped.
@@ -104,9 +107,11 @@ class SamplingDiffusion(DiffusionState):
         Raises:
             ValueError, TypeError: an argument is out of range or does not fit.
         """
-        device = torch.device(device)
+        batch_size, device = self._checked_place(batch_size, device)
         y = self._checked_y(y, batch_size, device)
-        plan = self.plan(sampler, num_steps, sampler_options)
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be a function of (k, x), got {checks.text(callback)}")
+        plan, predict = self._way(sampler, num_steps, sampler_options, y, use_ema)
         start = self._start(batch_size, device, seed, first_index, noise)
         with eval_mode(self._sampled(use_ema)) as model, _bar(progress, batch_size * len(plan)) as show:
 
@@ -117,14 +122,14 @@ class SamplingDiffusion(DiffusionState):
                         callback(k, x)
 
                 x, state = start(part)
-                return denoise(self._network(model, y, part), x, plan, state, on_step).cpu()
+                return denoise(predict(model, part), x, plan, state, on_step).cpu()
 
             if self.rng == "torch":  # one generator for the whole batch: it can't be split
                 return run(slice(0, batch_size))
             limit = batch_size
             if batch_size > UNCHECKED_BATCH:
                 one = slice(0, 1)
-                limit = batch_that_fits(self._network(model, y, one), start(one)[0], plan.timesteps(device)[:1])
+                limit = batch_that_fits(predict(model, one), start(one)[0], plan.timesteps(device)[:1])
             return in_parts(run, batch_size, limit)
 
     def sample_diffusion_sequence(
@@ -142,23 +147,19 @@ class SamplingDiffusion(DiffusionState):
         noise: Tensor | None = None,
     ) -> list[Tensor]:
         """All states of the chain, on the CPU: x_T, and x after each step. Arguments and errors as in `sample`."""
-        device = torch.device(device)
+        batch_size, device = self._checked_place(batch_size, device)
         y = self._checked_y(y, batch_size, device)
-        plan = self.plan(sampler, num_steps, sampler_options)
+        plan, predict = self._way(sampler, num_steps, sampler_options, y, use_ema)
         images = slice(0, batch_size)
         x, state = self._start(batch_size, device, seed, first_index, noise)(images)
         sequence = [x.cpu().clone()]
         with eval_mode(self._sampled(use_ema)) as model:
-            network = self._network(model, y, images)
-            denoise(network, x, plan, state, lambda k, x: sequence.append(x.cpu().clone()))
+            denoise(predict(model, images), x, plan, state, lambda k, x: sequence.append(x.cpu().clone()))
         return sequence
 
     def _start(
         self, batch_size: int, device: torch.device, seed: int | None, first_index: int, noise: Tensor | None
     ) -> Start:
-        home = next((p.device for p in self.model.parameters()), device)
-        if home.type != device.type:
-            raise ValueError(f"device is {device}, the network is on {home}: call diffusion.to({str(device)!r}) first")
         shape = (batch_size, self.img_channels, *self.img_size)
         dtype = torch.promote_types(self.betas.dtype, torch.float32)
         if self.rng == "philox":
@@ -172,13 +173,35 @@ class SamplingDiffusion(DiffusionState):
     ) -> Tensor:
         """The network's output, for x in the network's own dtype; dropout draws from `state` where it can."""
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
-        if state is not None and model.training and getattr(model, "takes_noise_state", False):
-            return model(x.to(dtype), t, y, noise_state=state)
-        return model(x.to(dtype), t, y)
+        more = {"noise_state": state} if state is not None and model.training and takes_noise_state(model) else {}
+        out = model(x.to(dtype), t, y, **more)
+        if not isinstance(out, Tensor):
+            raise TypeError(f"model must return a tensor like x, {list(x.shape)}; got a {type(out).__name__}")
+        if out.shape != x.shape:
+            raise ValueError(f"model must return a tensor like x, {list(x.shape)}; got {checks.text(out)}")
+        return out
 
-    def _network(self, model: nn.Module, y: Tensor | None, part: slice) -> Callable[[Tensor, Tensor], Tensor]:
-        labels = None if y is None else y[part]
-        return lambda x, t: self._call(model, x, t, labels)
+    def _way(
+        self, sampler: str | Plan, num_steps: int | None, options: Mapping[str, Any] | None, y: Tensor | None, ema: bool
+    ) -> tuple[Plan, Callable[[nn.Module, slice], Network]]:
+        """The plan, and what predicts in it for a part of the batch: the network, or a subclass's remove_noise."""
+
+        def labels(part: slice) -> Tensor | None:
+            return None if y is None else y[part]
+
+        if getattr(self.remove_noise, "__func__", None) is not SamplingDiffusion.remove_noise:
+            if sampler == "ddpm" and num_steps is None and not options:
+                # It predicts the mean itself: x' = mean + sigma z is a table, too.
+                rows = torch.zeros(self.num_timesteps, len(COLUMNS), dtype=torch.float64)
+                rows[:, 0] = torch.arange(self.num_timesteps)
+                rows[:, [1, 3, 5]] = 1.0
+                rows[1:, 7] = self.sigma[1:].double().cpu()
+                return Plan(rows.flip(0)), lambda _, part: lambda x, t: self.remove_noise(x, t, labels(part), ema)
+            self._warn(
+                "mean", "remove_noise was overridden, but only sample() with sampler='ddpm' and no options calls it"
+            )
+        plan = self.plan(sampler, num_steps, options)
+        return plan, lambda model, part: lambda x, t: self._call(model, x, t, labels(part))
 
     def _sampled(self, use_ema: bool) -> nn.Module:
         """The network to sample from."""
@@ -193,19 +216,42 @@ class SamplingDiffusion(DiffusionState):
     def _check_x(self, x: Tensor) -> None:
         checks.tensor("x", x)
         expected = (self.img_channels, *self.img_size)
-        if x.shape[1:] != torch.Size(expected):
-            raise ValueError(f"x must have shape [N, {', '.join(map(str, expected))}], got {checks.text(x)}")
+        if x.shape[1:] != expected or x.ndim == 0 or x.shape[0] == 0:
+            shape = ", ".join(map(str, expected))
+            raise ValueError(f"x must have shape [N, {shape}] with N >= 1, got {checks.text(x)}")
+        if x.device != self.betas.device:
+            raise ValueError(f"x is on {x.device}, this Diffusion on {self.betas.device}: move one of them with .to()")
+
+    def _checked_place(self, batch_size: int, device: torch.device | str) -> tuple[int, torch.device]:
+        """batch_size as an int, and the device, which must be the network's."""
+        batch_size = checks.integer("batch_size", batch_size, 1)
+        try:
+            device = torch.device(device)
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"device must be one such as 'cpu' or 'cuda:0', got {checks.text(device)}") from error
+        home = next((p.device for p in self.model.parameters()), device)
+        if home.type != device.type or (device.index is not None and home != device):
+            raise ValueError(f"device is {device}, the network is on {home}: call diffusion.to({str(device)!r}) first")
+        return batch_size, home
 
     def _checked_y(self, y: Tensor | None, batch_size: int, device: torch.device) -> Tensor | None:
         """y on the device, after a look at its shape and range."""
         if y is None:
             return None
-        checks.tensor("y", y, shape=(batch_size,), dtype=torch.int64)
+        if not isinstance(y, Tensor):
+            raise TypeError(f"y must be a tensor, got {checks.text(y)}: torch.as_tensor(y) makes one")
+        if y.ndim == 0 or y.shape[0] != batch_size:
+            raise ValueError(f"y must have shape [{batch_size}], a class per image; got {checks.text(y)}")
+        # A network that says nothing of classes may take any kind of condition.
         num_classes = getattr(self.model, "num_classes", self.num_classes)
-        if num_classes is None:
-            self._warn("y", "y is ignored: the network was built without num_classes")
-        else:
+        if num_classes is not None:
+            if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+                raise TypeError(f"y must be int64, the classes; got {checks.text(y)}: convert it with .long()")
+            y = y.long()
+            checks.tensor("y", y, shape=(batch_size,), dtype=torch.int64)
             checks.indices("y", y, num_classes)
+        elif hasattr(self.model, "num_classes"):
+            self._warn("y", "y is ignored: the network was built without num_classes")
         return y.to(device)
 
     def _warn(self, key: str, message: str) -> None:

@@ -1,18 +1,15 @@
 """Noise schedules, and the tables that follow from them. All arithmetic in float64."""
 
-import math
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .ops import _checks as checks
+
 Array = NDArray[np.float64]
-
-
-def _check_timesteps(num_timesteps: int) -> None:
-    if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int) or num_timesteps < 1:
-        raise ValueError(f"T must be a positive integer, got {num_timesteps!r}")
 
 
 def generate_linear_schedule(T: int, low: float, high: float) -> Array:
@@ -21,24 +18,20 @@ def generate_linear_schedule(T: int, low: float, high: float) -> Array:
     The paper's 1e-4 and 0.02 are for T = 1000; scale both by 1000 / T for another T.
 
     Raises:
-        ValueError: T is not a positive integer, or an end is not finite.
+        ValueError, TypeError: T is not a positive integer, or an end is not a finite number.
     """
-    _check_timesteps(T)
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"low and high must be finite, got {low} and {high}")
-    return np.linspace(low, high, T)
+    steps = checks.integer("T", T, 1)
+    return np.linspace(checks.number("low", low), checks.number("high", high), steps)
 
 
 def generate_cosine_schedule(T: int, s: float = 0.008) -> Array:
     """T betas of the cosine schedule, clipped at 0.999 (Nichol & Dhariwal 2021, equation 17).
 
     Raises:
-        ValueError: T is not a positive integer, or s is negative.
+        ValueError, TypeError: T is not a positive integer, or s is not a number of at least 0.
     """
-    _check_timesteps(T)
-    if not s >= 0:
-        raise ValueError(f"s must not be negative, got {s}")
-    f = np.cos((np.arange(T + 1) / T + s) / (1 + s) * np.pi / 2) ** 2
+    steps, s = checks.integer("T", T, 1), checks.number("s", s, 0)
+    f = np.cos((np.arange(steps + 1) / steps + s) / (1 + s) * np.pi / 2) ** 2
     return np.minimum(1 - f[1:] / f[:-1], 0.999)
 
 
@@ -53,6 +46,8 @@ def check_betas(betas: object, prediction: str = "eps") -> Array:
     if isinstance(betas, Tensor):
         betas = betas.detach().to("cpu", torch.float64).numpy()
     try:
+        if betas is None or np.iscomplexobj(cast(Any, betas)):
+            raise TypeError
         array = np.array(betas, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise TypeError(f"betas must be a vector of numbers, got {type(betas).__name__}") from error
@@ -69,6 +64,8 @@ def check_betas(betas: object, prediction: str = "eps") -> Array:
             if array[i] >= 1 else ""
         )  # fmt: skip
         raise ValueError(f"betas must lie inside (0, 1): betas[{i}] is {array[i]}{hint}")
+    if 1 - array[0] == 1:
+        raise ValueError(f"betas must add noise from the first on: betas[0] is {array[0]}, too small to count")
     return array
 
 

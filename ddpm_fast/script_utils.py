@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .diffusion import Diffusion
 from .models.presets import Config
+from .ops import _checks as checks
 
 Batch = TypeVar("Batch")
 
@@ -21,7 +23,10 @@ def cycle(dl: Iterable[Batch]) -> Iterator[Batch]:
 
     Raises:
         ValueError: the loader is empty.
+        TypeError: it can be gone through only once.
     """
+    if isinstance(dl, Iterator):
+        raise TypeError("dl must be a loader or list: an iterator can be gone through only once")
     while True:
         empty = True
         for batch in dl:
@@ -43,6 +48,8 @@ def image_to_tensor(image: Any) -> Tensor:
         TypeError: pixels are neither uint8 (or bool) nor floating point.
         ValueError: not two or three dimensions.
     """
+    if isinstance(image, Tensor):
+        raise TypeError("image must be a PIL image or an array [H, W, C], got a tensor: it needs no transform")
     pixels = np.asarray(image)
     if pixels.ndim not in (2, 3):
         raise ValueError(f"image must have shape [H, W] or [H, W, C], got {list(pixels.shape)}")
@@ -54,35 +61,38 @@ def image_to_tensor(image: Any) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(chw)) * 2 - 1
 
 
-def str2bool(v: str | bool) -> bool:
+def str2bool(v: Any) -> bool:
     """ "yes", "true", "t", "y", "1" and their opposites, in any case, for argparse.
 
     Raises:
         argparse.ArgumentTypeError: anything else.
     """
-    if isinstance(v, bool):
-        return v
-    if v.lower() in ("yes", "true", "t", "y", "1"):
+    word = str(v).lower()
+    if word in ("yes", "true", "t", "y", "1"):
         return True
-    if v.lower() in ("no", "false", "f", "n", "0"):
+    if word in ("no", "false", "f", "n", "0"):
         return False
     raise argparse.ArgumentTypeError(f"expected yes or no, true or false; got {v!r}")
 
 
-def _integers(text: str) -> tuple[int, ...]:
+def _numbers(text: str, kind: type = int) -> tuple[Any, ...]:
     """ "1,2,2", "1 2 2" or "(1, 2, 2)" to a tuple; the empty string to ()."""
     parts = [p for p in re.split(r"[,\s]+", text.strip().strip("()[]")) if p]
     try:
-        return tuple(int(p) for p in parts)
+        return tuple(kind(p) for p in parts)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected integers such as 1,2,2,2; got {text!r}") from error
+        what = "integers such as 1,2,2,2" if kind is int else "values separated by commas"
+        raise argparse.ArgumentTypeError(f"expected {what}; got {text!r}") from error
 
 
 def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: Mapping[str, Any]) -> None:
     """Add an option --key of the value's type for each entry; None makes a string, a tuple is read as "1,2,2,2"."""
-    special: dict[type, Callable[[str], Any]] = {bool: str2bool, tuple: _integers, list: _integers, type(None): str}
+    special: dict[type, Callable[[str], Any]] = {bool: str2bool, type(None): str}
     for key, value in default_dict.items():
-        parser.add_argument(f"--{key}", default=value, type=special.get(type(value), type(value)))
+        kind = special.get(type(value), type(value))
+        if isinstance(value, (tuple, list)):
+            kind = partial(_numbers, kind=type(value[0]) if value else int)
+        parser.add_argument(f"--{key}", default=value, type=kind)
 
 
 def diffusion_defaults() -> dict[str, Any]:
@@ -106,7 +116,7 @@ def diffusion_defaults() -> dict[str, Any]:
 
 
 def get_diffusion_from_args(args: Any) -> Diffusion:
-    """A Diffusion for parsed options; those that are missing take their defaults.
+    """A Diffusion for parsed options, a namespace or a dictionary; those that are missing take their defaults.
 
     Beside the entries of `diffusion_defaults`: schedule_low, schedule_high, ema_start (2000), img_size ((32, 32)),
     img_channels (3), num_classes (10), initial_pad, num_groups, time_emb_scale, prediction.
@@ -114,7 +124,11 @@ def get_diffusion_from_args(args: Any) -> Diffusion:
     Raises:
         ValueError: an option has a value that is out of range.
     """
-    given = {k: v for k, v in vars(args).items() if v is not None}
+    given = dict(args) if isinstance(args, Mapping) else getattr(args, "__dict__", None)
+    if given is None:
+        raise TypeError(f"args must be what argparse returns, got {checks.text(args)}")
+    # None is a value of its own for norm and time_emb_dim; elsewhere it stands for the default.
+    given = {k: v for k, v in given.items() if v is not None or k in ("norm", "time_emb_dim")}
     options = diffusion_defaults() | {"num_classes": 10} | given
     num_classes = options["num_classes"]
     # The original takes any schedule but "cosine" for the linear one.

@@ -250,6 +250,115 @@ def test_loaded_betas_are_used() -> None:
     assert torch.allclose(loaded.sample(2, "cpu", seed=1), saved.sample(2, "cpu", seed=1), atol=1e-5)
 
 
+def test_the_exact_schedule_survives_a_file() -> None:
+    """A file holds float32 betas; where they are the constructor's, plans keep the float64 ones."""
+    diffusion = pixelwise()
+    rows = diffusion.plan().rows
+    diffusion.load_state_dict(diffusion.state_dict())
+    assert torch.equal(diffusion.plan().rows, rows)
+    diffusion.double().load_state_dict(pixelwise().state_dict())
+    assert torch.equal(diffusion.betas, torch.from_numpy(BETAS)), "in float64 the tables are exact"
+
+
+def test_a_diffusion_inside_another_module_keeps_its_counts() -> None:
+    outer = nn.Sequential(pixelwise(seed=4))
+    outer[0](torch.zeros(2, 2, 5, 7))
+    other = nn.Sequential(pixelwise())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.load_state_dict(outer.state_dict())
+    assert other[0].extra_state() == {"step": 0, "calls": 1, "seed": 4}
+
+
+def test_load_state_dict_can_assign() -> None:
+    diffusion = pixelwise()
+    state = pixelwise().double().state_dict()
+    diffusion.load_state_dict(state, assign=True)
+    assert diffusion.model.gain.dtype == torch.float64
+
+
+def test_each_process_draws_its_own_noise(monkeypatch) -> None:
+    losses = []
+    for rank in (0, 1):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        losses.append(float(pixelwise(seed=3)(torch.zeros(4, 2, 5, 7)).detach()))
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_remove_noise_is_the_mean_of_the_posterior(prediction: str) -> None:
+    """Equation 7 of Ho et al. written out, for each network and in the plan's precision also for half images."""
+    diffusion = pixelwise(prediction=prediction)
+    diffusion.model.gain.data.fill_(0.7)
+    x, t = torch.randn(3, 2, 5, 7), torch.tensor([0, 5, 11])
+    abar = torch.from_numpy(np.cumprod(1 - BETAS))
+    a, before = (v.view(3, 1, 1, 1) for v in (abar[t], torch.cat([torch.ones(1), abar])[t]))
+    beta = torch.from_numpy(BETAS)[t].view(3, 1, 1, 1)
+    means = []
+    for use_ema, network in ((True, diffusion.ema_model), (False, diffusion.model)):
+        out = network(x, t).detach().double()
+        x0 = {"eps": (x - (1 - a).sqrt() * out) / a.sqrt(), "x0": out, "v": a.sqrt() * x - (1 - a).sqrt() * out}
+        mean = before.sqrt() * beta / (1 - a) * x0[prediction] + (1 - beta).sqrt() * (1 - before) / (1 - a) * x
+        means.append(diffusion.remove_noise(x, t, None, use_ema=use_ema))
+        assert torch.allclose(means[-1].double(), mean, atol=1e-4)
+    assert not torch.allclose(*means, atol=1e-3)
+    assert diffusion.remove_noise(x.half(), t, None).dtype == torch.float32
+
+
+def test_get_losses_checks_too() -> None:
+    with pytest.raises(ValueError, match="x must have shape"):
+        pixelwise().get_losses(torch.zeros(2, 2, 5, 6), torch.tensor([0, 1]), None)
+
+
+def test_labels_are_checked_for_any_network() -> None:
+    diffusion = Diffusion(Pixelwise(), (5, 7), 2, 3, BETAS)
+    with pytest.raises(ValueError, match=r"y must lie in \[0, 3\)"):
+        diffusion(torch.zeros(2, 2, 5, 7), torch.tensor([0, 3]))
+
+
+def test_numpy_integers_and_lists_work() -> None:
+    four = np.int64(4)
+    diffusion = Diffusion(Pixelwise(), [four, np.int32(6)], np.int64(2), None, BETAS, ema_update_rate=np.int64(1))
+    images = diffusion.sample(four, "cpu", num_steps=np.int64(3), first_index=np.int64(2), seed=np.uint64(5))
+    assert torch.equal(images, diffusion.sample(4, "cpu", num_steps=3, first_index=2, seed=5))
+    Diffusion(Pixelwise(), np.array([8, 8]), 2, None, BETAS, seed=np.int64(5))
+    net = UNet(np.int64(1), np.int64(8), np.array([1, 2]), np.int64(1), num_groups=np.int64(4), initial_pad=np.int64(1))
+    assert net(torch.zeros(1, 1, 6, 6)).shape == (1, 1, 6, 6)
+    assert len(generate_linear_schedule(np.int64(5), 0.1, np.float32(0.2))) == 5
+
+
+def test_one_step_starts_at_the_last_timestep() -> None:
+    diffusion = pixelwise()
+    diffusion.sample(1, "cpu", num_steps=1)
+    assert [t.tolist() for t in diffusion.ema_model.times] == [[11]]
+
+
+def test_torch_rng_draws_in_the_order_of_memory_and_not_for_given_noise() -> None:
+    diffusion = Diffusion(Pixelwise(), (5, 7), 2, None, BETAS, rng="torch")
+    noise = torch.randn(2, 2, 5, 7)
+    samples = []
+    for given in (noise, noise.double(), noise.to(memory_format=torch.channels_last)):
+        torch.manual_seed(0)
+        samples.append(diffusion.sample(2, "cpu", noise=given))
+    assert torch.equal(samples[0], samples[1]) and torch.equal(samples[0], samples[2])
+    torch.manual_seed(0)
+    for _ in range(11):
+        torch.randn(2, 2, 5, 7)
+    after = torch.randn(1)
+    torch.manual_seed(0)
+    diffusion.sample(2, "cpu", noise=noise)
+    assert torch.equal(torch.randn(1), after), "one draw for each step with t > 0, none for x_T"
+
+
+def test_buffers_follow_before_ema_start() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(2))
+    diffusion = Diffusion(net, (4, 4), 2, None, BETAS, ema_start=10)
+    net[0].running_mean.fill_(3)
+    diffusion.update_ema()
+    assert float(diffusion.ema_model[0].running_mean[0]) == 3
+
+
 def test_ema_starts_as_a_copy_and_needs_no_gradient() -> None:
     diffusion = small()
     assert not any(p.requires_grad for p in diffusion.ema_model.parameters())
@@ -295,9 +404,14 @@ def test_an_ema_that_was_never_updated_warns_once() -> None:
         other(torch.zeros(1, 1, 8, 8))
         other.update_ema()
         other.sample(1, "cpu")
-        loaded = small().eval()
+        evaluated = small().eval()
+        evaluated(torch.zeros(1, 1, 8, 8))
+        evaluated.sample(1, "cpu")
+        loaded = small().train()
+        loaded.load_state_dict(other.state_dict())
+        loaded.load_extra_state({"step": 0})
         loaded(torch.zeros(1, 1, 8, 8))
-        loaded.sample(1, "cpu")  # only ever evaluated
+        loaded.sample(1, "cpu")
 
 
 def test_labels_for_an_unconditional_network_warn_once() -> None:
@@ -318,9 +432,9 @@ Y = torch.tensor([0, 1])
 
 CONSTRUCTOR = [
     ({"model": lambda x, t: x}, TypeError, "model must be a torch.nn.Module"),
-    ({"img_size": 8}, ValueError, r"img_size must be a tuple such as \(32, 32\)"),
+    ({"img_size": 8}, TypeError, "img_size must be a tuple of integers, got 8"),
     ({"img_size": (8, 0)}, ValueError, "img_size"),
-    ({"img_channels": 0}, ValueError, "img_channels must be a positive integer"),
+    ({"img_channels": 0}, ValueError, "img_channels must be an integer of at least 1"),
     ({"betas": [0.1, 1.2]}, ValueError, r"betas\[1\] is 1.2"),
     ({"betas": [0.1, float("nan")]}, ValueError, r"betas\[1\] is nan"),
     ({"betas": [0.0, 0.1]}, ValueError, r"betas\[0\] is 0.0"),
@@ -333,8 +447,20 @@ CONSTRUCTOR = [
     ({"rng": "numpy"}, ValueError, "rng must be one of philox, torch"),
     ({"rng": "torch", "seed": 1}, ValueError, "seed is for rng='philox'"),
     ({"prediction": "score"}, ValueError, "prediction must be one of"),
-    ({"ema_decay": 1.5}, ValueError, r"decay must lie in \[0, 1\]"),
-    ({"ema_update_rate": 0}, ValueError, "ema_update_rate must be a positive integer"),
+    ({"ema_decay": 1.5}, ValueError, r"ema_decay must be a finite number in \[0, 1\]"),
+    ({"ema_update_rate": 0}, ValueError, "ema_update_rate must be an integer of at least 1"),
+    ({"ema_decay": None}, TypeError, "ema_decay must be a finite number"),
+    ({"ema_start": "a"}, TypeError, "ema_start must be an integer"),
+    ({"num_classes": "3"}, TypeError, "num_classes must be an integer"),
+    ({"num_classes": 0}, ValueError, "num_classes must be an integer of at least 1"),
+    ({"img_channels": True}, TypeError, "img_channels must be an integer"),
+    ({"loss_type": ["l1", "l2"]}, ValueError, "loss_type must be one of l1, l2"),
+    ({"seed": "5"}, TypeError, "seed must be an integer"),
+    ({"seed": 1.5}, TypeError, "seed must be an integer"),
+    ({"seed": 2**64}, ValueError, "seed must be an integer in"),
+    ({"betas": None}, TypeError, "betas must be a vector of numbers"),
+    ({"betas": [0.1j]}, TypeError, "betas must be a vector of numbers"),
+    ({"betas": [1e-17] * 5}, ValueError, r"betas\[0\] is 1e-17, too small"),
 ]
 
 
@@ -353,14 +479,14 @@ def test_a_last_beta_of_one_is_allowed_where_it_can_be_inverted() -> None:
 
 
 CALLS = [
-    (lambda d: d(X[:, :, :7]), ValueError, r"x must have shape \[N, 1, 8, 8\], got"),
+    (lambda d: d(X[:, :, :7]), ValueError, r"x must have shape \[N, 1, 8, 8\] with N >= 1, got"),
     (lambda d: d(X.byte()), TypeError, "x must be a floating point tensor, got uint8"),
     (lambda d: d("image"), TypeError, "x must be a tensor"),
     (lambda d: d(X), ValueError, "y is required: this network was built with num_classes=3"),
     (lambda d: d(X, Y[:1]), ValueError, r"y must have shape \[2\]"),
     (lambda d: d(X, Y + 2), ValueError, r"y must lie in \[0, 3\)"),
     (lambda d: d(X, Y - 1), ValueError, r"y must lie in \[0, 3\)"),
-    (lambda d: d(X, Y.float()), TypeError, "y must have dtype torch.int64"),
+    (lambda d: d(X, Y.float()), TypeError, "y must be int64, the classes; got float32"),
     (lambda d: d.get_losses(X, torch.tensor([0, 12]), Y), ValueError, r"t must lie in \[0, 12\)"),
     (lambda d: d.get_losses(X, torch.tensor([0.0, 1.0]), Y), TypeError, "t must have dtype"),
     (lambda d: d.perturb_x(X, Y, X[:1]), ValueError, "noise must have shape"),
@@ -368,14 +494,33 @@ CALLS = [
     (lambda d: d.remove_noise(X, Y + 11, Y), ValueError, r"t must lie in \[0, 12\)"),
     (lambda d: d.sample(2, "cpu", y=Y[:1]), ValueError, r"y must have shape \[2\]"),
     (lambda d: d.sample(2, "cpu", y=[0, 1]), TypeError, "y must be a tensor"),
-    (lambda d: d.sample(0, "cpu"), ValueError, "batch_size must be a positive integer"),
-    (lambda d: d.sample(2.0, "cpu"), ValueError, "batch_size must be a positive integer"),
+    (lambda d: d.sample(0, "cpu"), ValueError, "batch_size must be an integer of at least 1, got 0"),
+    (lambda d: d.sample(2.0, "cpu"), TypeError, "batch_size must be an integer of at least 1, got 2.0"),
     (lambda d: d.sample(2, "meta", y=Y), ValueError, r"device is meta, the network is on cpu"),
     (lambda d: d.sample(2, "cpu", y=Y, sampler="ddmp"), ValueError, "sampler must be a Plan or one of ddpm"),
-    (lambda d: d.sample(2, "cpu", y=Y, num_steps=13), ValueError, r"num_steps must lie in \[1, 12\]"),
-    (lambda d: d.sample(2, "cpu", y=Y, sampler_options={"eta": 1}), TypeError, "sampler_options of 'ddpm'"),
+    (lambda d: d.sample(2, "cpu", y=Y, num_steps=13), ValueError, r"num_steps must be an integer in \[1, 12\], got 13"),
+    (lambda d: d.sample(2, "cpu", y=Y, sampler_options={"eta": 1}), TypeError, "'ddpm' has no option 'eta'"),
     (lambda d: d.sample(2, "cpu", y=Y, sampler=d.plan(), num_steps=3), ValueError, "a Plan holds its own"),
-    (lambda d: d.sample(2, "cpu", y=Y, first_index=-1), ValueError, "first_index must not be negative"),
+    (lambda d: d.sample(2, "cpu", y=Y, first_index=-1), ValueError, r"first_index must be an integer in \[0, "),
+    (lambda d: d(X[:0], Y[:0]), ValueError, "with N >= 1"),
+    (lambda d: d(X.to("meta"), Y), ValueError, "x is on meta, this Diffusion on cpu"),
+    (lambda d: d.sample(True, "cpu"), TypeError, "batch_size must be an integer"),
+    (lambda d: d.sample(-1, "cpu", y=Y), ValueError, "batch_size must be an integer of at least 1, got -1"),
+    (lambda d: d.sample(2, None), ValueError, "device must be one such as 'cpu' or 'cuda:0', got None"),
+    (lambda d: d.sample(2, "gpu"), ValueError, "device must be one such as"),
+    (lambda d: d.sample(2, "cpu:1", y=Y), ValueError, "device is cpu:1, the network is on cpu"),
+    (lambda d: d.sample(2, "cpu", y=Y, num_steps="3"), TypeError, "num_steps must be an integer"),
+    (lambda d: d.sample(2, "cpu", y=Y, sampler=["ddpm"]), ValueError, "sampler must be a Plan or one of ddpm"),
+    (lambda d: d.sample(2, "cpu", y=Y, sampler_options={"clip": 0.5}), TypeError, "clip must be True or False"),
+    (lambda d: d.sample(2, "cpu", y=Y, first_index=2.5), TypeError, "first_index must be an integer"),
+    (lambda d: d.sample(2, "cpu", y=Y, first_index=2**56), ValueError, "first_index must be an integer in"),
+    (lambda d: d.sample(2, "cpu", y=Y, seed=3.0), TypeError, "seed must be an integer"),
+    (lambda d: d.sample(2, "cpu", y=Y, seed=2**64), ValueError, "seed must be an integer in"),
+    (lambda d: d.sample(2, "cpu", y=Y, callback=5), TypeError, "callback must be a function"),
+    (lambda d: d.load_state_dict(None), TypeError, "state_dict must be a dictionary, got None"),
+    (lambda d: d.load_state_dict(d.state_dict(), step=-1), ValueError, "step must be an integer of at least 0"),
+    (lambda d: d.load_extra_state({"step": "a"}), TypeError, "step must be an integer"),
+    (lambda d: Diffusion.from_config({}), TypeError, "config must be a Config"),
     (lambda d: d.sample(2, "cpu", y=Y, noise=X[:1]), ValueError, "noise must have shape"),
 ]  # fmt: skip
 

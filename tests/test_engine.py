@@ -162,4 +162,6 @@ def test_autocast_casts_each_weight_once_a_chain() -> None:
         for p in diffusion.ema_model.parameters():
             p.data.mul_(2)
         after = diffusion.sample(2, "cpu", seed=1)
+        diffusion.sample(1, "cpu", use_ema=False)
     assert not torch.equal(before, after), "a cast of the old weights was used"
+    assert all(p.requires_grad for p in diffusion.model.parameters()), "trained weights stay trainable"

@@ -20,13 +20,15 @@ def test_cosine() -> None:
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: generate_linear_schedule(0, 0.1, 0.2), "T must be a positive integer, got 0"),
-        (lambda: generate_linear_schedule(2.5, 0.1, 0.2), "T must be a positive integer"),
-        (lambda: generate_linear_schedule(5, float("nan"), 0.2), "low and high must be finite"),
-        (lambda: generate_cosine_schedule(-1), "T must be a positive integer"),
-        (lambda: generate_cosine_schedule(5, -0.1), "s must not be negative"),
+        (lambda: generate_linear_schedule(0, 0.1, 0.2), "T must be an integer of at least 1, got 0"),
+        (lambda: generate_linear_schedule(5, None, 0.2), "low must be a finite number, got None"),
+        (lambda: generate_cosine_schedule(5, float("inf")), "s must be a finite number"),
+        (lambda: generate_linear_schedule(2.5, 0.1, 0.2), "T must be an integer of at least 1"),
+        (lambda: generate_linear_schedule(5, float("nan"), 0.2), "low must be a finite number"),
+        (lambda: generate_cosine_schedule(-1), "T must be an integer of at least 1"),
+        (lambda: generate_cosine_schedule(5, -0.1), "s must be a finite number of at least 0"),
     ],
 )
 def test_bad_input(call, text) -> None:
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((ValueError, TypeError), match=text):
         call()

@@ -122,3 +122,26 @@ def test_transform() -> None:
         transform(np.zeros((2, 2), dtype=np.uint16))
     with pytest.raises(ValueError, match=r"shape \[H, W\]"):
         transform(np.zeros(3, dtype=np.uint8))
+
+
+def test_none_is_a_value_where_a_network_knows_it() -> None:
+    tiny = {"base_channels": 8, "channel_mults": (1, 2), "num_groups": 4, "attention_resolutions": ()}
+    net = script_utils.get_diffusion_from_args(tiny | {"norm": None, "time_emb_dim": None, "loss_type": None}).model
+    assert type(net.out_norm) is torch.nn.Identity and net.time_mlp is None
+    with pytest.raises(TypeError, match="args must be what argparse returns, got 5"):
+        script_utils.get_diffusion_from_args(5)
+
+
+def test_a_tuple_is_read_by_the_type_of_its_elements() -> None:
+    parser = argparse.ArgumentParser()
+    script_utils.add_dict_to_argparser(parser, {"adam_betas": (0.9, 0.999), "names": ["a"], "levels": ()})
+    args = parser.parse_args(["--adam_betas", "0.8,0.99", "--names", "x y", "--levels", "1"])
+    assert (args.adam_betas, args.names, args.levels) == ((0.8, 0.99), ("x", "y"), (1,))
+
+
+def test_what_cannot_be_an_image_or_a_loader() -> None:
+    with pytest.raises(TypeError, match="got a tensor: it needs no transform"):
+        script_utils.get_transform()(torch.zeros(3, 32, 32))
+    with pytest.raises(TypeError, match="an iterator can be gone through only once"):
+        next(script_utils.cycle(iter([1, 2])))
+    assert script_utils.str2bool(1) and not script_utils.str2bool(np.False_)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from ..ops import _checks as checks
+
 
 class EMA:
     """Keeps an average: average = decay * average + (1 - decay) * new.
@@ -11,13 +13,11 @@ class EMA:
         decay: weight of the old value, in [0, 1].
 
     Raises:
-        ValueError: decay is outside [0, 1].
+        ValueError, TypeError: decay is no number in [0, 1].
     """
 
     def __init__(self, decay: float):
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay must lie in [0, 1], got {decay}")
-        self.decay = decay
+        self.decay = checks.number("decay", decay, 0, 1)
 
     def update_average(self, old: Tensor | None, new: Tensor) -> Tensor:
         """The new average of two tensors; `new` itself where there is no old one."""
@@ -25,10 +25,17 @@ class EMA:
 
     @torch.no_grad()
     def update_model_average(self, ema_model: nn.Module, current_model: nn.Module) -> None:
-        """Average the parameters of `ema_model` towards `current_model`'s, in place; buffers are copied."""
+        """Average the parameters of `ema_model` towards `current_model`'s, in place; buffers are copied.
+
+        The average keeps its own dtype, so that a float32 average of a bfloat16 network works.
+        """
         averages = [p.data for p in ema_model.parameters()]
+        new = [p.data for p in current_model.parameters()]
+        if len(new) != len(averages) or any(a.shape != b.shape for a, b in zip(averages, new, strict=True)):
+            raise ValueError("current_model must have the parameters of ema_model: their number or shapes differ")
         if averages:
-            torch._foreach_lerp_(averages, [p.data for p in current_model.parameters()], 1 - self.decay)
+            new = [b if a.dtype == b.dtype else b.to(a.dtype) for a, b in zip(averages, new, strict=True)]
+            torch._foreach_lerp_(averages, new, 1 - self.decay)
         copy_buffers(ema_model, current_model)
 
 

@@ -1,49 +1,15 @@
-"""The layers of the UNet. Modules hold the parameters under the original DDPM code's names; ops do the work.
+"""The layers of the UNet. Modules hold the parameters under the original DDPM code's names; ops do the work."""
 
-Where a submodule was hooked, parametrized or replaced, the modules themselves are called: nothing of it is skipped.
-"""
-
-from collections.abc import Callable
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import DROPOUT, Dropout, NoiseState, apply_dropout, timestep_embedding
+from ..ops import DROPOUT, Dropout, NoiseState, timestep_embedding
 from ..ops import _checks as checks
-from ..ops.conv3x3 import OP as conv3x3  # without the public function's checks: modules check what they are given
-from ..ops.group_norm_silu import OP as group_norm_silu
-
-Activation = Callable[[Tensor], Tensor]
-
-_FUSED: dict[Activation, str] = {F.relu: "relu", torch.relu: "relu", F.silu: "silu", F.mish: "mish"}
-_STOCK = {nn.GroupNorm, nn.InstanceNorm2d, nn.BatchNorm2d, nn.Identity, nn.Conv2d, nn.Dropout, nn.Sequential}
-
-
-def is_plain(*modules: nn.Module) -> bool:
-    """Whether an op may stand in for these modules: PyTorch's own classes, without hooks."""
-    if nn.modules.module._has_any_global_hook():
-        return False
-    for m in modules:
-        if type(m) not in _STOCK or m._forward_hooks or m._forward_pre_hooks:
-            return False
-        if m._backward_hooks or m._backward_pre_hooks:
-            return False
-    return True
-
-
-def is_conv3x3(conv: nn.Module) -> bool:
-    """Whether `conv3x3` computes what this module does."""
-    return (
-        type(conv) is nn.Conv2d
-        and is_plain(conv)
-        and conv.kernel_size == (3, 3)
-        and conv.stride == conv.padding == conv.dilation == (1, 1)
-        and conv.groups == 1
-        and conv.padding_mode == "zeros"
-        and conv.bias is not None
-    )
+from ..ops.conv3x3 import OP as conv3x3  # without the public function's checks: modules have theirs
+from .fusing import Activation, TakesNoiseState, is_conv3x3, is_plain, norm_act
 
 
 def get_norm(norm: str | None, num_channels: int, num_groups: int) -> nn.Module:
@@ -52,8 +18,9 @@ def get_norm(norm: str | None, num_channels: int, num_groups: int) -> nn.Module:
     Raises:
         ValueError: another name, or a number of groups that does not divide the channels.
     """
+    num_channels = checks.integer("num_channels", num_channels, 1)
     if norm == "gn":
-        if num_groups < 1 or num_channels % num_groups:
+        if num_channels % checks.integer("num_groups", num_groups, 1):
             raise ValueError(f"num_groups must divide the number of channels, {num_channels}; got {num_groups}")
         return nn.GroupNorm(num_groups, num_channels)
     if norm == "in":
@@ -65,30 +32,11 @@ def get_norm(norm: str | None, num_channels: int, num_groups: int) -> nn.Module:
     raise ValueError(f"norm must be 'gn', 'in', 'bn' or None, got {norm!r}")
 
 
-def norm_act(
-    norm: nn.Module,
-    activation: Activation | None,
-    x: Tensor,
-    *,
-    add: Tensor | None = None,
-    dropout: Dropout | None = None,
-) -> Tensor:
-    """dropout(activation(norm(x + add))); one op where the norm is over groups and the activation a known one."""
-    fused = "none" if activation is None else _FUSED.get(activation)
-    if type(norm) is nn.InstanceNorm2d and not norm.track_running_stats:
-        groups = norm.num_features  # a group a channel
-    else:
-        groups = norm.num_groups if type(norm) is nn.GroupNorm else 0
-    if groups and is_plain(norm):
-        inside = {"activation": fused, "dropout": dropout} if fused else {"activation": "none"}
-        norm = cast(nn.GroupNorm, norm)
-        y = cast(Tensor, group_norm_silu(x, norm.weight, norm.bias, groups, eps=norm.eps, add=add, **inside))
-        if fused:
-            return y
-    else:
-        y = norm(x if add is None else x + add.to(x.dtype)[..., None, None])
-    y = y if activation is None else activation(y)
-    return y if dropout is None else apply_dropout(y, dropout)
+def checked_activation(activation: Activation) -> Activation:
+    """The activation; raise TypeError unless it is a function of tensors."""
+    if isinstance(activation, type) or not callable(activation):
+        raise TypeError(f"activation must be a function such as F.silu, got {checks.text(activation)}")
+    return activation
 
 
 def check_input(x: Tensor, channels: int) -> None:
@@ -98,12 +46,20 @@ def check_input(x: Tensor, channels: int) -> None:
         raise ValueError(f"x must have {channels} channels, got {checks.text(x)}")
 
 
+def check_labels(y: Tensor, num_images: int) -> None:
+    """Raise unless y is [N], int64 or int32."""
+    dtype = torch.int32 if isinstance(y, Tensor) and y.dtype == torch.int32 else torch.int64
+    checks.tensor("y", y, shape=(num_images,), dtype=dtype)
+
+
 class PositionalEmbedding(nn.Module):
     """Timesteps [N] to their sinusoidal embedding [N, dim]; see `ops.timestep_embedding`."""
 
     def __init__(self, dim: int, scale: float = 1.0):
         super().__init__()
-        self.dim, self.scale = dim, scale
+        self.dim, self.scale = checks.integer("dim", dim, 2), checks.number("scale", scale)
+        if self.dim % 2:
+            raise ValueError(f"dim must be even, got {dim}: {dim + 1} would work")
         # Empty, and not saved: it follows .half() and .to(), and so tells the dtype of the layers to come.
         self.register_buffer("_like", torch.empty(0), persistent=False)
 
@@ -120,7 +76,7 @@ class Downsample(nn.Module):
 
     def __init__(self, in_channels: int):
         super().__init__()
-        self.in_channels = in_channels
+        self.in_channels = in_channels = checks.integer("in_channels", in_channels, 1)
         self.downsample = nn.Conv2d(in_channels, in_channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor, time_emb: Tensor | None = None, y: Tensor | None = None) -> Tensor:
@@ -135,7 +91,7 @@ class Upsample(nn.Module):
 
     def __init__(self, in_channels: int):
         super().__init__()
-        self.in_channels = in_channels
+        self.in_channels = in_channels = checks.integer("in_channels", in_channels, 1)
         self.upsample = nn.Sequential(
             nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(in_channels, in_channels, 3, padding=1)
         )
@@ -150,7 +106,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, in_channels: int, norm: str | None = "gn", num_groups: int = 32):
         super().__init__()
-        self.in_channels = in_channels
+        self.in_channels = in_channels = checks.integer("in_channels", in_channels, 1)
         self.norm = get_norm(norm, in_channels, num_groups)
         self.to_qkv = nn.Conv2d(in_channels, in_channels * 3, 1)
         self.to_out = nn.Conv2d(in_channels, in_channels, 1)
@@ -164,7 +120,7 @@ class AttentionBlock(nn.Module):
         return self.to_out(out.contiguous() if x.is_contiguous() else out) + x
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(TakesNoiseState):
     """conv_2(act(norm_2(conv_1(act(norm_1(x))) + time bias + class bias))) + residual_connection(x), then attention.
 
     Args:
@@ -191,15 +147,20 @@ class ResidualBlock(nn.Module):
         use_attention: bool = False,
     ):
         super().__init__()
-        self.in_channels = in_channels
-        self.activation = activation
+        self.in_channels = in_channels = checks.integer("in_channels", in_channels, 1)
+        out_channels = checks.integer("out_channels", out_channels, 1)
+        dropout = checks.number("dropout", dropout, 0, 1)
+        self.time_emb_dim = None if time_emb_dim is None else checks.integer("time_emb_dim", time_emb_dim, 1)
+        self.num_classes = None if num_classes is None else checks.integer("num_classes", num_classes, 1)
+        checks.flag("use_attention", use_attention)
+        self.activation = checked_activation(activation)
         self.dropout_stream = DROPOUT  # a network numbers its blocks
         self.norm_1 = get_norm(norm, in_channels, num_groups)
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm_2 = get_norm(norm, out_channels, num_groups)
         self.conv_2 = nn.Sequential(nn.Dropout(p=dropout), nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.time_bias = nn.Linear(time_emb_dim, out_channels) if time_emb_dim is not None else None
-        self.class_bias = nn.Embedding(num_classes, out_channels) if num_classes is not None else None
+        self.time_bias = None if self.time_emb_dim is None else nn.Linear(self.time_emb_dim, out_channels)
+        self.class_bias = None if self.num_classes is None else nn.Embedding(self.num_classes, out_channels)
         same = in_channels == out_channels
         self.residual_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
         self.attention = AttentionBlock(out_channels, norm, num_groups) if use_attention else nn.Identity()
@@ -223,34 +184,34 @@ class ResidualBlock(nn.Module):
             drop, last_conv = cast(nn.Dropout, layers[0]), cast(nn.Conv2d, layers[1])
             # conv_1's bias joins the time and class biases in norm_2: one pass less over the activations.
             h = conv3x3(norm_act(norm_1, self.activation, x), conv_1.weight)
-            add = self._bias(time_emb, y, conv_1.bias)
+            add = self._bias(x.shape[0], time_emb, y, conv_1.bias)
             dropout = Dropout(drop.p, noise_state, self.dropout_stream) if drop.training and drop.p > 0 else None
             h = norm_act(norm_2, self.activation, h, add=add, dropout=dropout)
             out = conv3x3(h, last_conv.weight, last_conv.bias, residual=self.residual_connection(x))
         else:
             h = self.conv_1(self.activation(self.norm_1(x)))
-            bias = self._bias(time_emb, y)
+            bias = self._bias(x.shape[0], time_emb, y)
             h = h if bias is None else h + bias[..., None, None]
             out = self.conv_2(self.activation(self.norm_2(h))) + self.residual_connection(x)
         return self.attention(out)
 
-    def _bias(self, time_emb: Tensor | None, y: Tensor | None, bias: Tensor | None = None) -> Tensor | None:
+    def _bias(
+        self, num_images: int, time_emb: Tensor | None, y: Tensor | None, bias: Tensor | None = None
+    ) -> Tensor | None:
         """The sum of `bias` [C], the time bias and the class bias [N, C]."""
         if self.time_bias is not None:
             if time_emb is None:
                 raise ValueError("time_emb is required: this block was built with time_emb_dim")
-            if time_emb.ndim != 2 or time_emb.shape[1] != self.time_bias.in_features:
-                size = self.time_bias.in_features
-                raise ValueError(f"time_emb must have shape [N, {size}], got {checks.text(time_emb)}")
+            checks.tensor("time_emb", time_emb, shape=(num_images, cast(int, self.time_emb_dim)))
             time = self.time_bias(self.activation(time_emb))
             bias = time if bias is None else bias + time
         if self.class_bias is not None:
             if y is None:
                 raise ValueError("y is required: this block was built with num_classes")
-            checks.tensor("y", y, ndim=1, dtype=torch.int64)
+            check_labels(y, num_images)
             try:
                 label = self.class_bias(y)
             except IndexError as error:
-                raise ValueError(f"y must lie in [0, {self.class_bias.num_embeddings}), got {y.tolist()}") from error
+                raise ValueError(f"y must lie in [0, {self.num_classes}), got {y.tolist()}") from error
             bias = label if bias is None else bias + label
         return bias

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 
 from ..schedules import Array, generate_cosine_schedule, generate_linear_schedule
-from .layers import Activation
+from .fusing import Activation
 from .unet import UNet
 
 ACTIVATIONS: dict[str, Activation] = {"relu": F.relu, "mish": F.mish, "silu": F.silu}

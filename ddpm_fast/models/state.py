@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import NoiseState
+from ..ops import _checks as checks
 from ..schedules import Array, check_betas, tables
 
 
@@ -31,17 +32,45 @@ class DiffusionState(nn.Module):
     betas: Tensor
     sqrt_alphas_cumprod: Tensor
     sqrt_one_minus_alphas_cumprod: Tensor
+    sigma: Tensor
 
     def __init__(self, betas: Any, prediction: str, seed: int | None):
         super().__init__()
         self.prediction = prediction
+        # One object also for the shallow copies that nn.DataParallel makes of a module, so that they count on.
+        self._counts: dict[str, Any] = {"step": 0, "calls": 0, "seed": None}
         self.seed = seed
-        self.step = 0  # calls of update_ema
-        self.calls = 0  # forward calls: the draw of training's random numbers
         self.loaded = False
         self._betas = check_betas(betas, prediction)
         for name, table in tables(self._betas).items():
             self.register_buffer(name, torch.tensor(table, dtype=torch.float32))
+
+    @property
+    def step(self) -> int:
+        """How often update_ema was called."""
+        return self._counts["step"]
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._counts["step"] = checks.integer("step", value, 0)
+
+    @property
+    def calls(self) -> int:
+        """How often forward was called: the draw of training's random numbers."""
+        return self._counts["calls"]
+
+    @calls.setter
+    def calls(self, value: int) -> None:
+        self._counts["calls"] = checks.integer("calls", value, 0)
+
+    @property
+    def seed(self) -> int | None:
+        """Of training's random numbers; None until they are needed."""
+        return self._counts["seed"]
+
+    @seed.setter
+    def seed(self, value: int | None) -> None:
+        self._counts["seed"] = None if value is None else checks.integer("seed", value, -(2**63), 2**64 - 1)
 
     @property
     def num_timesteps(self) -> int:
@@ -67,8 +96,8 @@ class DiffusionState(nn.Module):
     def load_extra_state(self, state: Mapping[str, int | None]) -> None:
         """Take over what `extra_state` gave; what is absent stays as it is."""
         for name, value in state.items():
-            if name in ("step", "calls", "seed") and value is not None:
-                setattr(self, name, int(value))
+            if name in self._counts and value is not None:
+                setattr(self, name, value)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False, *, step: int | None = None
@@ -78,7 +107,10 @@ class DiffusionState(nn.Module):
         Args:
             step: calls of `update_ema` so far, for files of the original code, which did not save it.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a dictionary, got {checks.text(state_dict)}")
         if step is not None:
+            step = checks.integer("step", step, 0)
             metadata = dict(getattr(state_dict, "_metadata", {}))
             own = metadata.get("", {})
             metadata[""] = {**own, "ddpm_fast": {**own.get("ddpm_fast", {}), "step": step}}
@@ -99,6 +131,7 @@ class DiffusionState(nn.Module):
         betas = self.betas.double().cpu().numpy()
         if not np.array_equal(betas.astype(np.float32), self._betas.astype(np.float32)):
             self._betas = check_betas(betas, self.prediction)
+        self._rebuild_tables()
         if "ddpm_fast" in local_metadata:
             self.load_extra_state(local_metadata["ddpm_fast"])
         else:
@@ -111,10 +144,13 @@ class DiffusionState(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DiffusionState":
         super()._apply(fn, recurse)
-        # The tables never drop below float32, whatever the network's dtype; in float64 they are exact again.
+        self._rebuild_tables()
+        return self
+
+    def _rebuild_tables(self) -> None:
+        """The tables never drop below float32, whatever the network's dtype; in float64 they are exact again."""
         if self.betas.dtype != torch.float32:
             dtype = torch.float64 if self.betas.dtype == torch.float64 else torch.float32
             device = self.betas.device
             for name, table in tables(self._betas).items():
                 setattr(self, name, torch.tensor(table, dtype=dtype, device=device))
-        return self

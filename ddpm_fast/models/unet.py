@@ -1,5 +1,6 @@
 """The UNet of the original DDPM code (Ho et al. 2020, appendix B)."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -9,19 +10,20 @@ from torch import Tensor, nn
 from ..ops import DROPOUT, NoiseState
 from ..ops import _checks as checks
 from ..reference.philox import MAX_STREAM
+from .fusing import Activation, TakesNoiseState, norm_act, takes_noise_state
 from .layers import (
-    Activation,
     Downsample,
     PositionalEmbedding,
     ResidualBlock,
     Upsample,
     check_input,
+    check_labels,
+    checked_activation,
     get_norm,
-    norm_act,
 )
 
 
-class UNet(nn.Module):
+class UNet(TakesNoiseState):
     """Predicts, for a noisy image, its timestep and class, what Diffusion trains it to: the noise, x_start or v.
 
     Args:
@@ -40,11 +42,8 @@ class UNet(nn.Module):
         initial_pad: pixels of zero padding on every side, cropped again at the end.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError, TypeError: an argument is out of range or of the wrong type.
     """
-
-    # Diffusion hands networks that say so the state from which dropout draws its masks.
-    takes_noise_state = True
 
     def __init__(
         self,
@@ -63,22 +62,25 @@ class UNet(nn.Module):
         initial_pad: int = 0,
     ):
         super().__init__()
-        for name, value, least in (
-            ("img_channels", img_channels, 1),
-            ("base_channels", base_channels, 1),
-            ("num_res_blocks", num_res_blocks, 0),
-            ("initial_pad", initial_pad, 0),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        if not channel_mults or any(m < 1 for m in channel_mults):
-            raise ValueError(f"channel_mults must hold a positive integer a level, got {channel_mults!r}")
-        if not callable(activation):
-            raise TypeError(f"activation must be callable, such as F.silu; got {activation!r}")
-        self.img_channels = img_channels
-        self.num_classes = num_classes
-        self.activation = activation
-        self.initial_pad = initial_pad
+        self.img_channels = img_channels = checks.integer("img_channels", img_channels, 1)
+        base_channels = checks.integer("base_channels", base_channels, 1)
+        channel_mults = checks.integers("channel_mults", channel_mults, 1)
+        if not channel_mults:
+            raise ValueError("channel_mults must hold a positive integer a level, got none")
+        num_res_blocks = checks.integer("num_res_blocks", num_res_blocks, 0)
+        self.num_classes = None if num_classes is None else checks.integer("num_classes", num_classes, 1)
+        self.activation = checked_activation(activation)
+        self.initial_pad = checks.integer("initial_pad", initial_pad, 0)
+        attention_resolutions = checks.integers("attention_resolutions", attention_resolutions)
+        if any(not 0 <= level < len(channel_mults) for level in attention_resolutions):
+            warnings.warn(
+                f"attention_resolutions are indices of levels, 0 to {len(channel_mults) - 1} here, and not sizes: of "
+                f"{attention_resolutions} those outside have no effect",
+                stacklevel=2,
+            )
+        time_emb_dim = None if time_emb_dim is None else checks.integer("time_emb_dim", time_emb_dim, 1)
+        if time_emb_dim is not None and base_channels % 2:
+            raise ValueError(f"base_channels must be even for the time embedding, got {base_channels}")
         self.multiple = 2 ** (len(channel_mults) - 1)
 
         def block(in_channels: int, out_channels: int, use_attention: bool) -> ResidualBlock:
@@ -128,7 +130,7 @@ class UNet(nn.Module):
 
         self._ups_take_skip = [isinstance(layer, ResidualBlock) for layer in self.ups]
         blocks = [m for part in (self.downs, self.mid, self.ups) for m in part if isinstance(m, ResidualBlock)]
-        if len(blocks) > MAX_STREAM - DROPOUT + 1:
+        if dropout > 0 and len(blocks) > MAX_STREAM - DROPOUT + 1:
             raise ValueError(f"at most {MAX_STREAM - DROPOUT + 1} residual blocks can draw dropout, got {len(blocks)}")
         for k, b in enumerate(blocks):
             b.dropout_stream = DROPOUT + k
@@ -172,9 +174,9 @@ class UNet(nn.Module):
     def _run(
         layer: nn.Module, x: Tensor, time_emb: Tensor | None, y: Tensor | None, noise_state: NoiseState | None
     ) -> Tensor:
-        """One layer; only residual blocks, which may have been replaced or wrapped, know of a noise state."""
-        if noise_state is not None and isinstance(layer, ResidualBlock):
-            return layer(x, time_emb, y, noise_state)
+        """One layer; only residual blocks know of a noise state, unless they were replaced or wrapped."""
+        if noise_state is not None and takes_noise_state(layer):
+            return layer(x, time_emb, y, noise_state=noise_state)
         return layer(x, time_emb, y)
 
     def _check(self, x: Tensor, time: Tensor | None, y: Tensor | None) -> None:
@@ -188,7 +190,7 @@ class UNet(nn.Module):
         if self.num_classes is not None:
             if y is None:
                 raise ValueError(f"y is required: this network was built with num_classes={self.num_classes}")
-            checks.tensor("y", y, shape=x.shape[:1], dtype=torch.int64)
+            check_labels(y, x.shape[0])
 
     def _check_size(self, height: int, width: int) -> None:
         m, p = self.multiple, self.initial_pad

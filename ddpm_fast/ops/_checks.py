@@ -1,6 +1,10 @@
 """Argument checks of the public functions: each error names the argument, what came, and what would do."""
 
+import math
+import numbers
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +14,10 @@ def text(value: object) -> str:
     """A value as an error message shows it: a tensor by dtype, shape and device."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+    if value is None:
+        return "None"
+    shown = repr(value)
+    return f"{shown if len(shown) < 100 else shown[:100] + '...'} ({type(value).__name__})"
 
 
 def tensor(
@@ -37,6 +44,51 @@ def tensor(
         raise ValueError(f"{name} must be on {device}, got {text(value)}: move it with .to({str(device)!r})")
 
 
+def integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+    """`value` as an int, also from numpy; raise TypeError or ValueError unless it is one in [least, most]."""
+    range_ = "" if least is None else f" of at least {least}" if most is None else f" in [{least}, {most}]"
+    wrong = f"{name} must be an integer{range_}, got {text(value)}"
+    if isinstance(value, bool):
+        raise TypeError(wrong)
+    try:
+        number = operator.index(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(wrong) from error
+    if (least is not None and number < least) or (most is not None and number > most):
+        raise ValueError(wrong)
+    return number
+
+
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """`value` as a float; raise TypeError or ValueError unless it is a finite number in [low, high]."""
+    ends = "" if low == -math.inf == -high else f" of at least {low}" if high == math.inf else f" in [{low}, {high}]"
+    wrong = f"{name} must be a finite number{ends}, got {text(value)}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(wrong)
+    result = float(value)
+    if not (math.isfinite(result) and low <= result <= high):
+        raise ValueError(wrong)
+    return result
+
+
+def integers(name: str, value: Any, least: int | None = None) -> tuple[int, ...]:
+    """A tuple, list or array of integers as a tuple; raise TypeError or ValueError unless it is one."""
+    try:
+        items = None if isinstance(value, (str, bytes)) else tuple(value)
+    except TypeError:
+        items = None
+    if items is None:
+        raise TypeError(f"{name} must be a tuple of integers, got {text(value)}")
+    return tuple(integer(f"{name}[{i}]", item, least) for i, item in enumerate(items))
+
+
+def flag(name: str, value: Any) -> bool:
+    """Raise TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {text(value)}")
+    return value
+
+
 def concatenated(x: Tensor, x2: Tensor | None) -> tuple[int, int, int, int]:
     """N, C1 + C2, H, W of x [N, C1, H, W] and x2 [N, C2, H, W]; raise TypeError or ValueError where they don't fit."""
     tensor("x", x, ndim=4)
@@ -60,5 +112,5 @@ def indices(name: str, value: Tensor, size: int) -> None:
 
 def choice(name: str, value: object, options: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `options`."""
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name} must be one of {', '.join(options)}; got {value!r}")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..reference import conv3x3 as reference
@@ -42,6 +43,8 @@ def conv3x3(
     """
     n, channels, height, width = _checks.concatenated(x, x2)
     _checks.tensor("weight", weight, ndim=4, device=x.device)
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"weight must have the dtype of x, {x.dtype}; got {_checks.text(weight)}")
     out_channels = weight.shape[0]
     _checks.tensor("weight", weight, shape=(out_channels, channels, 3, 3))
     if bias is not None:
@@ -49,6 +52,8 @@ def conv3x3(
     if residual is not None:
         _checks.tensor("residual", residual, shape=(n, out_channels, height, width), device=x.device)
     if norm is not None:
+        if not isinstance(norm, Norm):
+            raise TypeError(f"norm must be a Norm, got {_checks.text(norm)}")
         _checks.tensor("norm.scale", norm.scale, shape=(n, channels), device=x.device)
         _checks.tensor("norm.shift", norm.shift, shape=(n, channels), device=x.device)
         _checks.choice("norm.activation", norm.activation, tuple(ACTIVATIONS))

@@ -61,7 +61,8 @@ def group_norm_silu(
         ValueError, TypeError: an argument has the wrong type, shape, device or value.
     """
     n, channels, height, width = _checks.concatenated(x, x2)
-    if groups < 1 or channels % groups:
+    groups, eps = _checks.integer("groups", groups, 1), _checks.number("eps", eps, 0)
+    if channels % groups:
         raise ValueError(f"groups must divide the {channels} channels, got {groups}")
     if (weight is None) != (bias is None):
         raise ValueError("weight and bias go together: give both or neither")
@@ -79,8 +80,10 @@ def group_norm_silu(
         if add.shape not in (torch.Size((channels,)), torch.Size((n, channels))):
             raise ValueError(f"add must have shape [{channels}] or [{n}, {channels}], got {_checks.text(add)}")
     _checks.choice("activation", activation, tuple(ACTIVATIONS))
-    if dropout is not None and not 0 <= dropout.p <= 1:
-        raise ValueError(f"dropout.p must lie in [0, 1], got {dropout.p}")
+    if dropout is not None:
+        if not isinstance(dropout, Dropout):
+            raise TypeError(f"dropout must be a Dropout, got {_checks.text(dropout)}")
+        _checks.number("dropout.p", dropout.p, 0, 1)
     return OP(
         x,
         weight,

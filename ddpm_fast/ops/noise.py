@@ -15,6 +15,8 @@ from ._dispatch import Impl, Op
 
 def _rejects(*args: Any, **kwargs: Any) -> str | None:
     state = next(a for a in args if isinstance(a, NoiseState))
+    if type(state.seed) is not Tensor or type(state.draw) is not Tensor:
+        return f"needs plain tensors, the state holds {type(state.seed).__name__}"
     return None if state.seed.device.type == "cpu" else f"runs on the CPU, the data is on {state.seed.device}"
 
 
@@ -26,7 +28,7 @@ def _load_noise() -> Callable[..., Tensor]:
     native = _native.load().noise
 
     def run(shape: Sequence[int], state: NoiseState, stream: int, *, dtype: torch.dtype) -> Tensor:
-        out = torch.empty(shape, dtype=torch.float32)
+        out = torch.empty(shape, dtype=torch.float32, device="cpu")
         native(out.data_ptr(), shape[0], math.prod(shape[1:]), *_state(state), stream)
         return out.to(dtype)
 
@@ -37,7 +39,7 @@ def _load_timesteps() -> Callable[..., Tensor]:
     native = _native.load().timesteps
 
     def run(num_samples: int, num_timesteps: int, state: NoiseState) -> Tensor:
-        out = torch.empty(num_samples, dtype=torch.int64)
+        out = torch.empty(num_samples, dtype=torch.int64, device="cpu")
         native(out.data_ptr(), num_samples, num_timesteps, *_state(state), TIMESTEPS)
         return out
 
@@ -49,7 +51,7 @@ def _load_dropout_mask() -> Callable[..., Tensor]:
 
     def run(shape: Sequence[int], p: float, state: NoiseState, stream: int) -> Tensor:
         n, c, h, w = shape
-        out = torch.empty(n, h, w, c, dtype=torch.float32)
+        out = torch.empty(n, h, w, c, dtype=torch.float32, device="cpu")
         threshold, scale = reference.dropout_threshold(p)
         native(out.data_ptr(), n, c * h * w, threshold, scale, *_state(state), stream)
         return out.permute(0, 3, 1, 2)
@@ -70,13 +72,7 @@ def _check_state(state: object) -> None:
         raise TypeError(f"state must be a NoiseState, got {_checks.text(state)}: NoiseState.at(seed, draw) makes one")
     _checks.tensor("state.seed", state.seed, shape=(), dtype=torch.int64)
     _checks.tensor("state.draw", state.draw, shape=(), dtype=torch.int64, device=state.seed.device)
-    if not 0 <= state.first_sample < 2**56:
-        raise ValueError(f"state.first_sample must lie in [0, 2^56), got {state.first_sample}")
-
-
-def _check_stream(stream: int) -> None:
-    if not 0 <= stream <= MAX_STREAM:
-        raise ValueError(f"stream must lie in [0, {MAX_STREAM}], got {stream}")
+    _checks.integer("state.first_sample", state.first_sample, 0, 2**56 - 1)
 
 
 def noise(shape: Sequence[int], state: NoiseState, stream: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -94,35 +90,33 @@ def noise(shape: Sequence[int], state: NoiseState, stream: int, *, dtype: torch.
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type.
     """
-    if len(shape) < 1 or any(s < 0 for s in shape):
-        raise ValueError(f"shape must be [N, ...] without negative sizes, got {list(shape)}")
+    shape = _checks.integers("shape", shape, 0)
+    if not shape:
+        raise ValueError("shape must be [N, ...], got an empty one")
     if math.prod(shape[1:]) > 2**34:
         raise ValueError(f"shape: a sample holds at most 2^34 elements, got {math.prod(shape[1:])}")
-    if not dtype.is_floating_point:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating point type, got {dtype}")
     _check_state(state)
-    _check_stream(stream)
+    stream = _checks.integer("stream", stream, 0, MAX_STREAM)
     return _noise(shape, state, stream, dtype=dtype)
 
 
 def timesteps(num_samples: int, num_timesteps: int, state: NoiseState) -> Tensor:
     """Training timesteps, uniform in [0, num_timesteps): int64 [num_samples]. Errors as in `noise`."""
-    if num_samples < 0 or not 1 <= num_timesteps <= 2**31:
-        raise ValueError(
-            f"num_samples must be >= 0 and num_timesteps in [1, 2^31], got {num_samples} and {num_timesteps}"
-        )
+    num_samples = _checks.integer("num_samples", num_samples, 0)
+    num_timesteps = _checks.integer("num_timesteps", num_timesteps, 1, 2**31)
     _check_state(state)
     return _timesteps(num_samples, num_timesteps, state)
 
 
 def dropout_mask(shape: Sequence[int], p: float, state: NoiseState, stream: int) -> Tensor:
     """Dropout factors, 0 or 1 / (1 - p): float32 [N, C, H, W] in channels_last order. Errors as in `noise`."""
+    shape, p = _checks.integers("shape", shape, 0), _checks.number("p", p, 0, 1)
     if len(shape) != 4:
         raise ValueError(f"shape must be [N, C, H, W], got {list(shape)}")
-    if not 0 <= p <= 1:
-        raise ValueError(f"p must lie in [0, 1], got {p}")
     _check_state(state)
-    _check_stream(stream)
+    stream = _checks.integer("stream", stream, 0, MAX_STREAM)
     return _dropout_mask(shape, p, state, stream)
 
 

@@ -34,7 +34,8 @@ def extract(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
         ValueError, TypeError: an argument has the wrong type, shape, device or range.
     """
     _checks.tensor("a", a, ndim=1)
-    if len(x_shape) < 1:
+    x_shape = _checks.integers("x_shape", x_shape, 0)
+    if not x_shape:
         raise ValueError("x_shape must begin with the batch size, got an empty shape")
     _checks.tensor("t", t, shape=x_shape[:1], dtype=torch.int64, device=a.device)
     _checks.indices("t", t, a.shape[0])

@@ -80,7 +80,7 @@ def sampler_step(
             _checks.tensor(name, value, shape=x.shape, device=x.device)
     if noise is not None:
         check_source(noise, x)
-    if clip is not None and not clip > 0:
+    if clip is not None and not _checks.number("clip", clip) > 0:
         raise ValueError(f"clip must be positive, got {clip}: None is for no clipping")
     if x0_out is not None and not return_x0:
         raise ValueError("x0_out needs return_x0=True")

@@ -27,6 +27,7 @@ def timestep_embedding(t: Tensor, dim: int, scale: float = 1.0) -> Tensor:
         raise TypeError(f"t must be a tensor of numbers, got {_checks.text(t)}")
     if t.ndim != 1:
         raise ValueError(f"t must have shape [N], got {_checks.text(t)}: one timestep per image")
-    if dim < 2 or dim % 2:
-        raise ValueError(f"dim must be a positive even number, got {dim}: {max(2, dim + dim % 2)} would work")
+    dim, scale = _checks.integer("dim", dim, 2), _checks.number("scale", scale)
+    if dim % 2:
+        raise ValueError(f"dim must be a positive even number, got {dim}: {dim + 1} would work")
     return OP(t, dim, scale)

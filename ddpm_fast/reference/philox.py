@@ -4,6 +4,7 @@ A number is a function of (seed, stream, draw, sample, element) and of nothing e
 hold 32-bit words; products wrap modulo 2^64, which leaves the bits of the unsigned product.
 """
 
+import operator
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,13 @@ class NoiseState(NamedTuple):
     @classmethod
     def at(cls, seed: int, draw: int, first_sample: int = 0, device: torch.device | str = "cpu") -> "NoiseState":
         """The state for plain integers; `seed` may use all 64 bits, signed or unsigned."""
+        try:
+            seed, draw, first_sample = (operator.index(v) for v in (seed, draw, first_sample))
+        except TypeError as error:
+            given = f"{seed!r}, {draw!r}, {first_sample!r}"
+            raise TypeError(f"seed, draw and first_sample must be integers, got {given}") from error
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed must fit 64 bits, got {seed}")
         signed = (seed + 2**63) % 2**64 - 2**63
 
         def scalar(value: int) -> Tensor:

@@ -1,8 +1,10 @@
 """Samplers: functions (alphas_cumprod, prediction, num_steps, options) -> Plan, one short file each."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..ops import _checks as checks
 from ..schedules import Array
 from .ddpm import ddpm
 from .plan import COLUMNS, Plan
@@ -33,12 +35,14 @@ def make_plan(
         if num_steps is not None or options:
             raise ValueError("num_steps and sampler_options are for samplers by name: a Plan holds its own")
         return sampler
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be a Plan or one of {', '.join(SAMPLERS)}; got {sampler!r}")
-    try:
-        return SAMPLERS[sampler](alphas_cumprod, prediction, num_steps, **(options or {}))
-    except TypeError as error:
-        raise TypeError(f"sampler_options of {sampler!r}: {error}") from error
+    if not isinstance(sampler, str) or sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be a Plan or one of {', '.join(SAMPLERS)}; got {checks.text(sampler)}")
+    build, options = SAMPLERS[sampler], dict(options or {})
+    known = [p.name for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"sampler_options: {sampler!r} has no option {name!r}; it has {', '.join(known)}")
+    return build(alphas_cumprod, prediction, num_steps, **options)
 
 
 __all__ = ["COLUMNS", "SAMPLERS", "Plan", "ddpm", "make_plan"]

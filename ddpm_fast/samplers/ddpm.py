@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from ..ops import _checks as checks
 from ..predictions import x0_coefficients
 from ..schedules import Array
 from .plan import Plan
@@ -32,14 +33,12 @@ def ddpm(
         clip: bound x0_hat to [-1, 1] in each step.
 
     Raises:
-        ValueError: an option has an unknown value, or num_steps is not in [1, T].
+        ValueError, TypeError: an option has an unknown value, or num_steps is no integer in [1, T].
     """
     total = len(alphas_cumprod)
-    num_steps = total if num_steps is None else num_steps
-    if not 1 <= num_steps <= total:
-        raise ValueError(f"num_steps must lie in [1, {total}] for a schedule of {total} timesteps, got {num_steps}")
-    if variance not in ("beta", "posterior"):
-        raise ValueError(f"variance must be 'beta' or 'posterior', got {variance!r}")
+    num_steps = total if num_steps is None else checks.integer("num_steps", num_steps, 1, total)
+    checks.choice("variance", variance, ("beta", "posterior"))
+    checks.flag("clip", clip)
     # One step alone starts where x_T is: at the last timestep.
     t = spaced_timesteps(total, num_steps)[::-1] if num_steps > 1 else np.array([total - 1])
     abar, abar_next = alphas_cumprod[t], np.append(alphas_cumprod[t[1:]], 1.0)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..ops import _checks as checks
+
 COLUMNS = ("t", "c_in", "p_x", "p_m", "c_x", "c_0", "c_h", "c_z")
 
 
@@ -26,13 +28,16 @@ class Plan:
     clip: float | None = None
 
     def __post_init__(self) -> None:
-        rows = torch.as_tensor(self.rows, dtype=torch.float64, device="cpu")
+        try:  # a copy: the caller's table may change
+            rows = torch.as_tensor(self.rows, dtype=torch.float64, device="cpu").detach().clone()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"rows must be a table of numbers, got {checks.text(self.rows)}") from error
         if rows.ndim != 2 or rows.shape[1] != len(COLUMNS) or rows.shape[0] == 0:
             raise ValueError(f"rows must have shape [S, {len(COLUMNS)}] with S >= 1, got {list(rows.shape)}")
         if not rows.isfinite().all():
             k, column = (~rows.isfinite()).nonzero()[0].tolist()
             raise ValueError(f"rows must be finite: row {k} has {COLUMNS[column]} = {rows[k, column].item()}")
-        if self.clip is not None and not self.clip > 0:
+        if self.clip is not None and not checks.number("clip", self.clip) > 0:
             raise ValueError(f"clip must be positive or None, got {self.clip}")
         object.__setattr__(self, "rows", rows)
 
@@ -40,7 +45,8 @@ class Plan:
         return self.rows.shape[0]
 
     def column(self, name: str) -> Tensor:
-        """One column by name, [S] float64."""
+        """One column by its name in COLUMNS, [S] float64."""
+        checks.choice("name", name, COLUMNS)
         return self.rows[:, COLUMNS.index(name)]
 
     def timesteps(self, device: torch.device | str) -> Tensor:

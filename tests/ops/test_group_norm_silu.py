@@ -130,7 +130,7 @@ W = torch.ones(8)
         ((X.long(), W, W, 2), {}, TypeError, "x must be a floating"),
         ((X[0], W, W, 2), {}, ValueError, "x must have 4 dim"),
         ((X, W, W, 3), {}, ValueError, "groups must divide the 8 channels, got 3"),
-        ((X, W, W, 0), {}, ValueError, "groups must divide"),
+        ((X, W, W, 0), {}, ValueError, "groups must be an integer of at least 1"),
         ((X, W[:4], W, 2), {}, ValueError, r"weight must have shape \[8\]"),
         ((X, W, None, 2), {}, ValueError, "weight and bias go together"),
         ((X, W, W, 2), {"x2": X[:1]}, ValueError, "x2 must have the batch and size"),
@@ -140,7 +140,7 @@ W = torch.ones(8)
         ((X, W, W, 2), {"scale": W}, ValueError, r"scale must have shape \[2, 8\]"),
         ((X, W, W, 2), {"shift": W}, ValueError, r"shift must have shape \[2, 8\]"),
         ((X, W, W, 2), {"activation": "gelu"}, ValueError, "activation must be one of none, silu, relu, mish"),
-        ((X, W, W, 2), {"dropout": Dropout(-0.1)}, ValueError, r"dropout.p must lie in \[0, 1\]"),
+        ((X, W, W, 2), {"dropout": Dropout(-0.1)}, ValueError, r"dropout.p must be a finite number in \[0, 1\]"),
         ((X, W.to("meta"), W, 2), {}, ValueError, "weight must be on cpu"),
     ],
 )

@@ -1,0 +1,95 @@
+"""When ops stand in for modules, and what they stand in for: norm, activation and dropout in one op.
+
+Where a submodule was hooked, parametrized or replaced, the modules themselves are called: nothing of it is skipped.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import Dropout, apply_dropout
+from ..ops.group_norm_silu import OP as group_norm_silu  # without the public function's checks: modules have theirs
+
+Activation = Callable[[Tensor], Tensor]
+
+_FUSED: tuple[tuple[Activation, str], ...] = (
+    (F.silu, "silu"),
+    (F.relu, "relu"),
+    (torch.relu, "relu"),
+    (F.mish, "mish"),
+)
+_STOCK = {nn.GroupNorm, nn.InstanceNorm2d, nn.BatchNorm2d, nn.Identity, nn.Conv2d, nn.Dropout, nn.Sequential}
+
+
+class TakesNoiseState(nn.Module):
+    """A module whose forward has the argument `noise_state`, from which dropout draws; a subclass may lack it."""
+
+    takes_noise_state = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in cls.__dict__:
+            arguments = inspect.signature(cls.forward).parameters.values()
+            cls.takes_noise_state = any(a.name == "noise_state" or a.kind is a.VAR_KEYWORD for a in arguments)
+
+
+def takes_noise_state(module: nn.Module) -> bool:
+    """Whether forward can be given a noise_state, also under torch.compile; not where it was replaced."""
+    module = getattr(module, "_orig_mod", module)
+    return getattr(module, "takes_noise_state", False) and "forward" not in module.__dict__
+
+
+def is_plain(*modules: nn.Module) -> bool:
+    """Whether an op may stand in for these modules: PyTorch's own classes, without hooks or a replaced forward."""
+    if nn.modules.module._has_any_global_hook():
+        return False
+    for m in modules:
+        if type(m) not in _STOCK or m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__:
+            return False
+        if m._backward_hooks or m._backward_pre_hooks:
+            return False
+    return True
+
+
+def is_conv3x3(conv: nn.Module) -> bool:
+    """Whether `conv3x3` computes what this module does."""
+    return (
+        type(conv) is nn.Conv2d
+        and is_plain(conv)
+        and conv.kernel_size == (3, 3)
+        and conv.stride == conv.padding == conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+        and conv.bias is not None
+    )
+
+
+def norm_act(
+    norm: nn.Module,
+    activation: Activation | None,
+    x: Tensor,
+    *,
+    add: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """dropout(activation(norm(x + add))); one op where the norm is over groups and the activation a known one."""
+    # By identity: a callable need not be hashable.
+    fused = "none" if activation is None else next((name for f, name in _FUSED if f is activation), None)
+    if type(norm) is nn.InstanceNorm2d and not norm.track_running_stats:
+        groups = norm.num_features  # a group a channel
+    else:
+        groups = norm.num_groups if type(norm) is nn.GroupNorm else 0
+    if groups and is_plain(norm):
+        inside = {"activation": fused, "dropout": dropout} if fused else {"activation": "none"}
+        norm = cast(nn.GroupNorm, norm)
+        y = cast(Tensor, group_norm_silu(x, norm.weight, norm.bias, groups, eps=norm.eps, add=add, **inside))
+        if fused:
+            return y
+    else:
+        y = norm(x if add is None else x + add.to(x.dtype)[..., None, None])
+    y = y if activation is None else activation(y)
+    return y if dropout is None else apply_dropout(y, dropout)

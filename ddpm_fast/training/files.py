@@ -1,0 +1,42 @@
+"""Files: written whole or not at all, with errors that name them."""
+
+import os
+from pathlib import Path
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Writes a temporary file in the folder of `path`, then puts it in the place of `path`.
+
+    Raises:
+        OSError: it can't be written; the text names `path`, and what stood there before still does.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        if os.name == "posix":  # elsewhere a folder can't be opened
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        raise OSError(f"{path} can't be written: {error.strerror or error}") from error
+
+
+def check_writable(folder: str | Path) -> None:
+    """Raise OSError unless files could be written into `folder`, which may be yet to be made."""
+    folder = Path(folder)
+    place = next(p for p in (folder, *folder.parents) if p.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(f"{folder} can't be written to: {place} is a file, expected a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} can't be written to: no permission for {place.absolute()}")

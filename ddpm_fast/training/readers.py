@@ -1,0 +1,212 @@
+"""Readers without torchvision: MNIST's format, and folders and zips of image files, to uint8 pixels and labels."""
+
+import gzip
+import io
+import re
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .extras import require
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+IDX_NAME = re.compile(r"(.*)images([-.])idx3(.*)")
+READ_ERRORS = (OSError, EOFError, zlib.error, zipfile.BadZipFile)
+CHUNK = 2**24  # bytes read at a time, so that memory is taken for what is there and not for what a header claims
+
+# Pixels uint8 [N, C, H, W], labels int64 [N], the names of the classes.
+Read = tuple[Tensor, Tensor | None, tuple[str, ...] | None]
+# By name inside the source: how to get a file's bytes, None for a folder.
+Files = dict[PurePosixPath, Callable[[], bytes] | None]
+
+
+def find_idx(folder: Path) -> Path | None:
+    """MNIST's training images in a folder, or in a folder of their name inside it, as some archives unpack; or None.
+
+    Raises:
+        ValueError: there are only the test images.
+    """
+    name = "{}-images[-.]idx3-ubyte*"
+    train, test = (
+        sorted(
+            p for pattern in (name, f"{name}/{name}") for p in folder.glob(pattern.replace("{}", part)) if p.is_file()
+        )
+        for part in ("train", "t10k")
+    )
+    if test and not train:
+        raise ValueError(
+            f"{folder} holds {test[0].name}, the test images, but no train-images-idx3-ubyte[.gz]: "
+            f"add it, or name {test[0]} itself"
+        )
+    return min(train, key=lambda path: (len(path.parts), path), default=None)
+
+
+def read_idx_files(path: Path) -> Read:
+    """An idx3 file of uint8 images, gzipped or not, with the idx1 labels file beside it if there.
+
+    Format: http://yann.lecun.com/exdb/mnist (big-endian: 0, 0, type, rank, sizes, data).
+    """
+    pixels = torch.from_numpy(_read_idx_array(path, rank=3)).unsqueeze(1)
+    labels_path = _idx_labels(path)
+    if labels_path is None:
+        return pixels, None, None
+    labels = torch.from_numpy(_read_idx_array(labels_path, rank=1)).long()
+    if len(labels) != len(pixels):
+        raise ValueError(f"{labels_path} has {len(labels)} labels, {path} has {len(pixels)} images")
+    return pixels, labels, tuple(str(i) for i in range(int(labels.max()) + 1))
+
+
+def _idx_labels(path: Path) -> Path | None:
+    match = IDX_NAME.fullmatch(path.name)
+    if match is None:
+        return None
+    name = f"{match[1]}labels{match[2]}idx1{match[3]}".removesuffix(".gz")
+    folders = (path.parent, path.parent.parent / name, path.parent.parent / f"{name}.gz")
+    return next((p for folder in folders for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+
+
+def _read_idx_array(path: Path, rank: int) -> np.ndarray:
+    try:
+        with open(path, "rb") as raw:
+            zipped = raw.read(2) == b"\x1f\x8b"
+        with gzip.open(path, "rb") if zipped else open(path, "rb") as file:
+            head = file.read(4 + 4 * rank)
+            if head[:2] != b"\0\0" or len(head) != 4 + 4 * rank:
+                raise ValueError(f"{path} is neither an idx file nor a zip of images")
+            if head[2] != 8 or head[3] != rank:
+                raise ValueError(
+                    f"{path} holds idx type {head[2]:#x} of rank {head[3]}, expected uint8 (0x8), rank {rank}"
+                )
+            shape = tuple(int(n) for n in np.frombuffer(head, ">u4", offset=4))
+            count = int(np.prod(shape, dtype=object))
+            data = bytearray()
+            while chunk := file.read(min(CHUNK, count + 1 - len(data))):
+                data += chunk
+    except READ_ERRORS as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+    if len(data) != count or count == 0:
+        found = "more" if len(data) > count else len(data)
+        raise ValueError(f"{path} should hold {'x'.join(map(str, shape))} bytes, found {found}: truncated or damaged")
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def natural(name: PurePosixPath | str) -> tuple[Any, ...]:
+    """A sorting key by which "2" comes before "10", folder by folder."""
+    parts = PurePosixPath(name).parts
+    split = [[int(s) if i % 2 else s for i, s in enumerate(re.split(r"([0-9]+)", part))] for part in parts]
+    return split, parts
+
+
+@contextmanager
+def image_files(path: Path) -> Iterator[Files]:
+    """What lies below a folder, in a zip, or in the folder `path` names inside a zip."""
+    if path.is_dir():
+        found = ((p, PurePosixPath(p.relative_to(path).as_posix())) for p in path.rglob("*"))
+        yield {name: None if p.is_dir() else p.read_bytes for p, name in found if p.is_dir() or p.is_file()}
+        return
+    archive = next((p for p in (path, *path.parents) if p.is_file()), None)
+    if archive is None:
+        raise ValueError(f"{path} doesn't exist: expected 'digits', an idx file, a folder or a zip of images")
+    inside = PurePosixPath(path.relative_to(archive).as_posix())
+    try:
+        with zipfile.ZipFile(archive) as file:
+            files: Files = {}
+            for info in file.infolist():
+                name = PurePosixPath(info.filename.replace("\\", "/"))  # as some programs write them
+                folder = info.filename.endswith(("/", "\\"))
+                if name != inside and name.is_relative_to(inside):
+                    files[name.relative_to(inside)] = None if folder else partial(file.read, info)
+            yield files
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{archive} can't be read: {error}") from error
+
+
+def read_files(root: Path, files: Files, size: tuple[int, int] | None) -> Read:
+    """Decodes every image under `root`; the folder a file lies in is its class. One image in colour makes all so."""
+    pixels: list[Tensor] = []
+    folders: list[PurePosixPath] = []
+    for name in sorted(files, key=natural):
+        read = files[name]
+        if read is None or _hidden(name) or name.suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        image = _decode(f"{root}/{name}", read)
+        if size is not None:
+            image = resize(image.unsqueeze(0), size)[0]
+        elif pixels and image.shape[1:] != pixels[0].shape[1:]:
+            came, before = ("x".join(map(str, i.shape[1:])) for i in (image, pixels[0]))
+            raise ValueError(f"{root}/{name} is {came}, the images before it are {before}: give a size (--size)")
+        pixels.append(image)
+        folders.append(name.parent)
+    if not pixels:
+        raise ValueError(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    channels = max(image.shape[0] for image in pixels)
+    stacked = torch.stack([image.expand(channels, -1, -1) for image in pixels])
+    return stacked, *_classes(root, files, folders)
+
+
+def _classes(root: Path, files: Files, folders: list[PurePosixPath]) -> tuple[Tensor | None, tuple[str, ...] | None]:
+    """Labels int64 [N] of images in `folders` [N], and the classes' names; nothing where all lie in one folder."""
+    used = set(folders)
+    if len(used) == 1:
+        return None, None
+    if len({folder.parent if folder.name else None for folder in used}) > 1:
+        found = ", ".join(f"{root}/{folder}" for folder in sorted(used, key=natural)[:3])
+        raise ValueError(f"{root}: expected one sub-folder per class, found images in {found}...: name one level")
+    parent = folders[0].parent
+    every = used | {p for p, read in files.items() if read is None and p.parent == parent and not _hidden(p)}
+    classes = {folder: number for number, folder in enumerate(sorted(every, key=natural))}
+    for folder in sorted(every - used, key=natural):
+        warnings.warn(f"{root}/{folder} holds no images: class {classes[folder]} stays empty", stacklevel=2)
+    return torch.tensor([classes[folder] for folder in folders]), tuple(folder.name for folder in classes)
+
+
+def _hidden(name: PurePosixPath) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.parts)
+
+
+def _decode(name: str, read: Callable[[], bytes]) -> Tensor:
+    """Bytes of an image file to uint8 [C, H, W], 1 channel if it is grey, else 3; what is transparent becomes white."""
+    pil, ops = require("PIL.Image"), require("PIL.ImageOps")
+    try:
+        opened = pil.open(io.BytesIO(read()))
+        image = ops.exif_transpose(opened)
+        image.load()
+        array = _eight_bits(pil, image, opened.format)
+    except Exception as error:  # a damaged file raises whatever its decoder happens to trip over
+        raise ValueError(f"{name} can't be read: {error}") from error
+    return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1).contiguous()
+
+
+def _eight_bits(pil: Any, image: Any, file_format: str | None) -> np.ndarray:
+    """uint8 [H, W] of a grey image, [H, W, 3] of another."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):  # 0...65535
+        return np.array((np.array(image).astype(np.int64) * 255 + 32767) // 65535, dtype=np.uint8)
+    if image.mode[0] in "IF":
+        raise ValueError(f"mode {image.mode} has no fixed white: convert it to 8 or 16 bits a channel")
+    grey, palette = image.mode in ("1", "L", "LA", "La"), image.mode in ("P", "PA")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = pil.alpha_composite(pil.new("RGBA", image.size, "white"), image)
+    array = np.array(image.convert("RGB"))
+    grey = grey or (palette and bool((array == array[..., :1]).all()))
+    return np.ascontiguousarray(array[..., 0]) if grey else array
+
+
+def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 [N, C, H, W] scaled to cover `size`, then cropped around the centre."""
+    (height, width), (h, w) = size, pixels.shape[2:]
+    scale = max(height / h, width / w)
+    cover = (max(height, round(h * scale)), max(width, round(w * scale)))
+    x = F.interpolate(pixels.float(), cover, mode="bilinear", antialias=True, align_corners=False)
+    top, left = (cover[0] - height) // 2, (cover[1] - width) // 2
+    return x[:, :, top : top + height, left : left + width].round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,42 @@
+"""How a model is trained: the part of a run that its checkpoint carries beside the model's configuration."""
+
+from dataclasses import dataclass
+
+from ..ops import _checks as checks
+
+SEEDS = 2**64  # below this
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained; saved with every checkpoint."""
+
+    steps: int = 20_000  # optimizer steps in all
+    batch_size: int = 128
+    lr: float = 2e-4
+    warmup: int = 500  # steps over which lr rises linearly from 0
+    clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    flip: bool = False  # mirror images at random
+    bf16: bool = False  # autocast to bfloat16
+    seed: int = 0  # of initial weights, data order and noise
+
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("steps", 1, None),
+            ("batch_size", 1, None),
+            ("warmup", 0, None),
+            ("seed", 0, SEEDS - 1),
+        ):
+            object.__setattr__(self, name, checks.integer(name, getattr(self, name), least, most))
+        for name in ("flip", "bf16"):
+            checks.flag(name, getattr(self, name))
+        object.__setattr__(self, "clip", checks.number("clip", self.clip, 0))
+        object.__setattr__(self, "lr", checks.number("lr", self.lr, 0, 1))
+        if self.lr in (0, 1):
+            raise ValueError(f"lr must lie between 0 and 1, for example 2e-4; got {self.lr}")
+
+
+RECIPES = {
+    "cifar10": Recipe(),
+    "digits": Recipe(steps=1800, batch_size=64, lr=1e-3, warmup=100),
+}
