@@ -230,7 +230,7 @@ class SamplingDiffusion(DiffusionState):
         except (TypeError, RuntimeError) as error:
             raise ValueError(f"device must be one such as 'cpu' or 'cuda:0', got {checks.text(device)}") from error
         home = next((p.device for p in self.model.parameters()), device)
-        if home.type != device.type or (device.index is not None and home != device):
+        if home.type != device.type or None not in (home.index, device.index) and home.index != device.index:
             raise ValueError(f"device is {device}, the network is on {home}: call diffusion.to({str(device)!r}) first")
         return batch_size, home
 

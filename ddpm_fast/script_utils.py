@@ -25,8 +25,10 @@ def cycle(dl: Iterable[Batch]) -> Iterator[Batch]:
         ValueError: the loader is empty.
         TypeError: it can be gone through only once.
     """
-    if isinstance(dl, Iterator):
-        raise TypeError("dl must be a loader or list: an iterator can be gone through only once")
+    if isinstance(dl, Iterator) or not isinstance(dl, Iterable):
+        raise TypeError(
+            f"dl must be a loader or list, which can be gone through again and again; got {checks.text(dl)}"
+        )
     while True:
         empty = True
         for batch in dl:
@@ -46,7 +48,7 @@ def image_to_tensor(image: Any) -> Tensor:
 
     Raises:
         TypeError: pixels are neither uint8 (or bool) nor floating point.
-        ValueError: not two or three dimensions.
+        ValueError: not two or three dimensions, or floating point outside [0, 1].
     """
     if isinstance(image, Tensor):
         raise TypeError("image must be a PIL image or an array [H, W, C], got a tensor: it needs no transform")
@@ -57,6 +59,8 @@ def image_to_tensor(image: Any) -> Tensor:
         pixels = pixels.astype(np.float32) / 255
     elif pixels.dtype != np.bool_ and not np.issubdtype(pixels.dtype, np.floating):
         raise TypeError(f"image must hold uint8 or floating point in [0, 1], got {pixels.dtype}: convert it to uint8")
+    if pixels.size and pixels.dtype != np.bool_ and not (pixels.min() >= 0 and pixels.max() <= 1):
+        raise ValueError(f"image must lie in [0, 1] where it is floating point, got {pixels.min()} to {pixels.max()}")
     chw = np.atleast_3d(pixels.astype(np.float32)).transpose(2, 0, 1)
     return torch.from_numpy(np.ascontiguousarray(chw)) * 2 - 1
 

@@ -206,6 +206,8 @@ BAD = [
     ),
     (lambda: unet()(torch.zeros(2, 3, 8, 8), T), ValueError, "x must have 1 channels"),
     (lambda: unet()(torch.zeros(2, 8, 8), T), ValueError, "x must have 4 dim"),
+    (lambda: unet()(X.double(), T), TypeError, "x must have the dtype of the network, torch.float32; got float64"),
+    (lambda: unet()(torch.zeros(2, 1, 0, 8), T), ValueError, "height must be at least 1, got 0"),
     (lambda: unet()(X.byte(), T), TypeError, "x must be a floating"),
     (lambda: unet()(X), ValueError, "time is required"),
     (lambda: unet()(X, T[:1]), ValueError, r"time must have shape \[2\]"),

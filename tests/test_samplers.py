@@ -111,6 +111,11 @@ ABAR = np.cumprod(1 - SCHEDULES["cosine"])
         (lambda: Plan(torch.zeros(0, 8)), ValueError, "S >= 1"),
         (lambda: Plan(torch.full((2, 8), float("inf"))), ValueError, "row 0 has t = inf"),
         (lambda: Plan(torch.zeros(2, 8), clip=-1), ValueError, "clip must be positive or None"),
+        (
+            lambda: make_plan("ddpm", ABAR, options="clip"),
+            TypeError,
+            "sampler_options must be a dictionary, got 'clip'",
+        ),
         (lambda: Plan(None), TypeError, "rows must be a table of numbers, got None"),
         (lambda: Plan("abc"), TypeError, "rows must be a table of numbers"),
         (lambda: Plan(torch.zeros(2, 8), clip="a"), TypeError, "clip must be a finite number"),

@@ -142,6 +142,10 @@ def test_a_tuple_is_read_by_the_type_of_its_elements() -> None:
 def test_what_cannot_be_an_image_or_a_loader() -> None:
     with pytest.raises(TypeError, match="got a tensor: it needs no transform"):
         script_utils.get_transform()(torch.zeros(3, 32, 32))
-    with pytest.raises(TypeError, match="an iterator can be gone through only once"):
+    with pytest.raises(TypeError, match="dl must be a loader or list"):
         next(script_utils.cycle(iter([1, 2])))
+    with pytest.raises(TypeError, match="dl must be a loader or list"):
+        next(script_utils.cycle(None))
+    with pytest.raises(ValueError, match=r"image must lie in \[0, 1\]"):
+        script_utils.get_transform()(np.full((2, 2), 200.0))
     assert script_utils.str2bool(1) and not script_utils.str2bool(np.False_)

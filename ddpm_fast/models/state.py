@@ -95,6 +95,8 @@ class DiffusionState(nn.Module):
 
     def load_extra_state(self, state: Mapping[str, int | None]) -> None:
         """Take over what `extra_state` gave; what is absent stays as it is."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a dictionary, got {checks.text(state)}")
         for name, value in state.items():
             if name in self._counts and value is not None:
                 setattr(self, name, value)

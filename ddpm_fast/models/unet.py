@@ -181,6 +181,9 @@ class UNet(TakesNoiseState):
 
     def _check(self, x: Tensor, time: Tensor | None, y: Tensor | None) -> None:
         check_input(x, self.img_channels)
+        dtype = next(self.parameters()).dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x must have the dtype of the network, {dtype}; got {checks.text(x)}")
         self._check_size(x.shape[2], x.shape[3])
         if self.time_mlp is not None:
             if time is None:
@@ -195,6 +198,8 @@ class UNet(TakesNoiseState):
     def _check_size(self, height: int, width: int) -> None:
         m, p = self.multiple, self.initial_pad
         for name, size in (("height", height), ("width", width)):
+            if size < 1:
+                raise ValueError(f"x: {name} must be at least 1, got 0")
             if (size + 2 * p) % m:
                 enough = [q for q in range(m) if (height + 2 * q) % m == 0 and (width + 2 * q) % m == 0]
                 advice = f" or build the network with initial_pad={enough[0]}" if enough else ""

@@ -4,6 +4,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from ..ops import _checks as checks
 from ..schedules import Array
 from .ddpm import ddpm
@@ -37,12 +39,14 @@ def make_plan(
         return sampler
     if not isinstance(sampler, str) or sampler not in SAMPLERS:
         raise ValueError(f"sampler must be a Plan or one of {', '.join(SAMPLERS)}; got {checks.text(sampler)}")
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f"sampler_options must be a dictionary, got {checks.text(options)}")
     build, options = SAMPLERS[sampler], dict(options or {})
     known = [p.name for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for name in options:
         if name not in known:
             raise TypeError(f"sampler_options: {sampler!r} has no option {name!r}; it has {', '.join(known)}")
-    return build(alphas_cumprod, prediction, num_steps, **options)
+    return build(np.asarray(alphas_cumprod, dtype=np.float64), prediction, num_steps, **options)
 
 
 __all__ = ["COLUMNS", "SAMPLERS", "Plan", "ddpm", "make_plan"]
