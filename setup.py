@@ -16,6 +16,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -76,6 +77,17 @@ def compile_native() -> Path:
     return directory
 
 
+class BuildAnew(build):
+    """Starts from an empty folder, because setuptools leaves modules in it that were deleted since.
+
+    Not the folder of CMake: its builds go on from where they were.
+    """
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 class BuildNative(build_ext):
     """Puts the module, or the reason why there is none, into the package."""
 
@@ -109,5 +121,5 @@ class TagWheel(bdist_wheel):
 
 setup(
     ext_modules=[Extension(f"ddpm_fast.{MODULE}", sources=[])],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": TagWheel},
+    cmdclass={"build": BuildAnew, "build_ext": BuildNative, "bdist_wheel": TagWheel},
 )

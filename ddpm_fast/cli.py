@@ -1,13 +1,21 @@
 """The command line: `ddpm-fast` = `python -m ddpm_fast`, with train, sample, demo and info.
 
-What the commands do is in `commands.py`, imported once the arguments are clear, so that `--help` answers at once.
+What the commands do is in `commands.py`, imported once the arguments are clear.
 """
 
 import argparse
+import os
 import sys
-from argparse import ArgumentParser, BooleanOptionalAction
+import warnings
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+from .training.recipe import RECIPES, SEEDS
+
+MAX_SIDE, MAX_PAD = 8192, 1024  # pixels of an image, and around it
+DEBUG = "DDPM_FAST_DEBUG"  # set it, and an error shows its traceback
 
 EPILOG = """\
 a first round, in a few minutes on a laptop:
@@ -17,6 +25,8 @@ a first round, in a few minutes on a laptop:
 your own images, one sub-folder per class:
   ddpm-fast train --data photos/ --size 32 --flip --out runs/photos
   ddpm-fast sample runs/photos/model.safetensors --out runs/photos/grid.png
+
+DDPM_FAST_DEBUG=1 in the environment shows the traceback of an error.
 """
 
 TRAIN_EPILOG = """\
@@ -34,6 +44,7 @@ examples:
   ddpm-fast sample runs/mnist/model.safetensors                          all classes as a grid, samples.png
   ddpm-fast sample runs/mnist/model.safetensors --class 3 --num 16 --seed 5
   ddpm-fast sample runs/mnist/model.safetensors --classes 0-4,7 --out denoising.gif
+  ddpm-fast sample runs/photos/model.safetensors --class cat,dog         classes by their names
   ddpm-fast sample runs/mnist/model.safetensors --num 10000 --out images.npz
   ddpm-fast sample runs/mnist/model.safetensors --out pictures/          single PNGs
 
@@ -42,18 +53,38 @@ An image depends on its seed and its place among the images, not on --batch.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 after an error of the user's, 130 after Ctrl-C."""
+    """Runs a command; returns the exit code: 0, 2 after an error, 130 after Ctrl-C.
+
+    An error is one line; with DDPM_FAST_DEBUG=1 it shows its traceback.
+    """
     args = _parser().parse_args(argv)
     try:
-        from . import commands
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            from . import commands
 
-        return commands.COMMANDS[args.command](args)
+            return commands.COMMANDS[args.command](args)
     except KeyboardInterrupt:
         print("ddpm-fast: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"ddpm-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except Exception as error:
+        if os.environ.get(DEBUG, "0") not in ("", "0"):
+            raise
+        print(f"ddpm-fast: error: {_in_one_line(error)}", file=sys.stderr)
         return 2
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"ddpm-fast: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _in_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in text:
+        return f"out of memory: smaller values of --batch, --size or the model need less ({text[:200]})"
+    if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)):
+        return text
+    return f"{type(error).__name__}: {text[:300]} ({DEBUG}=1 shows where)"
 
 
 def _parser() -> ArgumentParser:
@@ -75,14 +106,27 @@ def _train(parser: ArgumentParser) -> None:
     _train_data(parser.add_argument_group("data").add_argument)
     _train_model(parser.add_argument_group("model").add_argument)
     _train_recipe(parser.add_argument_group("training (with --resume, what isn't given stays as it was)").add_argument)
-    add = parser.add_argument_group("run").add_argument
+    group = parser.add_argument_group("run")
+    add = group.add_argument
     add("--out", type=Path, metavar="DIR", help="folder to write into (default runs/ and the name of the data)")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--overwrite", action="store_true", help="start anew although --out holds a checkpoint")
-    add("--log-every", type=int, default=50, metavar="N", help="steps between log lines (%(default)s)")
-    add("--save-every", type=int, default=1000, metavar="N", help="steps between checkpoints (%(default)s)")
-    add("--sample-every", type=int, default=5000, metavar="N", help="steps between sample grids, 0: none (%(default)s)")
-    add("--sample-steps", type=int, metavar="N", help="denoising steps of these grids (as many as in training)")
+    start = group.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    start.add_argument("--overwrite", action="store_true", help="start anew although --out holds a checkpoint")
+    add("--log-every", type=whole(0), default=50, metavar="N", help="steps between log lines, 0: none (%(default)s)")
+    add("--save-every", type=whole(0), default=1000, metavar="N", help="steps between checkpoints (%(default)s)")
+    add(
+        "--sample-every",
+        type=whole(0),
+        default=5000,
+        metavar="N",
+        help="steps between sample grids, each with a checkpoint before it; 0: none (%(default)s)",
+    )
+    add(
+        "--sample-steps",
+        type=whole(1),
+        metavar="N",
+        help="denoising steps of these grids (as many as in training, on a CPU at most 100)",
+    )
     _device(add)
 
 
@@ -92,34 +136,52 @@ def _train_data(add: Callable[..., object]) -> None:
         default="digits",
         metavar="SOURCE",
         help="'digits' (default), an idx[.gz] image file, a folder with MNIST's files, or a folder or zip of images "
-        "with one sub-folder per class; a.zip/b is the folder b in a.zip",
+        "with one sub-folder per class; a.zip/b is the folder b in a.zip; transparent parts become white",
     )
     add("--size", type=size, metavar="N|HxW", help="scale and crop the images to this size")
-    add("--pad", type=int, default=0, metavar="N", help="black pixels to add on each side")
+    add("--pad", type=whole(0, MAX_PAD), default=0, metavar="N", help="black pixels to add on each side (%(default)s)")
     add("--unconditional", action="store_true", help="don't use the classes")
 
 
 def _train_model(add: Callable[..., object]) -> None:
     add("--preset", help="what the other options start from: digits or cifar10 (digits for the digits, else cifar10)")
-    add("--base-channels", type=int, metavar="N", help="width of the network: channels at full resolution")
+    add("--base-channels", type=whole(1), metavar="N", help="width of the network: channels at full resolution")
     add("--channel-mults", type=integers, metavar="A,B,..", help="times base channels, per level of half the size")
-    add("--num-res-blocks", type=int, metavar="N", help="residual blocks per level")
+    add("--num-res-blocks", type=whole(0), metavar="N", help="residual blocks per level")
     add("--attention-resolutions", type=integers, metavar="I,J,..", help="levels with attention, 0 = full resolution")
-    add("--dropout", type=float, metavar="P", help="probability in the residual blocks")
-    add("--num-timesteps", type=int, metavar="T", help="noise levels, and steps of the slowest sampling")
+    add("--dropout", type=real(0, 1), metavar="P", help="probability in the residual blocks")
+    add("--num-timesteps", type=whole(1), metavar="T", help="noise levels, and steps of the slowest sampling")
     add("--schedule", choices=("linear", "cosine"), help="how noise grows over the timesteps")
-    add("--ema-decay", type=float, metavar="D", help="of the averaged weights that samples are drawn from")
+    add(
+        "--ema-decay",
+        type=real(0, 1),
+        metavar="D",
+        help="of the averaged weights that samples are drawn from (the preset's; in a run shorter than 5 times the "
+        "preset's --ema-start, 1 - 10/steps)",
+    )
+    add(
+        "--ema-start",
+        type=whole(0),
+        metavar="N",
+        help="step from which they are averaged and no longer copied (2000, digits 200; at most a fifth of the steps)",
+    )
 
 
 def _train_recipe(add: Callable[..., object]) -> None:
-    add("--steps", type=int, metavar="N", help="optimizer steps in all (1800 for the digits, else 20000)")
-    add("--batch", dest="batch_size", type=int, metavar="N", help="images per step")
-    add("--lr", type=float, help="learning rate of Adam")
-    add("--warmup", type=int, metavar="N", help="steps over which the learning rate rises")
-    add("--clip", type=float, metavar="X", help="largest norm of the gradient, 0: none")
-    add("--flip", action=BooleanOptionalAction, help="mirror images at random")
-    add("--bf16", action=BooleanOptionalAction, help="bfloat16 autocast: faster where the hardware has it")
-    add("--seed", type=int, metavar="N", help="of initial weights, data order and noise")
+    add("--steps", type=whole(1), metavar="N", help=f"optimizer steps in all {_default('steps')}")
+    add("--batch", dest="batch_size", type=whole(1), metavar="N", help=f"images per step {_default('batch_size')}")
+    add("--lr", type=real(0, 1), help=f"learning rate of Adam {_default('lr')}")
+    add("--warmup", type=whole(0), metavar="N", help=f"steps over which the learning rate rises {_default('warmup')}")
+    add("--clip", type=real(0), metavar="X", help=f"largest norm of the gradient, 0: none {_default('clip')}")
+    add("--flip", action=BooleanOptionalAction, help="mirror images at random (no)")
+    add("--bf16", action=BooleanOptionalAction, help="bfloat16 autocast: faster where the hardware has it (no)")
+    add("--seed", type=whole(0, SEEDS - 1), metavar="N", help=f"of weights, data order and noise {_default('seed')}")
+
+
+def _default(field: str) -> str:
+    """What the recipes say, for the help."""
+    usual, digits = (f"{getattr(RECIPES[name], field):g}" for name in ("cifar10", "digits"))
+    return f"({usual})" if usual == digits else f"({usual}; preset digits {digits})"
 
 
 def _sample(parser: ArgumentParser) -> None:
@@ -131,23 +193,25 @@ def _sample(parser: ArgumentParser) -> None:
         default="samples.png",
         help="x.png: a grid; x.gif: the denoising; x.npz: arrays; a folder: single PNGs (%(default)s)",
     )
-    add("--num", type=int, metavar="N", help="how many images (8 per class; 64 without classes)")
-    add("--classes", "--class", type=integers, metavar="A,B-C", help="which to draw, in equal parts (all)")
-    add("--seed", type=int, default=0, help="another seed, other images (%(default)s)")
-    add("--steps", type=int, metavar="N", help="denoising steps (as many as in training)")
+    add("--overwrite", action="store_true", help="replace the images of an earlier call in a folder")
+    add("--num", type=whole(1, 10**7), metavar="N", help="how many images (8 per class; 64 without classes)")
+    add("--classes", "--class", metavar="A,B-C", help="which to draw, names or numbers, in equal parts (all)")
+    add("--seed", type=whole(0, SEEDS - 1), default=0, metavar="N", help="another seed, other images (%(default)s)")
+    add("--steps", type=whole(1), metavar="N", help="denoising steps (as many as in training)")
     add("--sampler", default="ddpm", help="(%(default)s)")
-    add("--batch", type=int, default=256, metavar="N", help="images at a time (%(default)s)")
+    add("--batch", type=whole(1), default=256, metavar="N", help="images at a time (%(default)s)")
     add("--no-ema", action="store_true", help="use the raw weights instead of the averaged ones")
-    add("--columns", type=int, metavar="N", help="images per row of a grid (a class per row)")
-    add("--upscale", type=int, metavar="N", help="side of a pixel in a grid (small images are enlarged)")
+    add("--columns", type=whole(1, 10**4), metavar="N", help="images per row of a grid (a class per row)")
+    add("--upscale", type=whole(1, 100), metavar="N", help="side of a pixel in a grid (small images are enlarged)")
     _device(add)
 
 
 def _demo(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", type=Path, default="demo", help="folder to write into (%(default)s)")
-    add("--steps", type=int, metavar="N", help="training steps; fewer are faster and worse")
-    add("--seed", type=int, default=0, help="(%(default)s)")
+    steps = RECIPES["digits"].steps
+    add("--steps", type=whole(1), metavar="N", help=f"training steps; fewer are faster and worse ({steps})")
+    add("--seed", type=whole(0, SEEDS - 2), default=0, metavar="N", help="(%(default)s)")
     _device(add)
 
 
@@ -159,16 +223,45 @@ def _device(add: Callable[..., object]) -> None:
     add("--device", default="auto", help="cpu, cuda, cuda:1... (a GPU if there is one)")
 
 
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The type of an option that takes an integer in [least, most]."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least or (most is not None and number > most):
+            range_ = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise ArgumentTypeError(f"{text!r} is no integer {range_}")
+        return number
+
+    return parse
+
+
+def real(low: float, high: float = float("inf")) -> Callable[[str], float]:
+    """The type of an option that takes a finite number in [low, high]."""
+
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = float("nan")
+        if not low <= number <= high or number == float("inf"):
+            range_ = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
+            raise ArgumentTypeError(f"{text!r} is no number {range_}")
+        return number
+
+    return parse
+
+
 def integers(text: str) -> tuple[int, ...]:
-    """'3', '0,1,4' or '0-4,7'; '' is none."""
-    numbers: list[int] = []
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        numbers += range(int(first), int(last or first) + 1)
-    return tuple(numbers)
+    """'3' or '0,1,4'; '' is none."""
+    return tuple(whole(0, 10**4)(part) for part in text.split(",")) if text else ()
 
 
 def size(text: str) -> tuple[int, int]:
     """'32' or '32x48', height first."""
-    height, _, width = text.lower().partition("x")
-    return int(height), int(width or height)
+    height, cross, width = text.lower().partition("x")
+    side = whole(1, MAX_SIDE)
+    return side(height), side(width if cross else height)

@@ -1,5 +1,6 @@
 """What the commands of `cli.py` do: each takes the parsed arguments and returns the exit code."""
 
+import importlib.util
 import math
 import platform
 import sys
@@ -17,10 +18,13 @@ from . import __version__, ops
 from .demo import run as run_demo
 from .diffusion import Diffusion
 from .models.presets import Config, preset
-from .training.checkpoint import load_diffusion
+from .training.checkpoint import read_checkpoint
 from .training.data import Images, load_images
-from .training.images import Frames, grid, save_gif, save_npz, save_png, save_pngs, to_uint8, upscale_for
-from .training.trainer import CHECKPOINT, RECIPES, Trainer
+from .training.extras import require
+from .training.files import check_writable
+from .training.images import Frames, grid, save_gif, save_npz, save_png, save_pngs, saved_pngs, to_uint8, upscale_for
+from .training.recipe import RECIPES
+from .training.trainer import CHECKPOINT, Trainer
 
 MODEL_OPTIONS = (
     "base_channels",
@@ -31,19 +35,27 @@ MODEL_OPTIONS = (
     "num_timesteps",
     "schedule",
     "ema_decay",
+    "ema_start",
 )
 RECIPE_OPTIONS = ("steps", "batch_size", "lr", "warmup", "clip", "flip", "bf16", "seed")
 
 
 def train(args: Namespace) -> int:
     """Trains, from the start or on."""
-    out = args.out or Path("runs") / Path(args.data).name.split(".")[0]
+    data = Path(args.data)
+    out = args.out or Path("runs") / (data.resolve().name.lstrip(".").split(".")[0] or "data")
+    if args.data != "digits" and data.is_dir() and out.resolve().is_relative_to(data.resolve()):
+        raise ValueError(f"--out {out} lies inside --data {data}: what is drawn there would become data")
     if (out / CHECKPOINT).exists() and not (args.resume or args.overwrite):
         raise ValueError(f"{out / CHECKPOINT} exists: --resume goes on from it, --overwrite starts anew")
-    trainer = _trainer(args, out, load_images(args.data, size=args.size, pad=args.pad))
+    check_writable(out)
+    device = _device(args.device)
+    trainer = _trainer(args, out, load_images(args.data, size=args.size, pad=args.pad), device)
     parameters = sum(p.numel() for p in trainer.diffusion.model.parameters())
     shape = "x".join(str(n) for n in trainer.images.pixels.shape)
-    print(f"{shape} images, {trainer.config.num_classes or 'no'} classes, {parameters:,} parameters, {trainer.device}")
+    print(f"{shape} images, {trainer.config.num_classes or 'no'} classes, {parameters:,} parameters, {device}")
+    if trainer.config.num_classes and trainer.images.class_names:
+        print(f"classes {_mapping(trainer.images.class_names)}")
     print(f"step {trainer.step} to {trainer.recipe.steps} into {out}/; Ctrl-C saves and stops")
     trainer.run()
     print(f"step {trainer.step}: saved {out / CHECKPOINT}")
@@ -52,9 +64,16 @@ def train(args: Namespace) -> int:
     return 130 if trainer.interrupted else 0
 
 
-def _trainer(args: Namespace, out: Path, images: Images) -> Trainer:
+def _mapping(names: tuple[str, ...]) -> str:
+    """'0 to 9', or '0 = cat, 1 = dog' where the names say more than the numbers."""
+    if names == tuple(str(k) for k in range(len(names))):
+        return f"0 to {len(names) - 1}"
+    return ", ".join(f"{k} = {name}" for k, name in enumerate(names))
+
+
+def _trainer(args: Namespace, out: Path, images: Images, device: torch.device) -> Trainer:
     changes = _given(args, *RECIPE_OPTIONS)
-    options = {"device": _device(args.device), "sample_steps": args.sample_steps}
+    options = {"device": device, "sample_steps": args.sample_steps}
     options |= _given(args, "log_every", "save_every", "sample_every")
     model = _given(args, *MODEL_OPTIONS)
     if args.resume:
@@ -62,29 +81,59 @@ def _trainer(args: Namespace, out: Path, images: Images) -> Trainer:
             raise ValueError("--resume goes on with the model of the checkpoint: drop the model options")
         return Trainer.resume(images, out, changes=changes, **options)
     name = args.preset or ("digits" if args.data == "digits" else "cifar10")
-    config = _fit(preset(name), images, with_classes=not args.unconditional)
-    return Trainer(replace(config, **model), images, out, recipe=replace(RECIPES[name], **changes), **options)
+    base = preset(name)
+    recipe = replace(RECIPES[name], **changes)
+    config = replace(_fit(base, images, args), **(_ema(base, recipe.steps) | model))
+    return Trainer(_checked(config, args), images, out, recipe=recipe, **options)
 
 
-def _fit(config: Config, images: Images, *, with_classes: bool) -> Config:
-    """The configuration for images of this size, channels and classes."""
+def _fit(config: Config, images: Images, args: Namespace) -> Config:
+    """The configuration for images of this size, channels and classes; groups and attention as the options allow."""
     _, channels, height, width = images.pixels.shape
-    num_classes = int(images.labels.max()) + 1 if with_classes and images.labels is not None else None
-    return replace(config, img_size=(height, width), img_channels=channels, num_classes=num_classes)
+    levels = len(args.channel_mults or config.channel_mults)
+    return replace(
+        config,
+        img_size=(height, width),
+        img_channels=channels,
+        num_classes=None if args.unconditional else images.num_classes,
+        num_groups=math.gcd(config.num_groups, args.base_channels or config.base_channels),
+        attention_resolutions=tuple(level for level in config.attention_resolutions if level < levels),
+    )
+
+
+def _ema(config: Config, steps: int) -> dict[str, Any]:
+    """Averaging that a short run still gets something out of: over a tenth of it, from its first fifth on."""
+    if steps >= 5 * config.ema_start:
+        return {}
+    return {"ema_start": steps // 5, "ema_decay": min(config.ema_decay, max(0.0, 1 - 10 / steps))}
+
+
+def _checked(config: Config, args: Namespace) -> Config:
+    """The configuration, after a look at what the options made of it, in the words of the command line."""
+    levels = len(config.channel_mults)
+    if wrong := [level for level in config.attention_resolutions if level >= levels]:
+        raise ValueError(f"--attention-resolutions {wrong[0]}: this model has levels 0 to {levels - 1}")
+    multiple, (height, width) = 2 ** (levels - 1), config.img_size
+    if height % multiple or width % multiple:
+        fits = [p for p in range(multiple) if (height + 2 * p) % multiple == (width + 2 * p) % multiple == 0]
+        up = [-(-side // multiple) * multiple for side in (height, width)]
+        advice = f"--pad {args.pad + fits[0]} or " if fits else ""
+        raise ValueError(
+            f"images of {height}x{width} can't be halved {levels - 1} times: a side must be divisible by {multiple}; "
+            f"use {advice}--size {up[0]}x{up[1]}" + (" --pad 0" if args.pad else "")
+        )
+    return config
 
 
 def sample(args: Namespace) -> int:
     """Draws, and writes what the suffix of --out says."""
-    suffix = args.out.suffix.lower()
-    if suffix not in (".png", ".gif", ".npz", ""):
-        raise ValueError(f"--out {args.out}: expected .png, .gif, .npz or a folder")
-    diffusion, config = load_diffusion(args.checkpoint, _device(args.device))
-    classes = _classes(args.classes, config.num_classes)
+    saved = read_checkpoint(args.checkpoint)
+    suffix = _checked_out(args, saved.config)
+    classes = _classes(args.classes, saved.class_names)
+    diffusion = saved.diffusion(_device(args.device))
     num = (8 * len(classes) or 64) if args.num is None else args.num
-    if num < 1 or args.batch < 1:
-        raise ValueError(f"--num is {num} and --batch is {args.batch}: expected at least 1")
     y = torch.tensor([classes[i * len(classes) // num] for i in range(num)]) if classes else None
-    frames = Frames(args.steps or config.num_timesteps) if suffix == ".gif" else None
+    frames = Frames(len(diffusion.plan(args.sampler, args.steps))) if suffix == ".gif" else None
     pixels = torch.cat([to_uint8(x) for x in _draw(diffusion, y, num, args, frames)])
     rows = len(classes) if classes and num % len(classes) == 0 else math.isqrt(num)
     layout = {"columns": args.columns or -(-num // rows), "upscale": args.upscale or upscale_for(pixels.shape[2])}
@@ -95,19 +144,55 @@ def sample(args: Namespace) -> int:
     elif suffix == ".npz":
         save_npz(args.out, pixels, y)
     else:
+        for path in saved_pngs(args.out):
+            path.unlink()
         save_pngs(args.out, pixels, y)
     print(f"{num} images: {args.out}")
     return 0
 
 
-def _classes(asked: tuple[int, ...] | None, num_classes: int | None) -> tuple[int, ...]:
+def _checked_out(args: Namespace, config: Config) -> str:
+    """The suffix of --out in lower case, "" for a folder, after a look at whether it can be written."""
+    out, suffix = args.out, args.out.suffix.lower()
+    if suffix not in (".png", ".gif", ".npz", ""):
+        raise ValueError(f"--out {out}: expected .png, .gif, .npz or a folder")
+    if suffix and out.is_dir():
+        raise ValueError(f"--out {out} is a folder: expected a file, or a folder without a suffix")
+    check_writable(out.parent if suffix else out)
+    if suffix != ".npz":
+        require("PIL.Image")
+        if config.img_channels not in (1, 3):
+            raise ValueError(f"--out {out}: images of {config.img_channels} channels can only be written as .npz")
+    if not suffix and not args.overwrite and saved_pngs(out):
+        raise ValueError(f"--out {out} holds images of an earlier call: --overwrite replaces them")
+    return suffix
+
+
+def _classes(asked: str | None, names: tuple[str, ...]) -> tuple[int, ...]:
+    """The numbers of the classes asked for: names, numbers or ranges A-B, with commas between."""
     if asked is None:
-        return tuple(range(num_classes or 0))
-    if num_classes is None:
+        return tuple(range(len(names)))
+    if not names:
         raise ValueError("--classes: this model was trained without classes")
-    if wrong := [k for k in asked if k >= num_classes]:
-        raise ValueError(f"--classes: {wrong[0]} is too large, this model has classes 0 to {num_classes - 1}")
-    return asked
+    numbers: list[int] = []
+    for part in asked.split(","):
+        first, dash, last = ("", "", "") if part in names else part.partition("-")
+        if dash:
+            numbers += range(_class(first, names), _class(last, names) + 1)
+        else:
+            numbers.append(_class(part, names))
+    if not numbers:
+        raise ValueError(f"--classes {asked}: this range holds no class")
+    return tuple(numbers)
+
+
+def _class(text: str, names: tuple[str, ...]) -> int:
+    """A class by its name, or by its number where no class has that for a name."""
+    if text in names:
+        return names.index(text)
+    if not (text.isdecimal() and len(text) < 10 and int(text) < len(names)):
+        raise ValueError(f"--classes: there is no class {text!r}, this model has {_mapping(names)}")
+    return int(text)
 
 
 def _draw(diffusion: Diffusion, y: Tensor | None, num: int, args: Namespace, frames: Frames | None) -> Iterator[Tensor]:
@@ -142,6 +227,7 @@ def info(args: Namespace) -> int:
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         ("torch", f"{torch.__version__}, numpy {np.__version__}"),
         ("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"),
+        ("native", _native()),
         ("cuda", f"{torch.version.cuda}, {', '.join(names)}" if names else "no device"),
     ):
         print(f"{name:<10} {value}")
@@ -151,6 +237,12 @@ def info(args: Namespace) -> int:
     return 0
 
 
+def _native() -> str:
+    """Where the native module lies, or how to learn why there is none."""
+    spec = importlib.util.find_spec("ddpm_fast._C")
+    return f"{spec.origin}" if spec else "not built: the table below says why"
+
+
 COMMANDS: dict[str, Callable[[Namespace], int]] = {"train": train, "sample": sample, "demo": demo, "info": info}
 
 
@@ -158,9 +250,12 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} can't be used here: {str(error).splitlines()[0]}") from error
+        probe = torch.zeros(1, device=name)
+        probe.cpu()  # "meta" holds no data
+        return probe.device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"--device {name} can't be used here: {text}") from error
 
 
 def _given(args: Namespace, *names: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The demo: learns handwritten digits by class, draws some, and judges them against digits it never saw."""
 
+import io
 import json
 import time
 from collections.abc import Iterator
@@ -15,12 +16,17 @@ from .diffusion import Diffusion
 from .evaluation.classifier import FEATURES, judge, train_classifier
 from .evaluation.metrics import agreement, frechet_distance, nearest_distances
 from .models.presets import preset
+from .training.checkpoint import read_checkpoint
 from .training.data import Images, digits, stratified, to_float
 from .training.extras import require
+from .training.files import check_writable, write_atomically
 from .training.images import Frames, grid, save_gif, save_png, to_uint8
-from .training.trainer import LOG, RECIPES, Trainer, read_log
+from .training.log import read_log
+from .training.recipe import RECIPES
+from .training.trainer import CHECKPOINT, LOG, Trainer
 
 COLUMNS = 10
+ORIGIN = "demo"  # what its checkpoints say, so that the next demo may replace them
 
 
 @contextmanager
@@ -43,21 +49,29 @@ def run(
     Writes into `out`: samples.png, denoising.gif, loss.png, metrics.json, model.safetensors and log.jsonl.
 
     Args:
+        out: a folder; an earlier demo in it is replaced.
         steps: of training, all it takes for good digits by default.
         seed: of training and sampling.
 
     Returns:
         The figures, as in metrics.json.
+
+    Raises:
+        ValueError: `out` holds a model that no demo trained, or an argument is out of range.
     """
     out = Path(out)
+    check_writable(out)
+    if (out / CHECKPOINT).exists() and read_checkpoint(out / CHECKPOINT).training.get("origin") != ORIGIN:
+        raise ValueError(f"{out / CHECKPOINT} exists, and no demo wrote it: choose another folder (--out)")
     for package in ("PIL", "matplotlib"):  # better found missing now than after training
         require(package)
     train, held_out = digits("train"), digits("held_out")
-    recipe = replace(RECIPES["digits"], seed=seed)
+    recipe = RECIPES["digits"]
+    recipe = replace(recipe, seed=seed, steps=recipe.steps if steps is None else steps)
     print(f"training on {len(train.pixels)} real digits, {len(held_out.pixels)} more are held out")
-    trainer = Trainer(preset("digits"), train, out, recipe=recipe, device=device)
+    trainer = Trainer(preset("digits"), train, out, recipe=recipe, device=device, origin=ORIGIN)
     start = time.perf_counter()
-    trainer.run(steps)
+    trainer.run()
     if trainer.interrupted:
         raise KeyboardInterrupt
     seconds = time.perf_counter() - start
@@ -73,7 +87,7 @@ def run(
         "sampling_steps": trainer.config.num_timesteps,
         **evaluate(held_out._replace(pixels=to_uint8(drawn)), train, held_out),
     }
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_atomically(out / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
     print(report(metrics))
     print(f"pictures: {out}/samples.png, {out}/denoising.gif, {out}/loss.png")
     return metrics
@@ -96,7 +110,9 @@ def plot_loss(out: Path) -> None:
     axes.plot([line["step"] for line in log], [line["loss"] for line in log])
     axes.set(xlabel="training step", ylabel="loss (mean squared error)", ylim=(0, None))
     axes.grid(alpha=0.3)
-    figure.savefig(out / "loss.png", dpi=120)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=120)
+    write_atomically(out / "loss.png", data.getvalue())
 
 
 def evaluate(drawn: Images, train: Images, held_out: Images) -> dict[str, float]:

@@ -58,11 +58,13 @@ def check_betas(betas: object, prediction: str = "eps") -> Array:
         inside[-1] = True
     if not inside.all():
         i = int(np.argmin(inside))
-        hint = (
-            " (1 at the last index needs prediction='x0' or 'v')" if array[i] == 1 and i == len(array) - 1 else
-            " (a linear schedule with few steps: its ends, scaled by 1000 / T, pass 1; lower them or use more steps)"
-            if array[i] >= 1 else ""
-        )  # fmt: skip
+        hint = ""
+        if array[i] == 1 and i == len(array) - 1:
+            hint = " (1 at the last index needs prediction='x0' or 'v')"
+        elif array[i] >= 1:
+            hint = " (a linear schedule with few timesteps: its ends, scaled by 1000 / T, pass 1)"
+        if hint:
+            hint += ": use more timesteps, lower ends or the cosine schedule"
         raise ValueError(f"betas must lie inside (0, 1): betas[{i}] is {array[i]}{hint}")
     if 1 - array[0] == 1:
         raise ValueError(f"betas must add noise from the first on: betas[0] is {array[0]}, too small to count")

@@ -94,6 +94,15 @@ def test_load_diffusion_samples_the_same_images(path: Path) -> None:
     assert torch.equal(loaded.sample(3, "cpu", y, seed=1), diffusion.sample(3, "cpu", y, seed=1))
 
 
+def test_class_names_come_from_the_file(path: Path) -> None:
+    assert read_checkpoint(path).class_names == ("0", "1", "2")
+    rewrite(path, lambda tensors, header: header["training"].update(class_names=["a", "b", "c"]))
+    assert read_checkpoint(path).class_names == ("a", "b", "c")
+    rewrite(path, lambda tensors, header: header["training"].update(class_names=["a", "b"]))
+    with pytest.raises(ValueError, match="has 3 classes, but the names"):
+        _ = read_checkpoint(path).class_names
+
+
 def test_channels_last_weights_are_saved(tmp_path: Path) -> None:
     diffusion, _ = trained()
     diffusion.to(memory_format=torch.channels_last)
@@ -169,6 +178,21 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         (lambda tensors, header: header["config"].update(base_channels=16), "size mismatch"),
         (lambda tensors, header: tensors.update({"optimizer.0.exp_avg": torch.zeros(3)}), r"0\.exp_avg has shape"),
         (lambda tensors, header: header["param_groups"][0]["params"].pop(), "optimizer state for"),
+        (lambda tensors, header: header["param_groups"][0].pop("params"), "'params' is missing"),
+        (lambda tensors, header: header.update(param_groups=3), "can't be used"),
+        (lambda tensors, header: header.update(format="new"), "can't be used"),
+        (lambda tensors, header: header.update(config=[1]), r"config is \[1\]"),
+        (lambda tensors, header: header.update(extra_state=None), "extra_state is None"),
+        (lambda tensors, header: header.update(training="x"), "training is 'x'"),
+        (lambda tensors, header: header["extra_state"].update(calls="many"), "calls must be an integer"),
+        (lambda tensors, header: header["config"].update(base_channels="wide"), "base_channels must be an integer"),
+        (lambda tensors, header: header["config"].update(img_size=8), "img_size must be a tuple"),
+        (lambda tensors, header: header["config"].update(img_size=[8]), r"img_size must be \(height, width\)"),
+        (lambda tensors, header: header["config"].update(dropout=float("nan")), "dropout must be a finite number"),
+        (lambda tensors, header: header["config"].update(num_timesteps=None), "num_timesteps must be an integer"),
+        (lambda tensors, header: header["config"].update(activation=["relu"]), "activation must be one of"),
+        (lambda tensors, header: tensors.update({"optimizer.x": torch.zeros(3)}), "can't be used"),
+        (lambda tensors, header: tensors.update({"optimizer.999.step": torch.zeros(3)}), "can't be used"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(path: Path, change, message: str) -> None:

@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from ddpm_fast import demo, ops
+from ddpm_fast import commands, demo, ops
 from ddpm_fast.cli import main
+from ddpm_fast.evaluation.classifier import judge
 from ddpm_fast.models.presets import PRESETS
 from ddpm_fast.training.checkpoint import load_diffusion, read_checkpoint, save_checkpoint
+from ddpm_fast.training.data import digits, to_float
 from ddpm_fast.training.images import to_uint8
-from ddpm_fast.training.trainer import read_log
+from ddpm_fast.training.log import read_log
 
 TINY = "--base-channels 8 --num-timesteps 20 --schedule cosine --channel-mults 1,2 --num-res-blocks 1"
 TRAIN = f"train {TINY} --batch 8 --log-every 2 --sample-every 0 --device cpu"
@@ -132,9 +134,29 @@ def test_demo_writes_pictures_and_figures(
         PRESETS["digits"], base_channels=8, num_res_blocks=1, num_timesteps=10, schedule="cosine"
     )
     monkeypatch.setitem(PRESETS, "digits", tiny)
-    train = demo.train_classifier
-    monkeypatch.setattr(demo, "train_classifier", lambda *args, **kwargs: train(*args, **kwargs, epochs=4))
+    train, trainer, frechet = demo.train_classifier, demo.Trainer, demo.frechet_distance
+    seen = []
+
+    def spied_train(x: torch.Tensor, labels: torch.Tensor, **options):
+        seen.append(x)
+        seen.append(train(x, labels, **options, epochs=4))
+        return seen[-1]
+
+    def spied_trainer(config, images, *args, **options):
+        seen.append(images.pixels)
+        return trainer(config, images, *args, **options)
+
+    def spied_frechet(a: torch.Tensor, b: torch.Tensor) -> float:
+        seen.append(b)
+        return frechet(a, b)
+
+    monkeypatch.setattr(demo, "train_classifier", spied_train)
+    monkeypatch.setattr(demo, "Trainer", spied_trainer)
+    monkeypatch.setattr(demo, "frechet_distance", spied_frechet)
     assert run("demo --steps 50 --device cpu --out {out}", out=tmp_path) == 0
+    # What is held out is seen by nobody who learns, and it is what the drawn ones are compared with.
+    assert torch.equal(seen[0], digits("train").pixels) and torch.equal(seen[1], to_float(digits("train").pixels))
+    assert torch.equal(seen[3], judge(seen[2], to_float(digits("held_out").pixels))[0])
     printed = capsys.readouterr().out
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert f"{metrics['frechet']:.3f}" in printed and "images/s" in printed
@@ -146,13 +168,16 @@ def test_demo_writes_pictures_and_figures(
     with Image.open(tmp_path / "denoising.gif") as gif:
         assert gif.n_frames == 10
     assert np.array(Image.open(tmp_path / "loss.png").convert("L")).std() > 1
-    assert read_checkpoint(tmp_path / "model.safetensors").training["step"] == 50
+    saved = read_checkpoint(tmp_path / "model.safetensors").training
+    assert (saved["step"], saved["origin"]) == (50, "demo")
+    assert run("demo --steps 1 --device cpu --out {out}", out=tmp_path) == 0  # again, into the same folder
 
 
 def test_info_lists_every_op_and_backend(capsys: pytest.CaptureFixture) -> None:
     assert run("info") == 0
     printed = capsys.readouterr().out
     assert torch.__version__ in printed and f"{torch.get_num_threads()} threads" in printed
+    assert str(Path(ops.__file__).parents[1]) in printed and "native" in printed
     for op, backend, reason in ops.availability():
         line = next(line for line in printed.splitlines() if line.split()[:2] == [op, backend])
         assert (reason or "available").split()[0] in line
@@ -164,33 +189,131 @@ def test_info_lists_every_op_and_backend(capsys: pytest.CaptureFixture) -> None:
         ("train --data {tmp}/nowhere", "nowhere doesn't exist"),
         ("train --data {tmp}", "holds no images"),
         ("train --preset huge --out {tmp}/o", "huge"),
-        ("train --lr 7 --out {tmp}/o", "lr is 7.0"),
-        ("train --size 9 --out {tmp}/o --steps 1 --device cpu", "divisible by 2"),
+        ("train --lr 0 --out {tmp}/o", "lr must lie between 0 and 1"),
+        ("train --size 9 --out {tmp}/o --device cpu", "divisible by 2; use --size 10x10"),
+        ("train --size 9x8 --pad 1 --out {tmp}/o --device cpu", "use --size 12x10 --pad 0"),
+        ("train --size 14 --channel-mults 1,1,1 --out {tmp}/o --device cpu", "use --pad 1 or --size 16x16"),
+        ("train --num-timesteps 10 --schedule linear --out {tmp}/o", "use more timesteps, lower ends or the cosine schedule"),
+        ("train --attention-resolutions 2 --out {tmp}/o", "--attention-resolutions 2: this model has levels 0 to 1"),
+        ("train --sample-steps 101 --out {tmp}/o", "101"),
         ("train --resume --out {tmp}/o", "model.safetensors doesn't exist"),
+        ("train --resume --steps 3 --out {run} --device cpu", "has made 4"),
         ("train --device tpu --out {tmp}/o", "--device tpu can't be used here"),
+        ("train --device meta --out {tmp}/o", "--device meta can't be used here"),
+        ("train --out {tmp}/junk.safetensors/o", "junk.safetensors is a file, expected a folder"),
+        ("train --data {tmp} --out {tmp}/o", "lies inside --data"),
         ("sample {tmp}/nowhere.safetensors", "nowhere.safetensors doesn't exist"),
         ("sample {tmp}/junk.safetensors", "junk.safetensors is not a safetensors file"),
-        ("sample {c} --class 10", "10 is too large, this model has classes 0 to 9"),
+        ("sample {c} --class 10", "there is no class '10', this model has 0 to 9"),
+        ("sample {c} --class 0-99999999999", "there is no class '99999999999'"),
+        ("sample {c} --class -1", "there is no class ''"),
+        ("sample {c} --class=", "there is no class ''"),
+        ("sample {c} --class 4-2", "this range holds no class"),
         ("sample {c} --out a.jpeg", "--out a.jpeg: expected .png, .gif, .npz or a folder"),
-        ("sample {c} --num 0", "--num is 0"),
+        ("sample {c} --out {tmp}/junk.safetensors/x.png", "junk.safetensors is a file, expected a folder"),
         ("sample {c} --steps 21", "21"),
         ("sample {c} --sampler euler", "euler"),
+        ("demo --out {run}", "model.safetensors exists, and no demo wrote it"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture, command: str, message: str
 ) -> None:
     (tmp_path / "junk.safetensors").write_text("junk")
-    assert run(command, tmp=tmp_path, c=checkpoint) == 2
+    before = checkpoint.read_bytes()
+    assert run(command.replace("--class -1", "--class=-1"), tmp=tmp_path, c=checkpoint, run=checkpoint.parent) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("ddpm-fast: error: ") and message in error
+    assert checkpoint.read_bytes() == before and not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize("command", ["", "paint", "sample", "train --steps many", "train --channel-mults 1,x"])
-def test_bad_usage_exits_with_2(command: str) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("", "paint", "sample", "train --steps many", "train --channel-mults 1,x", "train --steps 0"),
+        *("train --size 0", "train --size -5", "train --size 99999999", "train --size 8x", "train --pad -1"),
+        *("train --pad 100000", "train --log-every -1", "train --save-every -1", "train --sample-every -1"),
+        *("train --seed -1", f"train --seed {2**64}", "train --lr 7", "train --lr nan", "train --clip nan"),
+        *("train --clip -1", "train --clip inf", "train --dropout 2", "train --ema-decay 1.5", "train --ema-start -1"),
+        *("train --resume --overwrite", "train --sample-steps 0", "train --attention-resolutions=-1", "demo --steps 0"),
+        *("sample x --num 0", "sample x --batch 0", "sample x --columns 0", "sample x --columns -1"),
+        *("sample x --upscale 0", "sample x --upscale -1", "sample x --steps 0", f"sample x --seed {2**64}"),
+    ],
+)
+def test_bad_usage_exits_with_2(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as exit:
         run(command)
     assert exit.value.code == 2
+    assert "error: " in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "out of memory: smaller values of --batch"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+        (RuntimeError("two\nlines"), "RuntimeError: two lines (DDPM_FAST_DEBUG=1 shows where)"),
+    ],
+)
+def test_no_traceback_unless_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception, message: str
+) -> None:
+    def fail(args: object) -> int:
+        raise error
+
+    monkeypatch.setitem(commands.COMMANDS, "info", fail)
+    assert run("info") == 2
+    assert message in capsys.readouterr().err
+    monkeypatch.setenv("DDPM_FAST_DEBUG", "1")
+    with pytest.raises(type(error)):
+        run("info")
+
+
+def test_classes_have_names_and_keep_their_numbers(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for k, name in enumerate(("1", "2", "10", "semi-truck")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("L", (8, 8), 60 * k).save(tmp_path / "data" / name / "x.png")
+    (tmp_path / "data" / "7").mkdir()
+    where = {"data": tmp_path / "data", "out": tmp_path / "run", "c": tmp_path / "run" / "model.safetensors"}
+    assert run(TRAIN + " --preset digits --data {data} --steps 1 --out {out}", **where) == 0
+    printed = capsys.readouterr()
+    assert "classes 0 = 1, 1 = 2, 2 = 7, 3 = 10, 4 = semi-truck" in printed.out
+    assert "ddpm-fast: warning: " in printed.err and "data/7 holds no images: class 2 stays empty" in printed.err
+    assert read_checkpoint(where["c"]).class_names == ("1", "2", "7", "10", "semi-truck")
+    for asked, labels in (("10", [3]), ("semi-truck,1", [4, 0]), ("1-7", [0, 1, 2]), ("0", [0]), ("2-10", [1, 2, 3])):
+        command = DRAW + f" --class {asked} --num {len(labels)} --steps 1"
+        assert run(command, c=where["c"], out=tmp_path / "x.npz") == 0
+        with np.load(tmp_path / "x.npz") as file:
+            assert file["labels"].tolist() == labels, asked
+
+
+def test_a_folder_with_earlier_images_is_not_mixed(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    where, command = {"c": checkpoint, "out": tmp_path / "x"}, DRAW + " --steps 1 --class 3 --num "
+    assert run(command + "3", **where) == 0
+    (tmp_path / "x" / "mine.png").write_bytes(b"")
+    assert run(command + "1", **where) == 2
+    assert "holds images of an earlier call: --overwrite replaces them" in capsys.readouterr().err
+    assert run(command + "1 --overwrite", **where) == 0
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["000000-class-3.png", "mine.png"]
+
+
+def test_short_runs_average_too(tmp_path: Path) -> None:
+    for options, expected in (("", (1, 0.0)), (" --ema-start 3 --ema-decay 0.7", (3, 0.7))):
+        assert run(TRAIN + " --overwrite --steps 5" + options + " --out {out}", out=tmp_path) == 0
+        config = read_checkpoint(tmp_path / "model.safetensors").config
+        assert (config.ema_start, config.ema_decay) == expected
+    assert commands._ema(PRESETS["cifar10"], 20_000) == commands._ema(PRESETS["digits"], 1800) == {}
+    assert commands._ema(PRESETS["cifar10"], 1000) == {"ema_start": 200, "ema_decay": 0.99}
+
+
+def test_the_run_is_named_after_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work" / "cats").mkdir(parents=True)
+    Image.new("L", (8, 8)).save(tmp_path / "work" / "cats" / "x.png")
+    monkeypatch.chdir(tmp_path / "work")
+    assert run(TRAIN + " --preset digits --data cats/../cats/. --steps 1") == 0
+    assert (tmp_path / "work" / "runs" / "cats" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("command", ["", "train", "sample", "demo", "info"])
@@ -198,7 +321,16 @@ def test_help(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as exit:
         run(f"{command} --help")
     assert exit.value.code == 0
-    assert "usage: ddpm-fast" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "usage: ddpm-fast" in printed
+    if command == "train":
+        for text in (
+            "(0.0002; preset digits 0.001)",
+            "(128; preset digits 64)",
+            "(500; preset digits 100)",
+            "none (1)",
+        ):
+            assert text in " ".join(printed.split())
 
 
 def test_ctrl_c_ends_with_130_and_a_checkpoint(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Readers and batches: values, damaged files, and an order that depends on (seed, position) alone."""
 
 import gzip
+import os
 import struct
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -77,6 +79,47 @@ def test_idx_with_its_labels(tmp_path: Path, pixels: np.ndarray, suffix: str) ->
     )
 
 
+def test_idx_in_folders_of_the_files_names(tmp_path: Path, pixels: np.ndarray) -> None:
+    labels = np.array([3, 0, 1, 1, 2], dtype=np.uint8)
+    for name, array in (("train-images-idx3-ubyte", pixels), ("train-labels-idx1-ubyte", labels)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_bytes(idx_bytes(array))
+    images = load_images(tmp_path)
+    assert np.array_equal(images.pixels[:, 0].numpy(), pixels) and images.labels.tolist() == labels.tolist()
+    (tmp_path / "train-images.idx3-ubyte").write_bytes(idx_bytes(pixels[:2]))  # a file before a folder of its name
+    assert len(load_images(tmp_path).pixels) == 2
+
+
+def test_test_images_alone_are_not_taken_for_training_ones(tmp_path: Path, pixels: np.ndarray) -> None:
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx_bytes(pixels)))
+    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte\.gz, the test images, but no train-images"):
+        load_images(tmp_path)
+    assert len(load_images(tmp_path / "t10k-images-idx3-ubyte.gz").pixels) == 5
+
+
+def test_a_gzip_bomb_is_left_alone(tmp_path: Path, pixels: np.ndarray) -> None:
+    bomb = tmp_path / "x-images-idx3-ubyte.gz"
+    bomb.write_bytes(gzip.compress(idx_bytes(pixels) + bytes(200 * 2**20), 1))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="found more: truncated or damaged"):
+        load_images(bomb)
+    assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.skipif("DDPM_FAST_DATA" not in os.environ, reason="DDPM_FAST_DATA names no folder with real data sets")
+@pytest.mark.parametrize(("name", "first", "mean"), [("mnist", [5, 0, 4], 33.32), ("fashion-mnist", [9, 0, 0], 72.94)])
+def test_real_data(name: str, first: list[int], mean: float) -> None:
+    folder = Path(os.environ["DDPM_FAST_DATA"]) / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} doesn't exist")
+    images = load_images(folder, pad=2)
+    assert images.pixels.shape == (60_000, 1, 32, 32) and images.labels[:3].tolist() == first
+    assert images.class_names == tuple("0123456789")
+    assert images.pixels[..., 2:-2, 2:-2].float().mean() == pytest.approx(mean, abs=0.01)
+    assert len(load_images(folder / "t10k-images-idx3-ubyte.gz").pixels) == 10_000
+
+
 def test_idx_without_labels(tmp_path: Path, pixels: np.ndarray) -> None:
     (tmp_path / "x.idx").write_bytes(idx_bytes(pixels))
     assert read_idx(tmp_path / "x.idx").labels is None
@@ -136,8 +179,13 @@ def test_classes_on_two_levels_are_refused(photos: Path) -> None:
 
 def test_images_of_several_sizes_need_a_size(photos: Path) -> None:
     Image.new("RGB", (9, 4), (0, 0, 7)).save(photos / "dog" / "9.png")
-    with pytest.raises(ValueError, match=r"dog/9\.png is 3x4x9, the images before it are 3x4x6: give a size"):
+    with pytest.raises(ValueError, match=r"dog/9\.png is 4x9, the images before it are 4x6: give a size"):
         load_images(photos)
+    for size, message in (((2,), "size must be"), ((0, 2), r"size\[0\] must be"), ("32", "size must be a tuple")):
+        with pytest.raises((ValueError, TypeError), match=message):
+            load_images(photos, size=size)
+    with pytest.raises(ValueError, match="pad must be"):
+        load_images(photos, pad=-1)
     assert load_images(photos, size=(2, 2)).pixels[-1, :, 0, 0].tolist() == [0, 0, 7]
 
 
@@ -150,13 +198,78 @@ def test_resize_fits_the_shorter_side_and_crops_the_centre(tmp_path: Path) -> No
     assert half[0] == half[5] == 0 and half[2] == half[3] == 175 and half[1] == half[4] == 25  # a triangle 4 wide
 
 
-def test_grey_stays_grey_and_the_first_image_decides(tmp_path: Path) -> None:
+def test_one_image_in_colour_makes_all_so(tmp_path: Path) -> None:
     Image.new("L", (3, 3), 9).save(tmp_path / "a.png")
-    Image.new("RGB", (3, 3), (255, 255, 255)).save(tmp_path / "b.png")
-    assert load_images(tmp_path).pixels[:, 0, 0, 0].tolist() == [9, 255]
-    Image.new("I;16", (3, 3)).save(tmp_path / "c.png")
-    with pytest.raises(ValueError, match=r"c\.png has more than 8 bits"):
+    assert load_images(tmp_path).pixels.shape == (1, 1, 3, 3)
+    Image.new("RGB", (3, 3), (250, 20, 30)).save(tmp_path / "b.png")
+    assert load_images(tmp_path).pixels[:, :, 0, 0].tolist() == [[9, 9, 9], [250, 20, 30]]
+
+
+def test_every_kind_of_pixel_becomes_eight_bits(tmp_path: Path) -> None:
+    rgba = Image.new("RGBA", (3, 3), (10, 20, 30, 255))
+    rgba.putpixel((0, 0), (10, 20, 30, 0))
+    deep = Image.fromarray(np.array([[0, 257, 65535]] * 3, dtype=np.uint16))
+    grey, colour = Image.new("P", (3, 3), 1), Image.new("P", (3, 3), 1)
+    grey.putpalette([0, 0, 0, 7, 7, 7])
+    colour.putpalette([0, 0, 0, 7, 8, 9])
+    for image, expected in (
+        (rgba, [[255, 10], [255, 20], [255, 30]]),  # what is transparent becomes white
+        (Image.new("LA", (3, 3), (9, 0)), [[255, 255]]),
+        (deep, [[0, 1]]),
+        (grey, [[7, 7]]),
+        (colour, [[7, 7], [8, 8], [9, 9]]),
+        (Image.new("1", (3, 3), 1), [[255, 255]]),
+    ):
+        image.save(tmp_path / "x.png")
+        assert load_images(tmp_path).pixels[0, :, 0, :2].tolist() == expected, image.mode
+    (tmp_path / "x.png").unlink()
+    Image.new("F", (3, 3)).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match=r"x\.tif can't be read: mode F has no fixed white"):
         load_images(tmp_path)
+
+
+def test_cameras_say_which_side_is_up(tmp_path: Path) -> None:
+    image = Image.new("RGB", (16, 8), (0, 0, 0))
+    image.paste((255, 255, 255), (0, 0, 8, 8))  # the left half is white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
+    image.save(tmp_path / "x.png", exif=exif)
+    pixels = load_images(tmp_path).pixels[0, 0]
+    assert pixels.shape == (16, 8) and (pixels[:8] == 255).all() and (pixels[8:] == 0).all()
+
+
+def test_numbered_classes_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for name in ("10", "2", "1"):
+        (tmp_path / "n" / name).mkdir(parents=True)
+        Image.new("L", (2, 2), int(name)).save(tmp_path / "n" / name / "x.png")
+    for source in (tmp_path / "n", zipped(tmp_path / "n")):
+        images = load_images(source)
+        assert images.class_names == ("1", "2", "10")
+        assert images.pixels[:, 0, 0, 0].tolist() == [1, 2, 10] and images.labels.tolist() == [0, 1, 2]
+
+
+def test_an_empty_class_keeps_its_number(photos: Path) -> None:
+    (photos / "cow").mkdir()
+    with pytest.warns(UserWarning, match="photos/cow holds no images: class 1 stays empty"):
+        images = load_images(photos)
+    assert images.class_names == ("cat", "cow", "dog") and images.num_classes == 3
+    assert images.labels.tolist() == [0, 0, 2, 2]
+
+
+def test_zips_of_any_program_read_as_the_folder(photos: Path, tmp_path: Path) -> None:
+    (photos / "cat.b").mkdir()  # sorts before "cat/" as a string, but after "cat"
+    Image.new("RGB", (6, 4), (1, 2, 3)).save(photos / "cat.b" / "0.png")
+    names = [f.relative_to(photos).as_posix() for f in sorted(photos.rglob("*.png"), reverse=True)]
+    with zipfile.ZipFile(tmp_path / "odd.zip", "w") as archive:
+        for name in names:
+            info = zipfile.ZipInfo("x")
+            info.filename = "./" + name if "dog" in name else name.replace("/", "\\")
+            archive.writestr(info, (photos / name).read_bytes())
+        with pytest.warns(UserWarning, match="Duplicate"):
+            archive.writestr("./dog/1.png", (photos / "dog" / "1.png").read_bytes())
+    folder, odd = load_images(photos), load_images(tmp_path / "odd.zip")
+    assert folder.class_names == odd.class_names == ("cat", "cat.b", "dog")
+    assert folder.fingerprint() == odd.fingerprint() == load_images(zipped(photos)).fingerprint()
 
 
 @pytest.mark.parametrize("keep", [0, 20, 45])

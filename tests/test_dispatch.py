@@ -65,8 +65,10 @@ def test_unknown_backends_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown backend 'cpu', expected one of cuda, triton, native, reference"):
         with ops.use_backend("cpu"):
             pass
-    command = [sys.executable, "-c", "import ddpm_fast"]
+    code = "from ddpm_fast import ops; print('imported'); ops.noise((1, 4), ops.NoiseState.at(0, 0), 0)"
+    command = [sys.executable, "-c", code]
     result = subprocess.run(command, env={"DDPM_FAST_BACKEND": "gpu"}, capture_output=True, text=True)
+    assert "imported" in result.stdout
     assert result.returncode and "DDPM_FAST_BACKEND: unknown backend 'gpu'" in result.stderr
 
 

@@ -57,6 +57,10 @@ def test_agreement_counts() -> None:
     assert agreement(logits, torch.tensor([0, 1, 1])) == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="expected"):
         agreement(logits, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="expected"):
+        agreement(logits[:0], torch.tensor([], dtype=torch.int64))
+    with pytest.raises(ValueError, match="logits has values that are not finite"):
+        agreement(logits * torch.nan, torch.tensor([0, 1, 1]))
 
 
 def test_nearest_distances() -> None:
@@ -66,7 +70,7 @@ def test_nearest_distances() -> None:
     found = nearest_distances(x, train, chunk=3)
     assert torch.allclose(found, brute, rtol=1e-12, atol=0) and found[0] == 0
     assert float(found[1]) == pytest.approx(1e-4, rel=1e-2)
-    with pytest.raises(ValueError, match="same image shape"):
+    with pytest.raises(ValueError, match="images of the same shape"):
         nearest_distances(x, torch.zeros(2, 1, 4, 4))
 
 

@@ -1,5 +1,6 @@
 """Pictures: what is written can be read back, pixel for pixel."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_fast.training.images import Frames, grid, save_gif, save_npz, save_png, save_pngs, to_uint8, upscale_for
+from ddpm_fast.training.images import (
+    Frames,
+    grid,
+    save_gif,
+    save_npz,
+    save_png,
+    save_pngs,
+    saved_pngs,
+    to_uint8,
+    upscale_for,
+)
 
 
 def test_to_uint8_clips_and_rounds() -> None:
@@ -36,9 +47,12 @@ def test_png_roundtrip(tmp_path: Path, channels: int) -> None:
     save_png(tmp_path / "new" / "sheet.png", sheet)
     back = np.array(Image.open(tmp_path / "new" / "sheet.png"))
     assert np.array_equal(back.reshape(sheet.shape), sheet)
+    assert np.array_equal(back.reshape(sheet.shape)[2:7, 2:9], pixels[0].permute(1, 2, 0).numpy())  # red stays red
     save_pngs(tmp_path / "all", pixels, torch.tensor([4, 4, 2, 0]))
     names = sorted(p.name for p in (tmp_path / "all").iterdir())
     assert names == ["000000-class-4.png", "000001-class-4.png", "000002-class-2.png", "000003-class-0.png"]
+    (tmp_path / "all" / "holiday.png").write_bytes(b"")
+    assert [path.name for path in saved_pngs(tmp_path / "all")] == names
     back = np.array(Image.open(tmp_path / "all" / names[2])).reshape(5, 7, channels)
     assert np.array_equal(back, pixels[2].permute(1, 2, 0).numpy())
 
@@ -55,8 +69,8 @@ def test_npz_roundtrip_takes_any_channels(tmp_path: Path) -> None:
 
 def test_gif_holds_the_kept_steps_in_order(tmp_path: Path) -> None:
     frames = Frames(100, count=5)
-    for k in range(100):
-        for sample in range(2):  # two batches
+    for sample in range(2):  # two batches
+        for k in range(100):
             frames(k, torch.full((1, 1, 4, 4), k / 99 * 2 - 1) * (1 - 2 * sample))
     sheets = frames.grids(columns=2)
     assert [int(sheet[2, 2, 0]) for sheet in sheets] == [0, 64, 129, 191, 255]
@@ -68,3 +82,54 @@ def test_gif_holds_the_kept_steps_in_order(tmp_path: Path) -> None:
             gif.seek(k)
             assert np.array_equal(np.array(gif.convert("L")), sheet[..., 0])
             assert gif.info["duration"] == (700 if k == 4 else 50)
+
+
+def test_frames_forget_a_batch_that_ran_out_of_memory() -> None:
+    frames, whole = Frames(4, count=4), Frames(4, count=4)
+    x = [torch.full((4, 1, 2, 2), k / 3) for k in range(4)]
+    for k in range(4):
+        whole(k, x[k])
+    for k in range(3):
+        frames(k, x[k])
+    for part in (slice(0, 2), slice(2, 4)):  # and the same images again, in halves
+        for k in range(4):
+            frames(k, x[k][part])
+    for ours, expected in zip(frames.grids(columns=2), whole.grids(columns=2), strict=True):
+        assert np.array_equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: grid(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), columns=0), "columns must be .* at least 1, got 0"),
+        (lambda: grid(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), columns=1, upscale=-1), "upscale must be"),
+        (lambda: grid(torch.zeros(1, 2, 2, dtype=torch.uint8), columns=1), "pixels must have 4 dimensions"),
+        (lambda: save_gif("x.gif", []), "frames is empty"),
+    ],
+)
+def test_bad_arguments_are_named(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("name", ["x.PNG", "x.gif", "x.NPZ"])
+def test_a_failed_write_leaves_the_old_picture_and_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    pixels, path = torch.zeros(1, 1, 2, 2, dtype=torch.uint8), tmp_path / name
+    sheet = grid(pixels, columns=1)
+    save = {
+        ".png": lambda: save_png(path, sheet),
+        ".gif": lambda: save_gif(path, [sheet]),
+        ".npz": lambda: save_npz(path, pixels),
+    }[path.suffix.lower()]
+    save()
+    before = path.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match=f"{name} can't be written: No space left"):
+        save()
+    assert os.listdir(tmp_path) == [name] and path.read_bytes() == before

@@ -102,3 +102,16 @@ def test_wheel_without_compiler(built: Path, python: Path, tmp_path: Path) -> No
     reason = "the native build failed: The C++ compiler"
     assert reason in run(python, "-I", "-c", WHY_NO_NATIVE)
     assert f"noise native {reason}" in info(python)
+
+
+def test_a_second_build_forgets_deleted_modules(tmp_path: Path) -> None:
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "ddpm_fast").mkdir()
+    (tmp_path / "ddpm_fast" / "__init__.py").write_text("__version__ = '0'\n")
+    (tmp_path / "ddpm_fast" / "gone.py").write_text("")
+    code = f"import os, runpy, sys; os.chdir({str(tmp_path)!r}); sys.argv = ['setup.py', 'build']; "
+    for expected in (["__init__.py", "gone.py"], ["__init__.py"]):
+        run(sys.executable, "-c", code + "runpy.run_path('setup.py', run_name='__main__')", DDPM_FAST_NATIVE="0")
+        assert sorted(p.name for p in (tmp_path / "build").glob("lib*/ddpm_fast/*.py")) == expected
+        (tmp_path / "ddpm_fast" / "gone.py").unlink(missing_ok=True)

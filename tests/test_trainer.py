@@ -12,8 +12,13 @@ import torch
 from PIL import Image
 
 from ddpm_fast.models.presets import Config
+from ddpm_fast.training import trainer as trainer_module
+from ddpm_fast.training.checkpoint import read_checkpoint
 from ddpm_fast.training.data import Batches, Images, digits
-from ddpm_fast.training.trainer import Recipe, Trainer, read_log
+from ddpm_fast.training.images import to_uint8
+from ddpm_fast.training.log import read_log
+from ddpm_fast.training.recipe import Recipe
+from ddpm_fast.training.trainer import Trainer
 
 TINY = Config(
     img_size=(8, 8),
@@ -110,6 +115,8 @@ def test_changes_on_resume(tmp_path: Path) -> None:
     assert resumed.position == 2 * 16 + 6 * 8
     with pytest.raises(ValueError, match="seed is 2, but the run to resume has 1"):
         Trainer.resume(digits(), tmp_path, changes={"seed": 2})
+    with pytest.raises(ValueError, match="steps is 7, but the run to resume has made 8: ask for more"):
+        Trainer.resume(digits(), tmp_path, changes={"steps": 7})
     with pytest.raises(ValueError, match="trained on other images"):
         Trainer.resume(digits("held_out"), tmp_path)
 
@@ -147,6 +154,162 @@ def test_a_diverged_run_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
+def test_weights_that_broke_in_the_last_step_are_not_saved(tmp_path: Path) -> None:
+    t = trainer(tmp_path)
+    t.run(2)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    step = t.optimizer.step
+
+    def breaking() -> None:  # after a loss that was fine
+        step()
+        with torch.no_grad():
+            next(t.diffusion.model.parameters()).view(-1)[0] = torch.inf
+
+    t.optimizer.step = breaking
+    with pytest.raises(FloatingPointError, match="a weight is not finite after step 3: try a lower lr"):
+        t.run(3)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    clean = trainer(tmp_path / "ema")
+    next(clean.diffusion.ema_model.parameters()).fill_(torch.nan)
+    with pytest.raises(FloatingPointError):
+        clean.save()
+
+
+def test_checkpoints_come_when_due_and_before_grids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    t, seen = trainer(tmp_path, save_every=3, sample_every=4), []
+    save = t.save
+    monkeypatch.setattr(t, "save", lambda: (seen.append(f"save {t.step}"), save()))
+    monkeypatch.setattr(t, "draw", lambda: seen.append(f"draw {t.step}"))
+    t.run(7)
+    assert seen == ["save 3", "save 4", "draw 4", "save 6", "save 7"]
+    t.run(8)
+    assert seen[5:] == ["save 8", "draw 8"]  # and not once more
+
+
+def test_images_per_s_counts_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self) -> float:
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(trainer_module, "time", clock)
+    t = trainer(tmp_path, log_every=4, save_every=2, sample_every=3)
+
+    def taking(seconds: float, do):
+        def timed(*args):
+            clock.now += seconds
+            return do(*args)
+
+        return timed
+
+    for owner, name, seconds in ((t.batches, "take", 0.5), (t, "save", 1000.0), (t, "draw", 1000.0)):
+        monkeypatch.setattr(owner, name, taking(seconds, getattr(owner, name)))
+    t.run(8)
+    assert [line["images_per_s"] for line in read_log(tmp_path / "log.jsonl")] == [32.0, 32.0]
+
+
+def test_grids_show_the_averaged_weights_in_the_steps_asked_for(tmp_path: Path) -> None:
+    # A net after two steps draws greys of "x0", but nothing except black and white of "eps".
+    t = trainer(tmp_path, config=replace(TINY, prediction="x0"), sample_every=2, sample_steps=3)
+    t.run(2)
+    with torch.no_grad():
+        t.diffusion.ema_model.out_conv.weight.mul_(1.5)
+    y = torch.arange(10).repeat_interleave(8)
+    x = t.diffusion.sample(80, "cpu", y, num_steps=3, seed=1)
+    sheet = np.array(Image.open(t.draw()))
+    assert np.array_equal(sheet[2:50:6, 2:50:6], to_uint8(x)[0, 0].numpy())
+    assert np.array_equal(sheet[452:500:6, 352:400:6], to_uint8(x)[-1, 0].numpy())
+    assert trainer(tmp_path, config=replace(TINY, num_timesteps=300)).sample_steps == 100
+    with pytest.raises(ValueError, match="21"):
+        trainer(tmp_path, sample_steps=21)
+
+
+def test_a_grid_that_fails_does_not_end_the_run(tmp_path: Path) -> None:
+    (tmp_path / "samples-0000002.png").mkdir()
+    t = trainer(tmp_path, sample_every=2)
+    with pytest.warns(UserWarning, match=r"no sample grid at step 2: .*samples-0000002\.png can't be written"):
+        t.step += 1  # so that nothing is cleared away
+        t.run(3)
+    assert t.step == 3
+
+
+def test_a_new_run_clears_the_old_one_away_once_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer(tmp_path, sample_every=2).run(4)
+    (tmp_path / "samples-mine.png").write_bytes(b"")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="divisible by 2"):
+        trainer(tmp_path, digits()._replace(pixels=digits().pixels[..., :7]), replace(TINY, img_size=(8, 7)))
+    failing = trainer(tmp_path)
+    monkeypatch.setattr(failing.optimizer, "step", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        failing.run(2)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    fresh = trainer(tmp_path)
+    monkeypatch.setattr(fresh, "save", lambda: None)
+    fresh.run(2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "samples-mine.png"]
+    assert read_log(tmp_path / "log.jsonl") == []
+
+
+def test_a_torn_log_does_not_stop_a_resumed_run(tmp_path: Path) -> None:
+    trainer(tmp_path, log_every=1).run(3)
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(log.read_bytes() + b'null\n[1]\n{"step": 4, "lo\xff')
+    Trainer.resume(digits(), tmp_path, progress=False, log_every=1).run(4)
+    assert [line["step"] for line in read_log(log)] == [1, 2, 3, 4]
+    assert len(log.read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("change", [{"recipe": {"pace": 1}}, {"recipe": 3}, {"step": "x"}, {"position": None}])
+def test_a_damaged_position_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict) -> None:
+    t = trainer(tmp_path)
+    t.run(1)
+    saved = read_checkpoint(tmp_path / "model.safetensors")
+    saved = saved._replace(training=saved.training | change)
+    monkeypatch.setattr(trainer_module, "read_checkpoint", lambda path: saved)
+    with pytest.raises(ValueError, match=r"model\.safetensors can't be used"):
+        Trainer.resume(digits(), tmp_path)
+
+
+def test_ctrl_c_stops_a_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    t, steps = trainer(tmp_path, sample_every=2), []
+    sample = t.diffusion.sample
+
+    def interrupting(*args, callback, **options):
+        def on_step(k: int, x: torch.Tensor) -> None:
+            steps.append(k)
+            if k == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+            callback(k, x)
+
+        return sample(*args, callback=on_step, **options)
+
+    monkeypatch.setattr(t.diffusion, "sample", interrupting)
+    t.run(50)
+    assert t.interrupted and t.step == 2 and steps == [0, 1, 2, 3, 4]
+    assert read_checkpoint(tmp_path / "model.safetensors").training["step"] == 2
+    assert not list(tmp_path.glob("samples-*"))
+
+
+def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path) -> None:
+    handler, t = signal.getsignal(signal.SIGINT), trainer(tmp_path)
+    save = t.save
+
+    def interrupting() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        save()  # the first one lets it finish, also when it is the last thing a run does
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("not interrupted")
+
+    t.save = interrupting
+    with pytest.raises(KeyboardInterrupt):
+        t.run(2)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert read_checkpoint(tmp_path / "model.safetensors").training["step"] == 2
+
+
 def test_warmup_and_clipping(tmp_path: Path) -> None:
     t = trainer(tmp_path, recipe=replace(RECIPE, clip=1e-3, warmup=4))
     rates = []
@@ -178,19 +341,28 @@ def test_unconditional_training_ignores_labels(tmp_path: Path) -> None:
     [
         (lambda i: i._replace(pixels=i.pixels[..., :7]), r"images are \(1, 8, 7\).*expects \(1, 8, 8\)"),
         (lambda i: i._replace(labels=None), "no labels"),
+        (lambda i: i._replace(labels=i.labels[:-1]), r"images.labels must have shape \[1198\]"),
+        (lambda i: i._replace(labels=i.labels - 1), "label -1 is negative"),
+        (lambda i: i._replace(pixels=i.pixels[:0], labels=i.labels[:0]), "holds no images"),
+        (lambda i: i._replace(pixels=i.pixels / 255), "images.pixels must have dtype torch.uint8"),
         (lambda i: i._replace(labels=i.labels + 1), "label 10 is too large"),
     ],
 )
 def test_images_that_do_not_fit_are_refused(tmp_path: Path, change, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         trainer(tmp_path, change(digits()))
 
 
 @pytest.mark.parametrize(
-    "bad", [{"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"lr": 5.0}, {"warmup": -1}, {"clip": -1.0}, {"seed": -1}]
+    "bad",
+    [
+        *({"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"lr": 5.0}, {"warmup": -1}, {"clip": -1.0}, {"seed": -1}),
+        *({"clip": float("nan")}, {"clip": float("inf")}, {"lr": float("nan")}, {"steps": 2.5}, {"flip": "no"}),
+        *({"seed": 2**64}, {"lr": "fast"}),
+    ],
 )
 def test_bad_recipes_are_refused(bad: dict) -> None:
-    with pytest.raises(ValueError, match=next(iter(bad))):
+    with pytest.raises((ValueError, TypeError), match=next(iter(bad))):
         Recipe(**bad)
 
 

@@ -33,9 +33,15 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def agreement(logits: Tensor, labels: Tensor) -> float:
-    """Share of rows of `logits` [N, K] whose largest entry is at `labels` int64 [N]."""
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}: expected [N, K] and [N]")
+    """Share of rows of `logits` [N, K] whose largest entry is at `labels` int64 [N].
+
+    Raises:
+        ValueError: the shapes don't fit, N is 0, or a value is not finite.
+    """
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or len(logits) == 0:
+        raise ValueError(f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}: expected [N, K] and [N >= 1]")
+    if not logits.isfinite().all():
+        raise ValueError("logits has values that are not finite")
     return float((logits.argmax(1) == labels).double().mean())
 
 
@@ -48,9 +54,12 @@ def nearest_distances(x: Tensor, train: Tensor, *, chunk: int = 256) -> Tensor:
 
     Returns:
         float64 [N], root mean square difference per value.
+
+    Raises:
+        ValueError: one of them is empty, or their image shapes differ.
     """
-    if x.shape[1:] != train.shape[1:] or len(train) == 0:
-        raise ValueError(f"x {tuple(x.shape)} and train {tuple(train.shape)}: expected the same image shape")
+    if x.shape[1:] != train.shape[1:] or len(x) == 0 or len(train) == 0:
+        raise ValueError(f"x {tuple(x.shape)} and train {tuple(train.shape)}: expected images of the same shape")
     rows, others = x.double().flatten(1), train.double().flatten(1)
     # Exact differences: the shortcut through x^2 - 2xy + y^2 loses the small distances that matter here.
     exact = "donot_use_mm_for_euclid_dist"

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch.nn.functional as F
 
+from ..ops import _checks as checks
+from ..predictions import PREDICTIONS
 from ..schedules import Array, generate_cosine_schedule, generate_linear_schedule
 from .fusing import Activation
 from .unet import UNet
@@ -43,12 +45,32 @@ class Config:
     ema_update_rate: int = 1
 
     def __post_init__(self) -> None:
-        for name, value, options in (
-            ("activation", self.activation, tuple(ACTIVATIONS)),
-            ("schedule", self.schedule, SCHEDULES),
-        ):
-            if value not in options:
-                raise ValueError(f"{name} must be one of {', '.join(options)}; got {value!r}")
+        values: dict[str, Any] = {}
+        for name in ("img_size", "channel_mults", "attention_resolutions"):
+            least = 0 if name == "attention_resolutions" else 1
+            values[name] = checks.integers(name, getattr(self, name), least)
+        if len(values["img_size"]) != 2:
+            raise ValueError(f"img_size must be (height, width), got {values['img_size']}")
+        if not values["channel_mults"]:
+            raise ValueError("channel_mults must hold a positive integer per level, got none")
+        for name in ("img_channels", "base_channels", "num_groups", "num_timesteps", "ema_update_rate"):
+            values[name] = checks.integer(name, getattr(self, name), 1)
+        for name in ("num_res_blocks", "initial_pad", "ema_start"):
+            values[name] = checks.integer(name, getattr(self, name), 0)
+        for name in ("num_classes", "time_emb_dim"):
+            value = getattr(self, name)
+            values[name] = None if value is None else checks.integer(name, value, 1)
+        for name in ("dropout", "schedule_low", "schedule_high", "ema_decay"):
+            values[name] = checks.number(name, getattr(self, name), 0, 1)
+        values["time_emb_scale"] = checks.number("time_emb_scale", self.time_emb_scale)
+        checks.choice("activation", self.activation, tuple(ACTIVATIONS))
+        checks.choice("schedule", self.schedule, SCHEDULES)
+        checks.choice("loss_type", self.loss_type, ("l1", "l2"))
+        checks.choice("prediction", self.prediction, PREDICTIONS)
+        if self.norm is not None:
+            checks.choice("norm", self.norm, ("gn", "in", "bn"))
+        for name, value in values.items():  # plain ints, floats and tuples, also from numpy or JSON
+            object.__setattr__(self, name, value)
 
     def build_unet(self) -> UNet:
         """The network, with fresh weights."""
@@ -84,14 +106,13 @@ class Config:
         """The inverse of `to_dict`, also after a trip through JSON.
 
         Raises:
-            ValueError: a key is no field, or a value is out of range.
+            ValueError, TypeError: a key is no field, or a value is out of range or of the wrong type.
         """
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"unknown configuration key {unknown[0]!r}; known are {', '.join(sorted(known))}")
-        fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fixed)
+        return cls(**values)
 
 
 PRESETS = {

@@ -21,10 +21,8 @@ def _check_backend(name: str, source: str) -> str:
     return name
 
 
-_environment = os.environ.get("DDPM_FAST_BACKEND")
-_forced: ContextVar[str | None] = ContextVar(
-    "ddpm_fast_backend", default=_check_backend(_environment, "DDPM_FAST_BACKEND") if _environment else None
-)
+# Checked when an op finds no such backend: an import must not fail over it.
+_forced: ContextVar[str | None] = ContextVar("ddpm_fast_backend", default=os.environ.get("DDPM_FAST_BACKEND") or None)
 
 
 @contextmanager
@@ -86,9 +84,10 @@ class Op:
                 run = impl.run or (None if impl.unavailable() else impl.run)
                 if run is not None and not (impl.rejects and impl.rejects(*args, **kwargs)):
                     return run(*args, **kwargs)
-        raise RuntimeError(self._why_not(forced, args, kwargs))
+        assert forced is not None
+        raise RuntimeError(self._why_not(_check_backend(forced, "DDPM_FAST_BACKEND"), args, kwargs))
 
-    def _why_not(self, forced: str | None, args: Any, kwargs: Any) -> str:
+    def _why_not(self, forced: str, args: Any, kwargs: Any) -> str:
         reasons = {
             i.backend: i.unavailable() or (i.rejects and i.rejects(*args, **kwargs)) or "can run" for i in self.impls
         }

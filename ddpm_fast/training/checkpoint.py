@@ -5,8 +5,8 @@ Header key "ddpm_fast", JSON: {format, config, extra_state, param_groups, traini
 """
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..diffusion import Diffusion
 from ..models.presets import Config
+from .files import write_atomically
 
 FORMAT = 1
 HEADER = "ddpm_fast"
@@ -40,26 +41,40 @@ class Checkpoint(NamedTuple):
         Raises:
             ValueError: names or shapes don't fit; the text names the file.
         """
-        try:
+        with named(self.path):
             diffusion.load_state_dict(self.state, step=self.extra_state.get("step"))
-        except RuntimeError as error:
-            raise ValueError(f"{self.path} doesn't fit its own configuration: {error}") from error
-        diffusion.load_extra_state(self.extra_state)
-        if optimizer is not None:
-            self._load_optimizer(optimizer)
+            diffusion.load_extra_state(self.extra_state)
+            if optimizer is not None:
+                self._load_optimizer(optimizer)
+
+    def diffusion(self, device: torch.device | str = "cpu") -> Diffusion:
+        """The trained diffusion, in eval mode on `device`."""
+        with named(self.path):
+            diffusion = Diffusion.from_config(self.config)
+        self.load_into(diffusion)
+        return diffusion.to(device).eval()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """A name per class, its number where none was saved; () without classes."""
+        count = self.config.num_classes or 0
+        names = self.training.get("class_names") or [str(k) for k in range(count)]
+        if len(names) != count or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{self.path} has {count} classes, but the names {names}")
+        return tuple(names)
 
     def _load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         if self.optimizer is None:
-            raise ValueError(f"{self.path} has no optimizer state: it can be sampled from, but not resumed")
+            raise ValueError("no optimizer state: it can be sampled from, but not resumed")
         params = [p for group in optimizer.param_groups for p in group["params"]]
         saved = [i for group in self.optimizer["param_groups"] for i in group["params"]]
         if len(saved) != len(params):
-            raise ValueError(f"{self.path} has optimizer state for {len(saved)} parameters, expected {len(params)}")
+            raise ValueError(f"optimizer state for {len(saved)} parameters, expected {len(params)}")
         for index, entries in self.optimizer["state"].items():  # torch itself takes any shape
             for name, value in entries.items():
                 if value.ndim and value.shape != params[index].shape:
                     came, expected = tuple(value.shape), tuple(params[index].shape)
-                    raise ValueError(f"{self.path}: {OPTIMIZER}{index}.{name} has shape {came}, expected {expected}")
+                    raise ValueError(f"{OPTIMIZER}{index}.{name} has shape {came}, expected {expected}")
         optimizer.load_state_dict(self.optimizer)
 
 
@@ -91,27 +106,7 @@ def save_checkpoint(
         for index, entries in state["state"].items():
             tensors |= {f"{OPTIMIZER}{index}.{name}": torch.as_tensor(value) for name, value in entries.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(Path(path), save(tensors, {HEADER: json.dumps(header)}))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a temporary file in the folder of `path`, then puts it in the place of `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # elsewhere a folder can't be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    write_atomically(path, save(tensors, {HEADER: json.dumps(header)}), durable=True)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -129,18 +124,30 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a safetensors file, or it is truncated: {error}") from error
-    try:
+    if HEADER not in metadata:
+        raise ValueError(f"{path} is no checkpoint of this package: {HEADER!r} is missing in its header")
+    with named(path):
         header = json.loads(metadata[HEADER])
         if header["format"] > FORMAT:
             raise ValueError(f"format {header['format']}, this version reads up to {FORMAT}")
         return _assemble(path, header, tensors)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Whatever a damaged checkpoint trips over becomes one ValueError that names the file."""
+    try:
+        yield
     except KeyError as error:
-        raise ValueError(f"{path} is no checkpoint of this package: {error} is missing in its header") from error
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} has a header that can't be used: {error}") from error
+        raise ValueError(f"{path} can't be used: {error} is missing in its header") from error
+    except (ValueError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{path} can't be used: {error}") from error
 
 
 def _assemble(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
+    for key in ("config", "extra_state", "training"):
+        if not isinstance(header[key], dict):
+            raise TypeError(f"{key} is {header[key]!r}, expected an object")
     config = Config.from_dict(header["config"])
     rng = tensors.pop(RNG, None)
     entries: dict[int, dict[str, Tensor]] = {}
@@ -155,6 +162,4 @@ def _assemble(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) ->
 def load_diffusion(path: str | Path, device: torch.device | str = "cpu") -> tuple[Diffusion, Config]:
     """The trained diffusion in a checkpoint, in eval mode on `device`, and its configuration."""
     checkpoint = read_checkpoint(path)
-    diffusion = Diffusion.from_config(checkpoint.config)
-    checkpoint.load_into(diffusion)
-    return diffusion.to(device).eval(), checkpoint.config
+    return checkpoint.diffusion(device), checkpoint.config

@@ -69,10 +69,11 @@ def load_images(source: str | Path, *, size: tuple[int, int] | None = None, pad:
         size = _checked_size(size)
     pad = checks.integer("pad", pad, 0)
     path = Path(source)
-    idx = find_idx(path) if path.is_dir() else path if path.is_file() and not zipfile.is_zipfile(path) else None
     if str(source) == "digits":
         images = digits("train")
-    elif idx is not None:
+    elif path.is_file() and not zipfile.is_zipfile(path):
+        images = read_idx(path)
+    elif path.is_dir() and (idx := find_idx(path)):
         images = read_idx(idx)
     else:
         with image_files(path) as files:

@@ -4,8 +4,11 @@ import os
 from pathlib import Path
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
+def write_atomically(path: str | Path, data: bytes, *, durable: bool = False) -> None:
     """Writes a temporary file in the folder of `path`, then puts it in the place of `path`.
+
+    Args:
+        durable: wait until it has reached the disk, so that it outlives a power cut.
 
     Raises:
         OSError: it can't be written; the text names `path`, and what stood there before still does.
@@ -18,11 +21,12 @@ def write_atomically(path: str | Path, data: bytes) -> None:
             with open(temporary, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        if os.name == "posix":  # elsewhere a folder can't be opened
+        if durable and os.name == "posix":  # elsewhere a folder can't be opened
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)

@@ -1,5 +1,7 @@
 """Samples as pictures: PNG grid, single PNGs, GIF of the denoising, npz."""
 
+import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops import _checks as checks
 from .extras import require
+from .files import write_atomically
 
 BORDER = 2  # pixels between the images of a grid, after upscaling
+OWN_NAME = re.compile(r"\d{6,}(-class-\d+)?\.png")  # of save_pngs
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -32,7 +37,12 @@ def grid(pixels: Tensor, *, columns: int, upscale: int = 1) -> np.ndarray:
 
     Returns:
         uint8 [height, width, C].
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or of the wrong type.
     """
+    checks.tensor("pixels", pixels, ndim=4, dtype=torch.uint8)
+    columns, upscale = checks.integer("columns", columns, 1), checks.integer("upscale", upscale, 1)
     count, channels = pixels.shape[:2]
     rows = -(-count // columns)
     cells = pixels.repeat_interleave(upscale, 2).repeat_interleave(upscale, 3)
@@ -46,7 +56,9 @@ def grid(pixels: Tensor, *, columns: int, upscale: int = 1) -> np.ndarray:
 
 def save_png(path: str | Path, array: np.ndarray) -> None:
     """Writes uint8 [H, W, C], C in {1, 3}, as PNG."""
-    _picture(array).save(_ready(path))
+    data = io.BytesIO()
+    _picture(array).save(data, format="PNG")
+    write_atomically(path, data.getvalue())
 
 
 def save_pngs(folder: str | Path, pixels: Tensor, labels: Tensor | None = None, *, first_index: int = 0) -> None:
@@ -56,11 +68,20 @@ def save_pngs(folder: str | Path, pixels: Tensor, labels: Tensor | None = None, 
         save_png(Path(folder) / f"{first_index + i:06d}{suffix}.png", image.permute(1, 2, 0).numpy())
 
 
+def saved_pngs(folder: str | Path) -> list[Path]:
+    """What `save_pngs` wrote into a folder, which may be yet to be made."""
+    return sorted(path for path in Path(folder).glob("*.png") if OWN_NAME.fullmatch(path.name))
+
+
 def save_gif(path: str | Path, frames: Sequence[np.ndarray], *, milliseconds: int = 80, hold: int = 2000) -> None:
     """Writes uint8 [H, W, C] frames as an endless GIF whose last frame stays for `hold` milliseconds."""
+    if len(frames) == 0:
+        raise ValueError("frames is empty: a GIF needs at least one")
     pictures = [_picture(frame) for frame in frames]
     durations = [milliseconds] * (len(pictures) - 1) + [hold]
-    pictures[0].save(_ready(path), save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    data = io.BytesIO()
+    pictures[0].save(data, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    write_atomically(path, data.getvalue())
 
 
 def save_npz(path: str | Path, pixels: Tensor, labels: Tensor | None = None) -> None:
@@ -68,7 +89,9 @@ def save_npz(path: str | Path, pixels: Tensor, labels: Tensor | None = None) -> 
     arrays: dict[str, Any] = {"images": pixels.permute(0, 2, 3, 1).numpy()}
     if labels is not None:
         arrays["labels"] = labels.numpy()
-    np.savez_compressed(_ready(path), **arrays)
+    data = io.BytesIO()
+    np.savez_compressed(data, **arrays)
+    write_atomically(path, data.getvalue())
 
 
 class Frames:
@@ -80,11 +103,17 @@ class Frames:
 
     def __init__(self, steps: int, *, count: int = 50) -> None:
         kept = np.linspace(0, steps - 1, min(count, steps)).round().astype(int)
+        self._last = steps - 1
         self._kept: dict[int, list[Tensor]] = {k: [] for k in kept.tolist()}
+        self._chain: dict[int, Tensor] = {}
 
     def __call__(self, k: int, x: Tensor) -> None:
         if k in self._kept:
-            self._kept[k].append(to_uint8(x).cpu())
+            self._chain[k] = to_uint8(x).cpu()
+        # Only now: a batch that ran out of memory starts again in parts, which overwrite what it left.
+        if k == self._last:
+            for step, pixels in self._chain.items():
+                self._kept[step].append(pixels)
 
     def grids(self, *, columns: int, upscale: int = 1) -> list[np.ndarray]:
         """The steps in order, each with the images of all batches as one grid."""
@@ -95,9 +124,3 @@ def _picture(array: np.ndarray) -> Any:
     if array.shape[-1] not in (1, 3):
         raise ValueError(f"images have {array.shape[-1]} channels: PNG and GIF take 1 or 3, npz any number")
     return require("PIL.Image").fromarray(array[..., 0] if array.shape[-1] == 1 else array)
-
-
-def _ready(path: str | Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path

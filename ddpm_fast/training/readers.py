@@ -36,19 +36,16 @@ def find_idx(folder: Path) -> Path | None:
     Raises:
         ValueError: there are only the test images.
     """
-    name = "{}-images[-.]idx3-ubyte*"
     train, test = (
-        sorted(
-            p for pattern in (name, f"{name}/{name}") for p in folder.glob(pattern.replace("{}", part)) if p.is_file()
-        )
-        for part in ("train", "t10k")
+        [p for pattern in (name, f"{name}/{name}") for p in sorted(folder.glob(pattern)) if p.is_file()]
+        for name in ("train-images[-.]idx3-ubyte*", "t10k-images[-.]idx3-ubyte*")
     )
     if test and not train:
         raise ValueError(
             f"{folder} holds {test[0].name}, the test images, but no train-images-idx3-ubyte[.gz]: "
             f"add it, or name {test[0]} itself"
         )
-    return min(train, key=lambda path: (len(path.parts), path), default=None)
+    return train[0] if train else None
 
 
 def read_idx_files(path: Path) -> Read:
@@ -122,7 +119,7 @@ def image_files(path: Path) -> Iterator[Files]:
         with zipfile.ZipFile(archive) as file:
             files: Files = {}
             for info in file.infolist():
-                name = PurePosixPath(info.filename.replace("\\", "/"))  # as some programs write them
+                name = PurePosixPath(info.filename.replace("\\", "/").lstrip("/"))  # as some programs write them
                 folder = info.filename.endswith(("/", "\\"))
                 if name != inside and name.is_relative_to(inside):
                     files[name.relative_to(inside)] = None if folder else partial(file.read, info)

@@ -1,13 +1,8 @@
 """The trainer: Adam, clipping, warm-up, EMA; a log, sample grids and checkpoints on the way; resumable."""
 
-import json
-import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +10,24 @@ import torch
 from torch import Tensor
 
 from ..diffusion import Diffusion
+from ..engine import eval_mode
 from ..models.presets import Config
+from ..ops import _checks as checks
 from ..progress import progress_bar
-from .checkpoint import Checkpoint, read_checkpoint, save_checkpoint
+from .checkpoint import Checkpoint, named, read_checkpoint, save_checkpoint
 from .data import Batches, Images
+from .extras import require
+from .guards import check_fit, check_weights, finite, interruptible
 from .images import grid, save_png, to_uint8, upscale_for
+from .log import append_log, read_log, write_log
+from .recipe import Recipe
 
 CHECKPOINT, LOG = "model.safetensors", "log.jsonl"
+CPU_SAMPLE_STEPS = 100  # of a grid: all thousand would take a CPU longer than the training in between
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is trained; saved with every checkpoint."""
-
-    steps: int = 20_000  # optimizer steps in all
-    batch_size: int = 128
-    lr: float = 2e-4
-    warmup: int = 500  # steps over which lr rises linearly from 0
-    clip: float = 1.0  # largest norm of the gradient; 0: no clipping
-    flip: bool = False  # mirror images at random
-    bf16: bool = False  # autocast to bfloat16
-    seed: int = 0  # of initial weights, data order and noise
-
-    def __post_init__(self) -> None:
-        for name, smallest in (("steps", 1), ("batch_size", 1), ("warmup", 0), ("clip", 0), ("seed", 0)):
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {smallest}")
-        if not 0 < self.lr < 1:
-            raise ValueError(f"lr is {self.lr}, expected between 0 and 1, for example 2e-4")
-
-
-RECIPES = {
-    "cifar10": Recipe(),
-    "digits": Recipe(steps=1800, batch_size=64, lr=1e-3, warmup=100),
-}
+class _Interrupted(Exception):
+    """Ctrl-C came while a grid was drawn."""
 
 
 class Trainer:
@@ -65,8 +44,13 @@ class Trainer:
         device: where.
         log_every, save_every, sample_every: steps between log lines, checkpoints, sample grids; 0: never
             (a checkpoint is always written at the end).
-        sample_steps: denoising steps of the grids; None: all.
+        sample_steps: denoising steps of the grids; None: all, on a CPU at most 100.
         progress: show a progress bar.
+        origin: who trains, written into the checkpoint.
+
+    Raises:
+        ValueError, TypeError: images and model don't fit, or an argument is out of range.
+        ImportError: grids were asked for without the package that writes them.
     """
 
     def __init__(
@@ -82,12 +66,15 @@ class Trainer:
         sample_every: int = 0,
         sample_steps: int | None = None,
         progress: bool = True,
+        origin: str = "train",
     ) -> None:
         self.config, self.images, self.out = config, images, Path(out)
         self.recipe, self.device, self.progress = recipe or Recipe(), torch.device(device), progress
-        self.log_every, self.save_every, self.sample_every = log_every, save_every, sample_every
-        self.sample_steps = sample_steps
-        _check_fit(config, images)
+        self.log_every = checks.integer("log_every", log_every, 0)
+        self.save_every = checks.integer("save_every", save_every, 0)
+        self.sample_every = checks.integer("sample_every", sample_every, 0)
+        self.origin = origin
+        check_fit(config, images)
         torch.manual_seed(self.recipe.seed)
         self.diffusion = Diffusion.from_config(config, seed=self.recipe.seed).to(self.device).train()
         self.optimizer = torch.optim.Adam(self.diffusion.model.parameters(), lr=self.recipe.lr, fused=True)
@@ -96,6 +83,12 @@ class Trainer:
         self.step = 0  # optimizer steps made
         self.position = 0  # images seen
         self.interrupted = False
+        if sample_steps is None and self.device.type == "cpu":
+            sample_steps = min(config.num_timesteps, CPU_SAMPLE_STEPS)
+        self.sample_steps = len(self.diffusion.plan(num_steps=sample_steps))
+        if 0 < self.sample_every <= self.recipe.steps:  # better found missing now than after hours
+            require("PIL.Image")
+        self._try_network()
 
     @classmethod
     def resume(
@@ -112,43 +105,54 @@ class Trainer:
         training = checkpoint.training
         if "recipe" not in training:
             raise ValueError(f"{checkpoint.path} wasn't written by the trainer: it can't be resumed")
-        recipe = replace(Recipe(**training["recipe"]), **(changes or {}))
-        if recipe.seed != training["recipe"]["seed"]:
-            raise ValueError(f"seed is {recipe.seed}, but the run to resume has {training['recipe']['seed']}")
+        with named(checkpoint.path):
+            saved, data = Recipe(**training["recipe"]), training["data"]
+            step = checks.integer("step", training["step"], 0)
+        recipe = replace(saved, **(changes or {}))
+        if recipe.seed != saved.seed:
+            raise ValueError(f"seed is {recipe.seed}, but the run to resume has {saved.seed}")
+        if recipe.steps < step:
+            raise ValueError(f"steps is {recipe.steps}, but the run to resume has made {step}: ask for more")
         trainer = cls(checkpoint.config, images, out, recipe=recipe, **options)
-        if trainer.fingerprint != training["data"]:
-            came, expected = trainer.fingerprint, training["data"]
-            raise ValueError(f"{checkpoint.path} was trained on other images: expected {expected}, got {came}")
+        if trainer.fingerprint != data:
+            raise ValueError(
+                f"{checkpoint.path} was trained on other images: expected {data}, got {trainer.fingerprint}"
+            )
         trainer._restore(checkpoint)
         return trainer
 
     def run(self, steps: int | None = None) -> None:
         """Trains until `steps` (the recipe's) are made in all, or until Ctrl-C, which sets `interrupted`; then saves.
 
+        A new run removes what an older one left in `out`, once its own first step is made.
+
         Raises:
-            FloatingPointError: the loss is no longer finite; the last checkpoint stays.
+            FloatingPointError: the loss or the weights are no longer finite; the last checkpoint stays.
         """
-        steps = self.recipe.steps if steps is None else steps
-        self.out.mkdir(parents=True, exist_ok=True)
-        if self.step == 0:
-            (self.out / LOG).write_text("")
-        total, count, clock = torch.zeros((), device=self.device), 0, time.perf_counter()
+        steps = self.recipe.steps if steps is None else checks.integer("steps", steps, 1)
+        total, count, clock, saved = torch.zeros((), device=self.device), 0, time.perf_counter(), self.step
         options = {"initial": self.step, "disable": not self.progress, "unit": "step"}
-        with _interruptible(self), progress_bar(steps, "training", **options) as bar:
+        with interruptible(self), progress_bar(steps, "training", **options) as bar:
             while self.step < steps and not self.interrupted:
                 total += self.train_step()
                 count += 1
                 bar.update()
+                if self.step == 1:
+                    self._start_anew()
                 if self._due(self.log_every):
                     bar.set_postfix_str(self._log(total, count, time.perf_counter() - clock), refresh=False)
                     total, count, clock = torch.zeros_like(total), 0, time.perf_counter()
-                if self._due(self.save_every) and self.step < steps:
-                    _finite(total, self.step)
-                    self.save()
-                if self._due(self.sample_every):
-                    self.draw()
-        _finite(total, self.step)
-        self.save()
+                if self._due(self.save_every) or self._due(self.sample_every):
+                    finite(total, self.step)  # waits for the device, so that the pause is that of the rest alone
+                    pause = time.perf_counter()
+                    self.save()  # also before drawing, which may be long and end with a second Ctrl-C
+                    saved = self.step
+                    if self._due(self.sample_every):
+                        self._try_to_draw()
+                    clock += time.perf_counter() - pause
+            if saved != self.step:
+                finite(total, self.step)
+                self.save()
 
     def train_step(self) -> Tensor:
         """One optimizer step; returns the loss, still on the device: nothing here waits for it."""
@@ -169,82 +173,86 @@ class Trainer:
         return loss.detach()
 
     def save(self) -> None:
-        """Writes the checkpoint."""
+        """Writes the checkpoint.
+
+        Raises:
+            FloatingPointError: a weight is not finite; the last checkpoint stays.
+            OSError: it can't be written; the last checkpoint stays.
+        """
+        check_weights(self.diffusion, self.step)
         training = {
+            "origin": self.origin,
             "recipe": asdict(self.recipe),
             "step": self.step,
             "position": self.position,
             "data": self.fingerprint,
         }
+        if self.config.num_classes and self.images.class_names is not None:
+            training["class_names"] = list(self.images.class_names)
         save_checkpoint(self.out / CHECKPOINT, self.diffusion, self.config, optimizer=self.optimizer, training=training)
 
-    def draw(self) -> Path:
-        """Writes a grid of samples, a row per class (at most ten) where there are classes."""
+    def draw(self) -> Path | None:
+        """Writes a grid of samples, a row per class (at most ten) where there are classes; None after Ctrl-C."""
         rows, columns = min(self.config.num_classes or 8, 10), 8
         y = torch.arange(rows, device=self.device).repeat_interleave(columns) if self.config.num_classes else None
-        x = self.diffusion.sample(rows * columns, self.device, y, num_steps=self.sample_steps, seed=self.recipe.seed)
+        # It stays hidden where a grid takes less than a second.
+        options = {"leave": False, "disable": not self.progress, "unit": "step", "delay": 1}
+        with progress_bar(self.sample_steps, "drawing", **options) as bar:
+
+            def on_step(k: int, x: Tensor) -> None:
+                bar.update(k + 1 - bar.n)
+                if self.interrupted:
+                    raise _Interrupted
+
+            try:
+                x = self.diffusion.sample(
+                    rows * columns,
+                    self.device,
+                    y,
+                    num_steps=self.sample_steps,
+                    seed=self.recipe.seed,
+                    callback=on_step,
+                )
+            except _Interrupted:
+                return None
         path = self.out / f"samples-{self.step:07d}.png"
         save_png(path, grid(to_uint8(x), columns=columns, upscale=upscale_for(x.shape[2])))
         return path
+
+    def _try_to_draw(self) -> None:
+        try:
+            self.draw()
+        except Exception as error:  # no picture is worth the end of a run that goes well
+            warnings.warn(f"no sample grid at step {self.step}: {error}", stacklevel=3)
+
+    def _try_network(self) -> None:
+        """One image through the network: what doesn't fit shows before anything is written."""
+        x = torch.zeros(1, self.config.img_channels, *self.config.img_size, device=self.device)
+        index = torch.zeros(1, dtype=torch.int64, device=self.device)
+        with eval_mode(self.diffusion.model) as model:
+            model(x, index, index if self.config.num_classes else None)
+
+    def _start_anew(self) -> None:
+        """Removes what an older run left, so that no --resume goes on from it; starts the log."""
+        for path in (self.out / CHECKPOINT, *self.out.glob("samples-" + "[0-9]" * 7 + ".png")):
+            path.unlink(missing_ok=True)
+        write_log(self.out / LOG, [])
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
     def _log(self, total: Tensor, count: int, seconds: float) -> str:
-        loss, images_per_s = _finite(total, self.step) / count, count * self.recipe.batch_size / seconds
+        loss, images_per_s = finite(total, self.step) / count, count * self.recipe.batch_size / seconds
         lr = self.optimizer.param_groups[0]["lr"]
-        line = {"step": self.step, "loss": loss, "lr": lr, "images_per_s": round(images_per_s, 1)}
-        with open(self.out / LOG, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_log(self.out / LOG, {"step": self.step, "loss": loss, "lr": lr, "images_per_s": round(images_per_s, 1)})
         return f"loss {loss:.4f}, {images_per_s:.0f} images/s"
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         checkpoint.load_into(self.diffusion, self.optimizer)
-        if checkpoint.rng is not None:
-            torch.set_rng_state(checkpoint.rng)
-        self.step, self.position = checkpoint.training["step"], checkpoint.training["position"]
+        with named(checkpoint.path):
+            if checkpoint.rng is not None:
+                torch.set_rng_state(checkpoint.rng)
+            self.step = checks.integer("step", checkpoint.training["step"], 0)
+            self.position = checks.integer("position", checkpoint.training["position"], 0)
         log = self.out / LOG
-        kept = [line for line in read_log(log) if line["step"] <= self.step] if log.exists() else []
-        log.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-
-
-def read_log(path: str | Path) -> list[dict[str, float]]:
-    """The lines of a `log.jsonl`."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-
-
-def _finite(total: Tensor, step: int) -> float:
-    value = float(total)
-    if not math.isfinite(value):
-        raise FloatingPointError(f"the loss is {value} at step {step}: try a lower lr, or without bf16")
-    return value
-
-
-def _check_fit(config: Config, images: Images) -> None:
-    expected = (config.img_channels, *config.img_size)
-    if tuple(images.pixels.shape[1:]) != expected:
-        raise ValueError(f"images are {tuple(images.pixels.shape[1:])} (C, H, W), the model expects {expected}")
-    if config.num_classes is None:
-        return
-    if images.labels is None:
-        raise ValueError(f"the model has {config.num_classes} classes, but the images have no labels")
-    if int(images.labels.max()) >= config.num_classes:
-        raise ValueError(f"label {int(images.labels.max())} is too large for num_classes = {config.num_classes}")
-
-
-@contextmanager
-def _interruptible(trainer: Trainer) -> Iterator[None]:
-    """The first Ctrl-C lets the step finish; the second one interrupts at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        trainer.interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+        write_log(log, [line for line in read_log(log) if line["step"] <= self.step] if log.exists() else [])

@@ -1,0 +1,74 @@
+"""What stops a run: images that don't fit, numbers that are no longer finite, Ctrl-C."""
+
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..diffusion import Diffusion
+from ..models.presets import Config
+from ..ops import _checks as checks
+from .data import Images
+
+
+class Stoppable(Protocol):
+    """What runs until its flag is set."""
+
+    interrupted: bool
+
+
+def finite(total: Tensor, step: int) -> float:
+    """A sum of losses as a number; FloatingPointError unless it is finite."""
+    value = float(total)
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the loss is {value} at step {step}: try a lower lr, or without bf16")
+    return value
+
+
+def check_weights(diffusion: Diffusion, step: int) -> None:
+    """Raise FloatingPointError unless every weight, raw and averaged, is finite."""
+    tensors = [*diffusion.model.state_dict().values(), *diffusion.ema_model.state_dict().values()]
+    if not torch.stack([t.isfinite().all() for t in tensors]).all():  # one wait for the device, not one a tensor
+        raise FloatingPointError(f"a weight is not finite after step {step}: try a lower lr, or without bf16")
+
+
+def check_fit(config: Config, images: Images) -> None:
+    """Raise ValueError or TypeError unless a model of this configuration can be trained on these images."""
+    checks.tensor("images.pixels", images.pixels, ndim=4, dtype=torch.uint8)
+    expected = (config.img_channels, *config.img_size)
+    if tuple(images.pixels.shape[1:]) != expected:
+        raise ValueError(f"images are {tuple(images.pixels.shape[1:])} (C, H, W), the model expects {expected}")
+    if len(images.pixels) == 0:
+        raise ValueError("images.pixels holds no images")
+    if config.num_classes is None:
+        return
+    if images.labels is None:
+        raise ValueError(f"the model has {config.num_classes} classes, but the images have no labels")
+    checks.tensor("images.labels", images.labels, shape=(len(images.pixels),), dtype=torch.int64)
+    low, high = (int(label) for label in images.labels.aminmax())
+    if low < 0 or high >= config.num_classes:
+        wrong = f"{low} is negative" if low < 0 else f"{high} is too large"
+        raise ValueError(f"label {wrong} for num_classes = {config.num_classes}")
+
+
+@contextmanager
+def interruptible(run: Stoppable) -> Iterator[None]:
+    """The first Ctrl-C lets the step finish; the second one interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        run.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
