@@ -105,10 +105,12 @@ def in_graph(memory_format: torch.memory_format, unroll: int, options: dict[str,
 @torch.no_grad()
 def graph_loop(problem: Problem, step: Step, unroll: int) -> Contender:
     """Replay a graph of ``unroll`` steps that advances x and the row's index in place."""
-    if problem.steps % unroll:
-        raise ValueError(f"steps={problem.steps}: expected a multiple of the {unroll} steps in a graph")
-    y, device = problem.inputs[1], problem.device
-    x, k = torch.empty_like(problem.inputs[0]), torch.empty(1, dtype=torch.int64, device=device)
+    for name, steps in (("steps", problem.steps), ("checked", problem.checked)):
+        if steps % unroll:
+            raise ValueError(f"{name}={steps}: expected a multiple of the {unroll} steps in a graph")
+    (start, y), device = problem.inputs, problem.device
+    rows = problem.rows.clone()
+    x, k = torch.empty_like(start), torch.empty(1, dtype=torch.int64, device=device)
 
     def reset() -> None:
         x.normal_()
@@ -116,23 +118,37 @@ def graph_loop(problem: Problem, step: Step, unroll: int) -> Contender:
 
     def body() -> None:
         for _ in range(unroll):
-            x.copy_(step(x, k, problem.rows, y))
+            x.copy_(step(x, k, rows, y))
             k.sub_(1)
 
     replay = capture(body, device, reset)
 
     @torch.no_grad()
-    def run() -> Tensor:
-        reset()
-        for _ in range(problem.steps // unroll):
+    def chain(steps: int) -> Tensor:
+        for _ in range(steps // unroll):
             replay()
         return x.to("cpu", copy=True)
 
-    return Contender(run, sampling.loop(problem, step, context=nullcontext).predict)
+    def run() -> Tensor:
+        reset()
+        return chain(problem.steps)
+
+    def predict() -> Tensor:
+        rows.copy_(problem.quiet_rows)
+        x.copy_(start)
+        k.fill_(problem.checked - 1)
+        samples = chain(problem.checked)
+        rows.copy_(problem.rows)
+        return samples
+
+    return Contender(run, predict)
 
 
 def whole_iteration(memory_format: torch.memory_format, options: dict[str, Any]) -> Builder:
-    """A training iteration (loss, backward, Adam, EMA) as one CUDA graph, the loss compiled."""
+    """A training iteration (loss, backward, Adam, EMA) as one CUDA graph, the loss compiled.
+
+    The check runs the captured iteration eagerly: the graph holds its dropout.
+    """
 
     def build(problem: Problem) -> Contender:
         on_gpu = problem.device.type == "cuda"

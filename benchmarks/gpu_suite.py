@@ -20,9 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import ceilings, gpu_peers
+from benchmarks.checks import check_sampling, check_training
 from benchmarks.harness import DTYPES, Row, header, markdown, markdown_header, pick_device, progress, write_json
-from benchmarks.problem import Check, Problem, check_sampling, check_training, flops_per_image, measure
-from benchmarks.throughput import MODELS
+from benchmarks.options import Parser, count, output_folder
+from benchmarks.problem import Builder, Check, Problem, flops_per_image, measure
+from benchmarks.throughput import MODELS, NUM_TIMESTEPS
 from ddpm_fast.models.presets import Config, preset
 
 PARTS = ("ceilings", "sample", "train")
@@ -31,28 +33,38 @@ UNROLL = 25
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line, with small sizes on the CPU filled in for a dry run."""
-    p = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    p = Parser(__doc__.splitlines()[0])
     p.add_argument("--part", choices=(*PARTS, "all"), default="all")
     p.add_argument("--model", choices=MODELS, default="cifar10")
-    p.add_argument("--batch", type=int, nargs="+", help="batch sizes (default: sampling 1 8 64 256, training 128 256)")
-    p.add_argument("--steps", type=int, default=2 * UNROLL, help=f"sampling steps per run, a multiple of {UNROLL}")
-    p.add_argument("--iterations", type=int, default=5, help="training iterations per run")
+    p.add_argument("--batch", type=count, nargs="+", help="batch sizes (default: sampling 1 8 64 256, train 128 256)")
+    p.add_argument("--steps", type=count, default=2 * UNROLL, help=f"sampling steps per run, a multiple of {UNROLL}")
+    p.add_argument("--iterations", type=count, default=5, help="training iterations per run")
     p.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["bf16", "float32"])
-    p.add_argument("--repetitions", type=int, default=20)
+    p.add_argument("--repetitions", type=count, default=20)
     p.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="only contenders whose name has one of these")
-    p.add_argument("--out", type=Path, help="folder of the tables and JSON (default: gpu_results)")
+    p.add_argument("--out", type=output_folder, help="folder of the tables and JSON (default: gpu_results)")
     p.add_argument(
         "--dry-run", action="store_true", help="walk through everything, tiny, on the CPU, compiling nothing"
     )
     args = p.parse_args(argv)
     args.out = args.out or Path(tempfile.mkdtemp(prefix="dry_run_") if args.dry_run else "gpu_results")
+    args.unroll = 2 if args.dry_run else UNROLL
     if args.dry_run:
         args.batch, args.steps, args.iterations, args.repetitions, args.model = [2], 4, 1, 2, "digits"
     elif not torch.cuda.is_available():
         p.error("torch sees no GPU here: --dry-run walks through the suite on a CPU")
+    if args.steps % args.unroll:
+        p.error(f"argument --steps: expected a multiple of {args.unroll}, got {args.steps}")
+    args.parts = [part for part in PARTS[1:] if args.part in (part, "all") and contenders(args, part)]
+    if args.only and not args.parts:
+        p.error(f"argument --only: no contender's name has any of {args.only}")
     return args
+
+
+def contenders(args: argparse.Namespace, part: str) -> dict[str, Builder]:
+    """Return the contenders of a part that ``--only`` leaves."""
+    found = gpu_peers.training_contenders() if part == "train" else gpu_peers.sampling_contenders(args.unroll)
+    return {name: build for name, build in found.items() if not args.only or any(text in name for text in args.only)}
 
 
 def clocks() -> str | None:
@@ -108,16 +120,15 @@ def measure_part(
 ) -> None:
     """Time the contenders of sampling or training at every precision and batch."""
     training = part == "train"
-    unroll = args.steps // 2 if args.dry_run else UNROLL
-    builders = gpu_peers.training_contenders() if training else gpu_peers.sampling_contenders(unroll)
-    builders = {n: b for n, b in builders.items() if not args.only or any(text in n for text in args.only)}
+    builders = contenders(args, part)
     check: Check = check_training if training else check_sampling
     flops = flops_per_image(config, training)
     report = Report(args, part, device)
     for precision in args.precision:
         for batch in args.batch or ([128, 256] if training else [1, 8, 64, 256]):
-            steps = args.iterations if training else args.steps
-            problem = Problem(config, device, batch, steps, precision, "eager" if args.dry_run else "inductor")
+            compiler = "eager" if args.dry_run else "inductor"
+            steps, num_timesteps = (args.iterations, NUM_TIMESTEPS) if training else (args.steps, args.steps)
+            problem = Problem(config, device, batch, steps, precision, compiler, num_timesteps, checked=args.unroll)
             case, rate = f"{part} {args.model}", ceiling[precision] * 1e12
             report.add(measure(case, problem, builders, check, args.repetitions, flops, rate))
             if device.type == "cuda":
@@ -134,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
         config = replace(config, base_channels=16, num_res_blocks=1)
     progress("ceilings")
     ceiling = measure_ceilings(args, device)
-    for part in ("sample", "train") if args.part == "all" else {args.part} - {"ceilings"}:
+    for part in args.parts:
         measure_part(args, part, device, config, ceiling)
     print(f"written to {args.out}")
     return 0

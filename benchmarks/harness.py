@@ -104,7 +104,13 @@ class Disagreement(ValueError):
 
 
 def check_agreement(
-    name: str, got: Tensor, plain: Sequence[Tensor], truth: Tensor, dtype: torch.dtype, factor: float = 2
+    name: str,
+    got: Tensor,
+    plain: Sequence[Tensor],
+    truth: Tensor,
+    dtype: torch.dtype,
+    factor: float = 2,
+    floor: float = 0.0,
 ) -> float:
     """Return ``got``'s relative error, or raise where it exceeds ``factor`` times plain PyTorch's own and the floor.
 
@@ -115,6 +121,7 @@ def check_agreement(
         truth: the float64 result on the same inputs and weights.
         dtype: the tested precision; its epsilon is the floor.
         factor: how many of plain's errors are allowed; 2 for values, 3 for gradients.
+        floor: what the conditioning of the comparison adds to the floor.
 
     Raises:
         Disagreement: the shapes differ, or the error is not within the bound (NaN never is).
@@ -122,7 +129,7 @@ def check_agreement(
     if got.shape != truth.shape:
         raise Disagreement(f"{name} returned shape {tuple(got.shape)}, the reference {tuple(truth.shape)}")
     error = relative_error(got, truth)
-    bound = factor * max(relative_error(x, truth) for x in plain) + torch.finfo(dtype).eps
+    bound = factor * max(relative_error(x, truth) for x in plain) + torch.finfo(dtype).eps + floor
     if not error <= bound:
         raise Disagreement(f"{name} is {error:.2e} from the float64 reference, allowed are {bound:.2e}")
     return error

@@ -1,23 +1,19 @@
-"""One network-level problem (weights, inputs, schedule, precision) and how its contenders are checked and timed."""
+"""One network-level problem (weights, inputs, schedule, precision) and how its contenders are timed."""
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import (
     DTYPES,
-    Disagreement,
     Row,
     add_ratios,
-    check_agreement,
-    check_spread,
     describe,
     progress,
     summarise,
@@ -26,8 +22,7 @@ from benchmarks.harness import (
 from benchmarks.original import UNet
 from ddpm_fast.models.presets import ACTIVATIONS, Config
 
-SPREAD_ELEMENTS = 8192
-MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last)
+X_SEED, DRAWS_SEED = 1, 2
 
 
 def plain_unet(config: Config) -> UNet:
@@ -64,9 +59,17 @@ def flops_per_image(config: Config, training: bool = False) -> int:
 
 @dataclass(eq=False)
 class Problem:
-    """What all contenders of one case share: weights under a seed, inputs, a schedule of ``steps`` rows, precision.
+    """What all contenders of one case share: weights under a seed, inputs, a schedule, precision.
 
-    ``compiler`` is the backend of ``torch.compile``; "eager" only traces, for a dry run.
+    Args:
+        config: of the network.
+        device: where.
+        batch: images.
+        steps: reverse steps or training iterations in a timed run.
+        precision: a name in ``DTYPES``.
+        compiler: the backend of ``torch.compile``; "eager" only traces, for a dry run.
+        num_timesteps: rows of the schedule, T; ``steps`` if 0, as sampling takes all of them.
+        checked: how many of the last reverse steps the check of sampling compares.
     """
 
     config: Config
@@ -75,6 +78,12 @@ class Problem:
     steps: int
     precision: str
     compiler: str = "inductor"
+    num_timesteps: int = 0
+    checked: int = 2
+
+    def __post_init__(self) -> None:
+        self.num_timesteps = self.num_timesteps or self.steps
+        self.checked = min(self.checked, self.steps)
 
     def network(self) -> UNet:
         """Return a new plain network with the case's weights, in eval mode."""
@@ -92,41 +101,65 @@ class Problem:
     @cached_property
     def betas(self) -> np.ndarray:
         """Linear, scaled for few steps as the original's script does, but at most tenfold so that all stay below 1."""
-        scale = min(1000 / self.steps, 10)
-        return np.linspace(1e-4 * scale, 0.02 * scale, self.steps)
+        scale = min(1000 / self.num_timesteps, 10)
+        return np.linspace(1e-4 * scale, 0.02 * scale, self.num_timesteps)
+
+    @cached_property
+    def exact_rows(self) -> Tensor:
+        """float64 [T, 4]: t, noise coefficient, scale and sigma of each reverse step; no noise at t = 0."""
+        alphas, t = 1 - self.betas, np.arange(self.num_timesteps)
+        coefficient = self.betas / np.sqrt(1 - np.cumprod(alphas))
+        columns = (t, coefficient, 1 / np.sqrt(alphas), np.sqrt(self.betas) * (t > 0))
+        return torch.tensor(np.stack(columns, axis=1), device=self.device)
 
     @cached_property
     def rows(self) -> Tensor:
-        """float32 [steps, 4]: t, noise coefficient, scale and sigma of each reverse step; no noise at t = 0."""
-        alphas = 1 - self.betas
-        coefficient = self.betas / np.sqrt(1 - np.cumprod(alphas))
-        sigma = np.sqrt(self.betas) * (np.arange(self.steps) > 0)
-        columns = (np.arange(self.steps), coefficient, 1 / np.sqrt(alphas), sigma)
-        return torch.tensor(np.stack(columns, axis=1), dtype=torch.float32, device=self.device)
+        """The rows in float32."""
+        return self.exact_rows.float()
+
+    @cached_property
+    def quiet_rows(self) -> Tensor:
+        """The rows with sigma = 0."""
+        return self.rows * torch.tensor([1.0, 1.0, 1.0, 0.0], device=self.device)
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """[N, C, H, W]."""
+        return (self.batch, self.config.img_channels, *self.config.img_size)
+
+    @contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        """Torch's generators under a seed, and as they were afterwards."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
 
     @cached_property
     def inputs(self) -> tuple[Tensor, Tensor | None]:
-        """Normal x [N, C, H, W] and labels [N], or None for a network without classes."""
-        generator = torch.Generator().manual_seed(1)
+        """x: the first draw under ``X_SEED``, [N, C, H, W]; labels [N], or None for a network without classes."""
         classes = self.config.num_classes
-        x = torch.randn(self.batch, self.config.img_channels, *self.config.img_size, generator=generator)
-        y = None if classes is None else torch.arange(self.batch, device=self.device) % classes
-        return x.to(self.device), y
+        with self.seeded(X_SEED):
+            x = torch.randn(self.shape, device=self.device)
+        return x, None if classes is None else torch.arange(self.batch, device=self.device) % classes
 
     @cached_property
-    def noise(self) -> Tensor:
-        """Normal [N, C, H, W] for the loss of the training check."""
-        generator = torch.Generator().manual_seed(2)
-        return torch.randn(self.inputs[0].shape, generator=generator).to(self.device)
+    def draws(self) -> "Draws":
+        """What an iteration of training draws under ``DRAWS_SEED``."""
+        with self.seeded(DRAWS_SEED):
+            t = torch.randint(0, self.num_timesteps, (self.batch,), device=self.device)
+            return Draws(t, torch.randn(self.shape, device=self.device))
+
+    @torch.no_grad()
+    def chain(self, net: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
+        """Run the plain loop over ``rows``, the last one first."""
+        for t, coefficient, scale, sigma in rows.flip(0):
+            eps = net(x, t.expand(self.batch), self.inputs[1])
+            x = (x - coefficient * eps) * scale + sigma * torch.randn_like(x)
+        return x
 
     def plain_run(self) -> Tensor:
         """Samples [N, C, H, W] of a plain loop, float32 on the CPU."""
-        net, (x, y) = self.network(), self.inputs
-        x = torch.randn_like(x)
-        with torch.no_grad():
-            for t, coefficient, scale, sigma in self.rows.flip(0):
-                x = (x - coefficient * net(x, t.expand(self.batch), y)) * scale + sigma * torch.randn_like(x)
-        return x.cpu()
+        return self.chain(self.network(), torch.randn_like(self.inputs[0]), self.rows).cpu()
 
     def autocast(self) -> AbstractContextManager:
         """bf16 autocast, or nothing in float32."""
@@ -135,93 +168,31 @@ class Problem:
         return torch.autocast(self.device.type, DTYPES[self.precision])
 
 
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """The random numbers of a training iteration: timesteps [N] and noise [N, C, H, W]."""
+
+    t: Tensor
+    noise: Tensor
+
+
 @dataclass
 class Contender:
-    """``run`` is what is timed; ``predict(k)`` is what is compared with float64 before that, on the problem's inputs.
+    """``run`` is what is timed; ``predict``, by the same code, is what is compared with float64 before that.
 
-    Sampling: ``run`` returns samples and ``predict`` the mean of reverse step k. Training: ``run`` returns the last
-    loss and ``predict`` the gradients of the loss at t = k without dropout, concatenated in the parameters' order.
+    Sampling: ``run`` returns samples, and ``predict`` what the problem's x becomes in the last ``checked`` reverse
+    steps without their noise. Training: ``run`` returns the last loss, and ``predict`` the gradients that one iteration
+    without dropout leaves, concatenated in the parameters' order; ``draws`` are its random numbers, the problem's if
+    None.
     """
 
     run: Callable[[], Tensor]
-    predict: Callable[[int], Tensor]
+    predict: Callable[[], Tensor]
+    draws: Draws | None = None
 
 
 Builder = Callable[[Problem], Contender]
 Check = Callable[[Problem, str, Contender], None]
-
-
-@torch.no_grad()
-def check_sampling(problem: Problem, name: str, contender: Contender) -> None:
-    """Raise Disagreement unless the noise predicted inside a reverse step, and the spread of samples, are right."""
-    k = problem.steps // 2
-    plain, truth = _sampling_reference(problem, k)
-    got = _noise_in(contender.predict(k), problem, k)
-    check_agreement(name, got, plain, truth, DTYPES[problem.precision])
-    check_spread(name, _enough(contender.run), _plain_samples(problem))
-
-
-def _enough(run: Callable[[], Tensor]) -> Tensor:
-    """Return several runs' samples, where one has too few elements to tell a spread by."""
-    samples = [run()]
-    more = min(31, SPREAD_ELEMENTS // samples[0].numel())
-    return torch.cat(samples + [run() for _ in range(more)])
-
-
-@lru_cache(maxsize=1)
-def _plain_samples(problem: Problem) -> Tensor:
-    return _enough(problem.plain_run)
-
-
-def _noise_in(mean: Tensor, problem: Problem, k: int) -> Tensor:
-    """Return the network's prediction that reverse step k's mean was made with, in float64."""
-    _, coefficient, scale, _ = problem.rows[k].double()
-    return (problem.inputs[0].double() - mean.double() / scale) / coefficient
-
-
-@lru_cache(maxsize=1)
-def _sampling_reference(problem: Problem, k: int) -> tuple[list[Tensor], Tensor]:
-    """Return plain PyTorch's predictions in reverse step k, in both memory formats, and the float64 one."""
-    x, y = problem.inputs
-    t, coefficient, scale, _ = problem.rows[k]
-    t, net = t.expand(problem.batch), problem.network()
-    plain = []
-    for memory_format in MEMORY_FORMATS:
-        with problem.autocast():
-            mean = (x - coefficient * net.to(memory_format=memory_format)(x, t, y)) * scale
-        plain.append(_noise_in(mean, problem, k))
-    return plain, net.double()(x.double(), t.double(), y)
-
-
-def check_training(problem: Problem, name: str, contender: Contender) -> None:
-    """Raise Disagreement unless the gradients of every parameter are right and training gives a finite loss."""
-    k = problem.steps // 2
-    plain, truth = _training_reference(problem, k)
-    check_agreement(name, contender.predict(k), plain, truth, DTYPES[problem.precision], factor=3)
-    if not contender.run().isfinite().all():
-        raise Disagreement(f"training of {name} gave a loss that is not finite")
-
-
-@lru_cache(maxsize=1)
-def _training_reference(problem: Problem, k: int) -> tuple[list[Tensor], Tensor]:
-    """Return plain PyTorch's gradients of the loss at t = k, in both memory formats, and the float64 ones."""
-    (x, y), noise = problem.inputs, problem.noise
-    t = torch.full((problem.batch,), k, device=problem.device)
-    alphas_cumprod = float(np.prod(1 - problem.betas[: k + 1]))
-    x_t = alphas_cumprod**0.5 * x.double() + (1 - alphas_cumprod) ** 0.5 * noise.double()
-    net = problem.network()
-    plain = []
-    for memory_format in MEMORY_FORMATS:
-        with problem.autocast():
-            loss = F.mse_loss(net.to(memory_format=memory_format)(x_t.float(), t, y).float(), noise)
-        plain.append(gradients(loss, net.parameters()))
-    net = net.double()
-    return plain, gradients(F.mse_loss(net(x_t, t.double(), y), noise.double()), net.parameters())
-
-
-def gradients(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the gradients of ``loss``, concatenated in the order of ``parameters``."""
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(parameters))])
 
 
 def measure(
@@ -232,7 +203,6 @@ def measure(
     repetitions: int,
     flops: int,
     ceiling: float,
-    around: AbstractContextManager | None = None,
 ) -> list[Row]:
     """Build, check and time the contenders in turn; one that fails becomes a row with its error.
 
@@ -244,7 +214,6 @@ def measure(
         repetitions: timed runs of each, after one warm-up.
         flops: of one image and step.
         ceiling: FLOP/s of a matrix product in this precision.
-        around: a context for all timed runs; an outer autocast keeps the cast weights, as one long loop would.
     """
     torch._dynamo.reset()  # drops what earlier cases compiled
     built: dict[str, Contender] = {}
@@ -259,8 +228,7 @@ def measure(
             errors[name] = describe(error)
     progress(f"{case} {problem.precision} batch {problem.batch}: timing")
     runs = {name: contender.run for name, contender in built.items()}
-    with around or nullcontext():
-        times = time_interleaved(runs, problem.device, repetitions, errors=errors)
+    times = time_interleaved(runs, problem.device, repetitions, errors=errors)
     rows = []
     for name in builders:
         row: Row = {"case": case, "precision": problem.precision, "batch": problem.batch, "name": name}

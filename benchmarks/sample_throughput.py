@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import sampling, throughput
-from benchmarks.problem import check_sampling
+from benchmarks.checks import check_sampling
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """The contenders in sampling: ours, the original formulation, and the strongest plain PyTorch loops.
 
-Every contender loads the same weights, takes the same number of steps and draws its noise inside the step.
+Every contender loads the same weights, takes the same number of steps and draws its noise inside the step. A timed run
+is one whole chain under its own autocast, as a user's call is: whoever relies on autocast casts its weights once a run.
 """
 
 from collections.abc import Callable
@@ -13,8 +14,9 @@ from torch.nn import functional as F
 
 from benchmarks import harness, original
 from benchmarks.harness import OURS
-from benchmarks.problem import Builder, Contender, Problem
+from benchmarks.problem import X_SEED, Builder, Contender, Problem
 from ddpm_fast import Diffusion
+from ddpm_fast.samplers.plan import COLUMNS, Plan
 
 NCHW, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 Step = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -65,24 +67,20 @@ def loop(problem: Problem, step: Step, context: Callable[[], AbstractContextMana
     ``context`` stands around the steps: the problem's autocast, unless another is given.
     """
     context = context or problem.autocast
-    y, shape, device = problem.inputs[1], problem.inputs[0].shape, problem.device
+    (start, y), device = problem.inputs, problem.device
     indices = [torch.tensor([k], device=device) for k in range(problem.steps)]
-    quiet = problem.rows * torch.tensor([1.0, 1.0, 1.0, 0.0], device=device)  # sigma = 0: the mean alone
 
     @torch.no_grad()
-    def run() -> Tensor:
-        x = torch.randn(shape, device=device)
+    def chain(x: Tensor, rows: Tensor, steps: int) -> Tensor:
         with context():
-            for k in reversed(indices):
-                x = step(x, k, problem.rows, y)
+            for k in reversed(indices[:steps]):
+                x = step(x, k, rows, y)
         return x.cpu()
 
-    @torch.no_grad()
-    def predict(k: int) -> Tensor:
-        with context():
-            return step(problem.inputs[0], indices[k], quiet, y).clone()
+    def run() -> Tensor:
+        return chain(torch.randn(problem.shape, device=device), problem.rows, problem.steps)
 
-    return Contender(run, predict)
+    return Contender(run, lambda: chain(start, problem.quiet_rows, problem.checked))
 
 
 def eager(memory_format: torch.memory_format) -> Builder:
@@ -114,7 +112,7 @@ def compiled(memory_format: torch.memory_format, freezing: bool = False, **optio
         # Compiles now, for all strides that come later: as an option alone, freezing is ignored without a word.
         with torch._inductor.config.patch(freezing=freezing):
             contender.run()
-            contender.predict(0)
+            contender.predict()
         return contender
 
     return build
@@ -123,7 +121,16 @@ def compiled(memory_format: torch.memory_format, freezing: bool = False, **optio
 def original_loop(problem: Problem) -> Contender:
     """The original formulation as it stands."""
     diffusion = original.Diffusion(problem.network(), *geometry(problem)).to(problem.device).eval()
-    return _drop_in(problem, diffusion)
+
+    def predict() -> Tensor:
+        num_timesteps, sigma = diffusion.num_timesteps, diffusion.sigma
+        diffusion.num_timesteps, diffusion.sigma = problem.checked, torch.zeros_like(sigma)
+        with problem.seeded(X_SEED), problem.autocast():
+            samples = diffusion.sample(problem.batch, problem.device, y=problem.inputs[1])
+        diffusion.num_timesteps, diffusion.sigma = num_timesteps, sigma
+        return samples
+
+    return Contender(_run(problem, diffusion), predict)
 
 
 def ours(problem: Problem) -> Contender:
@@ -131,7 +138,16 @@ def ours(problem: Problem) -> Contender:
     net = problem.config.build_unet()
     net.load_state_dict(problem.weights)
     net = net.to(problem.device, memory_format=CHANNELS_LAST)
-    return _drop_in(problem, Diffusion(net, *geometry(problem)).to(problem.device).eval())
+    diffusion = Diffusion(net, *geometry(problem)).to(problem.device).eval()
+    x, y = problem.inputs
+    rows = diffusion.plan().rows[-problem.checked :].clone()
+    rows[:, COLUMNS.index("c_z")] = 0
+
+    def predict() -> Tensor:
+        with problem.autocast():
+            return diffusion.sample(problem.batch, problem.device, y=y, sampler=Plan(rows), noise=x)
+
+    return Contender(_run(problem, diffusion), predict)
 
 
 def geometry(problem: Problem) -> tuple[Any, ...]:
@@ -140,17 +156,12 @@ def geometry(problem: Problem) -> tuple[Any, ...]:
     return config.img_size, config.img_channels, config.num_classes, problem.betas
 
 
-def _drop_in(problem: Problem, diffusion: Any) -> Contender:
+def _run(problem: Problem, diffusion: Any) -> Callable[[], Tensor]:
     def run() -> Tensor:
         with problem.autocast():
             return diffusion.sample(problem.batch, problem.device, y=problem.inputs[1])
 
-    def predict(k: int) -> Tensor:
-        x, y = problem.inputs
-        with problem.autocast():
-            return diffusion.remove_noise(x, torch.full((len(x),), k, device=x.device), y)
-
-    return Contender(run, predict)
+    return run
 
 
 def contenders(compile: bool) -> dict[str, Builder]:

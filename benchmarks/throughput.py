@@ -11,55 +11,62 @@ from benchmarks.harness import (
     header,
     markdown,
     markdown_header,
-    pick_device,
     progress,
     write_json,
 )
+from benchmarks.options import Parser, count, device, output_file
 from benchmarks.problem import Builder, Check, Problem, flops_per_image, measure
 from ddpm_fast.models.presets import preset
 
 MODELS = ("cifar10", "digits")
+NUM_TIMESTEPS = 1000  # of the schedule in training
 
 
-def parser(description: str, unit: str) -> argparse.ArgumentParser:
+def parser(description: str, unit: str) -> Parser:
     """Return the argument parser; ``unit`` is what one step is called in the help."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1...; auto takes the GPU where torch sees one")
+    p = Parser(description)
+    p.add_argument("--device", type=device, default="auto", help="cpu, cuda, cuda:1...; auto: a GPU where there is one")
     p.add_argument("--model", choices=MODELS, default="cifar10", help="network preset")
-    p.add_argument("--batch", type=int, nargs="+", help="batch sizes (default: by device)")
-    p.add_argument("--steps", type=int, help=f"{unit} per timed run (default: by device)")
+    p.add_argument("--batch", type=count, nargs="+", help="batch sizes (default: by device)")
+    p.add_argument("--steps", type=count, help=f"{unit} per timed run (default: by device and model)")
     p.add_argument("--precision", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="bf16 is autocast")
-    p.add_argument("--repetitions", type=int, help="timed runs of each contender (default: 5 if --quick, else 15)")
-    p.add_argument("--json", metavar="FILE", help="also write the header and the rows there")
+    p.add_argument("--repetitions", type=count, help="timed runs of each contender (default: 5 if --quick, else 15)")
+    p.add_argument("--json", type=output_file, metavar="FILE", help="also write the header and the rows there")
     p.add_argument("--quick", action="store_true", help="one small batch, few runs, no torch.compile: minutes on a CPU")
     p.add_argument("--compile", action="store_true", help="time torch.compile too (always so without --quick)")
     return p
 
 
+def usual_steps(model: str, training: bool, on_gpu: bool) -> int:
+    """Return the steps of a timed run: what a call costs once must not show beside the steps, for nobody."""
+    if training:
+        return 20 if model == "digits" else 5 if on_gpu else 1
+    return 50 if model == "digits" or on_gpu else 10
+
+
 def run(args: argparse.Namespace, case: str, contenders: Callable[[bool], dict[str, Builder]], check: Check) -> int:
     """Measure every precision and batch, print the tables, write the JSON; return 1 where ours failed, else 0."""
-    device = pick_device(args.device)
-    on_gpu = device.type == "cuda"
+    on_gpu = args.device.type == "cuda"
     training = case == "train"
     usual = ([64, 256] if on_gpu else [4, 16]) if training else ([64, 1, 256] if on_gpu else [4, 1, 16])
     batches = args.batch or (usual[:1] if args.quick else usual)
-    steps = args.steps or ((5 if on_gpu else 1) if training else (50 if on_gpu else 4))
+    steps = args.steps or usual_steps(args.model, training, on_gpu)
     repetitions = args.repetitions or (5 if args.quick else 15)
     config = preset(args.model)
     flops = flops_per_image(config, training)
-    head = header(device)
+    head = header(args.device)
     print(f"{markdown_header(head)}\n- {flops * 1e-9:.3f} GFLOP per image and step, {steps} steps per timed run\n")
     rows: list[Row] = []
     for precision in args.precision:
         progress(f"matrix-product ceiling, {precision}")
-        ceiling = ceilings.matmul(device, DTYPES[precision])["tflops"]
+        ceiling = ceilings.matmul(args.device, DTYPES[precision])["tflops"]
         head[f"matrix product {precision} TFLOP/s"] = ceiling
         print(f"- matrix product, {precision}: {ceiling:.3g} TFLOP/s\n")
         for batch in batches:
-            problem = Problem(config, device, batch, steps, precision)
+            num_timesteps = NUM_TIMESTEPS if training else steps
+            problem = Problem(config, args.device, batch, steps, precision, num_timesteps=num_timesteps)
             builders = contenders(args.compile or not args.quick)
-            name, around = f"{case} {args.model}", None if training else problem.autocast()
-            group = measure(name, problem, builders, check, repetitions, flops, ceiling * 1e12, around)
+            group = measure(f"{case} {args.model}", problem, builders, check, repetitions, flops, ceiling * 1e12)
             print(markdown(group), end="\n\n", flush=True)
             rows += group
             if args.json:

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import throughput, training
-from benchmarks.problem import check_training
+from benchmarks.checks import check_training
 
 
 def main(argv: list[str] | None = None) -> int:

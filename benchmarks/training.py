@@ -3,7 +3,7 @@
 One iteration of each: timesteps, noise, loss, backward, Adam and EMA, on a batch that is already on the device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from torch.nn import functional as F
 
 from benchmarks import original
 from benchmarks.harness import OURS
-from benchmarks.problem import Builder, Contender, Problem, gradients
+from benchmarks.problem import DRAWS_SEED, Builder, Contender, Draws, Problem
 from benchmarks.sampling import CHANNELS_LAST, NCHW, compile_module, geometry, with_sdpa
 from ddpm_fast import Diffusion
+from ddpm_fast.reference import noise as reference
+from ddpm_fast.reference.philox import PERTURB
 
 LEARNING_RATE = 2e-4
 EMA_DECAY = 0.9999
@@ -71,16 +73,19 @@ class PlainTrainer:
         self.parameters = list(self.net.parameters())
         self.ema = [p.detach().clone() for p in self.parameters]
         self.loss_of: Callable[..., Tensor] = Loss(self.net, problem).to(problem.device)
+        if compile_options is not None or memory_format is CHANNELS_LAST:  # see sampling.eager
+            with_sdpa(self.net)
         if compile_options is not None:
-            _replace_upsampling(with_sdpa(self.net))
+            _replace_upsampling(self.net)
             self.loss_of = compile_module(self.loss_of, problem, compile_options)
         self.optimizer = torch.optim.Adam(self.parameters, lr=LEARNING_RATE, fused=True, capturable=capturable)
 
     def step(self) -> Tensor:
         """Train for one iteration and return the loss."""
         p, (x, y) = self.problem, self.problem.inputs
+        torch.compiler.cudagraph_mark_step_begin()
         self.optimizer.zero_grad(set_to_none=True)
-        t = torch.randint(0, p.steps, (p.batch,), device=p.device)
+        t = torch.randint(0, p.num_timesteps, (p.batch,), device=p.device)
         with p.autocast():
             loss = self.loss_of(x, t, torch.randn_like(x), y)
         loss.backward()
@@ -93,18 +98,21 @@ class PlainTrainer:
         """Train for the problem's number of steps and return the last loss."""
         self.net.train()
         for _ in range(self.problem.steps):
-            torch.compiler.cudagraph_mark_step_begin()
             loss = self.step()
         return loss
 
-    def predict(self, k: int) -> Tensor:
-        """Return the gradients at t = k."""
-        p, (x, y) = self.problem, self.problem.inputs
+    def predict(self) -> Tensor:
+        """Return the gradients of an iteration."""
         self.net.eval()
-        t = torch.full((p.batch,), k, device=p.device)
-        with p.autocast():
-            loss = self.loss_of(x, t, p.noise, y)
-        return gradients(loss, self.parameters)
+        self.net.load_state_dict(self.problem.weights)
+        with self.problem.seeded(DRAWS_SEED):
+            self.step()
+        return left_gradients(self.parameters)
+
+
+def left_gradients(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return the gradients that an iteration left, concatenated; zeros where it left none."""
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
 
 
 def _replace_upsampling(net: original.UNet) -> None:
@@ -138,31 +146,44 @@ def ours(problem: Problem) -> Contender:
     net = net.to(problem.device, memory_format=CHANNELS_LAST)
     diffusion = Diffusion(net, *geometry(problem), ema_decay=EMA_DECAY, ema_start=1).to(problem.device)
     optimizer = torch.optim.Adam(diffusion.model.parameters(), lr=LEARNING_RATE, fused=True)
-    return _drop_in(problem, diffusion, optimizer, read_loss=False)
+    contender = _drop_in(problem, diffusion, optimizer, read_loss=False)
+    first = diffusion.noise_state(1, problem.device)
+    t = reference.timesteps(problem.batch, problem.num_timesteps, first)
+    draws = Draws(t, reference.noise(problem.shape, first, PERTURB))
+
+    def predict() -> Tensor:
+        diffusion.calls = 0
+        return contender.predict()
+
+    return Contender(contender.run, predict, draws)
 
 
 def _drop_in(problem: Problem, diffusion: Any, optimizer: torch.optim.Optimizer, read_loss: bool) -> Contender:
     x, y = problem.inputs
 
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with problem.autocast():
+            loss = diffusion(x, y)
+        loss.backward()
+        optimizer.step()
+        diffusion.update_ema()
+        if read_loss:
+            loss.item()
+        return loss.detach()
+
     def run() -> Tensor:
         diffusion.train()
         for _ in range(problem.steps):
-            optimizer.zero_grad(set_to_none=True)
-            with problem.autocast():
-                loss = diffusion(x, y)
-            loss.backward()
-            optimizer.step()
-            diffusion.update_ema()
-            if read_loss:
-                loss.item()
-        return loss.detach()
+            loss = step()
+        return loss
 
-    def predict(k: int) -> Tensor:
+    def predict() -> Tensor:
         diffusion.eval()
-        t = torch.full((problem.batch,), k, device=problem.device)
-        with problem.autocast():
-            estimate = diffusion.model(diffusion.perturb_x(x, t, problem.noise), t, y)
-        return gradients(F.mse_loss(estimate.float(), problem.noise), diffusion.model.parameters())
+        diffusion.model.load_state_dict(problem.weights)
+        with problem.seeded(DRAWS_SEED):
+            step()
+        return left_gradients(diffusion.model.parameters())
 
     return Contender(run, predict)
 

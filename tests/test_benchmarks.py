@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import ceilings, gpu_peers, harness, problem, sampling, throughput, training
+from benchmarks import ceilings, gpu_peers, gpu_suite, harness, original, problem, sampling, throughput, training
+from benchmarks.checks import check_sampling, check_training
 from benchmarks.harness import OURS, Disagreement
 from benchmarks.ops import OPS
 from benchmarks.ops.__main__ import main as ops_main
 from benchmarks.problem import Contender, Problem
-from ddpm_fast import ops, preset
+from ddpm_fast import engine, ops, preset
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -97,7 +98,7 @@ def test_agreement_is_measured_in_plains_own_error():
 def test_a_wrong_sampler_is_not_timed():
     p = make_problem()
     right = sampling.eager(sampling.NCHW)(p)
-    problem.check_sampling(p, "right", right)
+    check_sampling(p, "right", right)
     bad_network = p.network()
     bad_network.downs[0].conv_1.weight.data.mul_(1.01)
     quiet = make_problem()
@@ -108,23 +109,105 @@ def test_a_wrong_sampler_is_not_timed():
     }
     for name, contender in wrong.items():
         with pytest.raises(Disagreement, match=name):
-            problem.check_sampling(p, name, contender)
+            check_sampling(p, name, contender)
     builders = {OURS: lambda p: right, "wrong": lambda p: wrong["network"]}
-    rows = problem.measure("sample", p, builders, problem.check_sampling, 1, flops=1, ceiling=1.0)
+    rows = problem.measure("sample", p, builders, check_sampling, 1, flops=1, ceiling=1.0)
     assert "ms" in rows[0] and "ms" not in rows[1] and "Disagreement" in rows[1]["error"]
 
 
 def test_a_wrong_trainer_is_not_timed():
     p = make_problem()
     right = training.plain(training.NCHW)(p)
-    problem.check_training(p, "right", right)
+    check_training(p, "right", right)
     right = training.plain(training.NCHW)(p)
-    scaled = Contender(right.run, lambda k: right.predict(k) * 1.001)
+    scaled = Contender(right.run, lambda: right.predict() * 1.001)
     with pytest.raises(Disagreement, match="scaled"):
-        problem.check_training(p, "scaled", scaled)
+        check_training(p, "scaled", scaled)
     diverged = Contender(lambda: torch.tensor(float("nan")), right.predict)
     with pytest.raises(Disagreement, match="finite"):
-        problem.check_training(p, "diverged", diverged)
+        check_training(p, "diverged", diverged)
+
+
+SAMPLERS = {
+    OURS: sampling.ours,
+    "original": sampling.original_loop,
+    "peer": sampling.eager(sampling.CHANNELS_LAST),
+    "graph": gpu_peers.in_graph(sampling.CHANNELS_LAST, 3),
+}
+TRAINERS = {OURS: training.ours, "original": training.original_loop, "peer": training.plain(training.CHANNELS_LAST)}
+
+
+def without_network(monkeypatch) -> None:
+    """Sabotage the loop of every contender in sampling: the network never runs."""
+    step = engine.Chain.step
+    monkeypatch.setattr(engine.Chain, "step", lambda self, network, *z: step(self, lambda x, t: x * 0, *z))
+    monkeypatch.setattr(original.Diffusion, "_reverse_step", lambda self, x, *step: x)
+    forward = sampling.ReverseStep.forward
+
+    def skip(self, x, *args):
+        self.net = Zero()
+        return forward(self, x, *args)
+
+    monkeypatch.setattr(sampling.ReverseStep, "forward", skip)
+
+
+class Zero(nn.Module):
+    def forward(self, x, t, y):
+        return x * 0
+
+
+def with_a_small_loss(monkeypatch) -> None:
+    """Sabotage the loss of every contender in training: it is 100 times too small."""
+    for owner, name in ((ops, "diffusion_loss"), (original.Diffusion, "get_losses"), (training.Loss, "forward")):
+        loss = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, loss=loss, **options: loss(*args, **options) / 100)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_timed_chain_is_what_is_checked(name, precision, monkeypatch):
+    p = make_problem(precision, checked=3)
+    check_sampling(p, name, SAMPLERS[name](p))
+    without_network(monkeypatch)
+    with pytest.raises(Disagreement, match="from the float64 reference"):
+        check_sampling(p, name, SAMPLERS[name](p))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_timed_iteration_is_what_is_checked(name, precision, monkeypatch):
+    p = make_problem(precision, num_timesteps=1000)
+    check_training(p, name, TRAINERS[name](p))
+    with_a_small_loss(monkeypatch)
+    with pytest.raises(Disagreement, match="from the float64 reference"):
+        check_training(p, name, TRAINERS[name](p))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_many_steps_are_no_disagreement(precision, monkeypatch):
+    monkeypatch.setattr(Problem, "plain_run", lambda self: torch.randn(8192))
+    p = Problem(TINY, CPU, batch=4, steps=1000, precision=precision)
+    got = sampling.ours(p).predict()
+    check_sampling(p, OURS, Contender(p.plain_run, lambda: got))
+    with pytest.raises(Disagreement):  # by a tenth of what the network did, which is small beside x
+        start = p.inputs[0] * p.exact_rows[: p.checked, 2].prod()
+        check_sampling(p, OURS, Contender(p.plain_run, lambda: got + 0.1 * (got - start)))
+
+
+def test_every_timed_chain_has_an_autocast_of_its_own():
+    """So nothing that one contender does to the cache of cast weights reaches the next."""
+    outside = []
+
+    def spy(build):
+        def built(p):
+            contender = build(p)
+            return Contender(lambda: outside.append(torch.is_autocast_enabled("cpu")) or contender.run(), lambda: None)
+
+        return built
+
+    spied = {name: spy(SAMPLERS[name]) for name in (OURS, "original", "peer")}
+    rows = problem.measure("sample", make_problem("bf16"), spied, lambda *args: None, 1, flops=1, ceiling=1.0)
+    assert all("ms" in row for row in rows) and outside == [False] * 6  # a warm-up and a repetition of each
 
 
 def test_peers_sample_as_the_original_under_its_seed():
@@ -135,7 +218,7 @@ def test_peers_sample_as_the_original_under_its_seed():
         torch.manual_seed(5)
         samples.append(contender.run())
     assert harness.relative_error(samples[1], samples[0]) < 1e-6
-    graph = gpu_peers.graph_loop(p, sampling.ReverseStep(p.network()), unroll=3)
+    graph = gpu_peers.graph_loop(replace(p, checked=3), sampling.ReverseStep(p.network()), unroll=3)
     torch.manual_seed(5)
     assert harness.relative_error(graph.run(), samples[0]) < 1e-6
 
@@ -191,16 +274,16 @@ def test_freezing_makes_the_weights_constants():
         contender = sampling.compiled(sampling.NCHW, freezing=freezing, max_autotune=True)(
             Tiny(TINY, CPU, batch=4, steps=3, precision="float32")
         )
-        before = contender.predict(1)
+        before = contender.predict()
         with torch.no_grad():
             nets[0].conv.weight.zero_()
-        assert torch.equal(contender.predict(1), before) == freezing
+        assert torch.equal(contender.predict(), before) == freezing
 
 
 def test_compiled_contenders_trace_without_breaks():
     p = make_problem("bf16", compiler="eager")
-    problem.check_sampling(p, "sampling", sampling.compiled(sampling.CHANNELS_LAST)(p))
-    problem.check_training(p, "training", training.plain(training.CHANNELS_LAST, {})(p))
+    check_sampling(p, "sampling", sampling.compiled(sampling.CHANNELS_LAST)(p))
+    check_training(p, "training", training.plain(training.CHANNELS_LAST, {})(p))
 
 
 def test_every_op_has_its_benchmark():
@@ -231,6 +314,44 @@ def test_throughput_scripts_run_from_anywhere(script, tmp_path):
     check_form(file, {OURS, *peers})
     assert {row["precision"] for row in json.loads(file.read_text())["rows"]} == {"float32", "bf16"}
     assert "TFLOP/s" in done.stdout and "timing" in done.stderr
+
+
+BAD_OPTIONS = {
+    throughput.parser("", "steps").parse_args: [
+        *("--steps 0", "--batch 4 -1", "--repetitions 0", "--device tpu", "--device meta", "--json FILE/out.json"),
+    ],
+    ops_main: ["--batch 0", "--repetitions x", "--device cuda:99", "--json ."],
+    gpu_suite.parse: ["--dry-run --repetitions 0", "--dry-run --only nothing", "--out FILE"],
+}
+
+
+@pytest.mark.parametrize(("entry", "options"), [(entry, bad) for entry, bads in BAD_OPTIONS.items() for bad in bads])
+def test_bad_options_are_refused_in_one_line(entry, options, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        entry(options.replace("FILE", str(tmp_path / "file")).split())
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_folder_of_the_results_is_made_first(tmp_path):
+    throughput.parser("", "steps").parse_args(["--json", str(tmp_path / "a" / "b" / "out.json")])
+    assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_ops_write_as_they_go(tmp_path, monkeypatch):
+    def measure(case, *args):
+        if written:
+            assert len(json.loads(file.read_text())["rows"]) == len(written)
+        written.append(case)
+        return [{"case": str(case), "name": OURS, "ms": 1.0}]
+
+    written, file = [], tmp_path / "ops.json"
+    monkeypatch.setattr(ceilings, "copy", lambda *args: {"gbytes_per_s": 1.0})
+    monkeypatch.setattr(ceilings, "matmul", lambda *args: {"tflops": 1.0})
+    monkeypatch.setattr("benchmarks.ops.__main__.measure", measure)
+    assert ops_main(["--quick", "--json", str(file), "--ops", "noise"]) == 0
+    assert len(written) == 2
 
 
 def test_full_runs_compile_and_quick_ones_do_not():
