@@ -193,7 +193,7 @@ def test_info_lists_every_op_and_backend(capsys: pytest.CaptureFixture) -> None:
         ("train --size 9 --out {tmp}/o --device cpu", "divisible by 2; use --size 10x10"),
         ("train --size 9x8 --pad 1 --out {tmp}/o --device cpu", "use --size 12x10 --pad 0"),
         ("train --size 14 --channel-mults 1,1,1 --out {tmp}/o --device cpu", "use --pad 1 or --size 16x16"),
-        ("train --num-timesteps 10 --schedule linear --out {tmp}/o", "use more timesteps, lower ends or the cosine schedule"),
+        ("train --num-timesteps 10 --schedule linear --out {tmp}/o", "use more timesteps, lower ends or the cosine"),
         ("train --attention-resolutions 2 --out {tmp}/o", "--attention-resolutions 2: this model has levels 0 to 1"),
         ("train --sample-steps 101 --out {tmp}/o", "101"),
         ("train --resume --out {tmp}/o", "model.safetensors doesn't exist"),
