@@ -12,7 +12,9 @@ from torch import Tensor
 from ddpm_fast import ops
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ROUNDINGS = 4  # a few roundings of the largest value are all that any of these formulas takes
+# Roundings of the largest value, in or out, that a reference may be off: float32 adds some up in its sums;
+# lower precisions, computed in float32, round once.
+ROUNDINGS = {torch.float32: 16, torch.float16: 2, torch.bfloat16: 2}
 LAYOUTS = ("contiguous", "channels_last", "slice")
 
 Tensors = dict[str, Tensor]
@@ -98,9 +100,11 @@ def check(
     with ops.use_backend(backend):
         fast, fast_grads = _run(op, given, static, wrt, cotangents)
         again, again_grads = _run(op, given, static, wrt, cotangents)
+    largest = max(float(v.abs().max()) for v in (*exact.values(), *truth) if v.numel() and v.is_floating_point())
     for i in range(len(truth)):
         # The oracle itself: a reference that computed in less than its dtype would hide behind the rule.
-        assert error(plain[i], truth[i]) <= ROUNDINGS * torch.finfo(dtype).eps, f"output {i} of the reference is off"
+        off = float((plain[i].double() - truth[i]).abs().max()) if truth[i].numel() else 0.0
+        assert off <= ROUNDINGS[dtype] * torch.finfo(dtype).eps * largest, f"output {i} of the reference is off"
         assert_rule(f"output {i}", fast[i], plain[i], truth[i], 2)
     for k, f, p, t in zip(wrt, fast_grads, plain_grads, truth_grads, strict=True):
         assert_rule(f"gradient of {k}", f, p, t, 3)
