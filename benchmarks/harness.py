@@ -66,11 +66,17 @@ def header(device: torch.device) -> dict[str, Any]:
             **{name: _version(name) for name in ("triton", "ddpm_fast")},
         },
         "commit": _commit(),
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": shlex.join([Path(sys.executable).name, *_script(), *sys.argv[1:]]),
         "threads": torch.get_num_threads(),
         "device": str(device),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _script() -> list[str]:
+    """What ran, as typed: with -m the interpreter puts a file's whole path into argv."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return [sys.argv[0]] if spec is None else ["-m", spec.name.removesuffix(".__main__")]
 
 
 def _cpu_model() -> str:

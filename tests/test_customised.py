@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from test_diffusion import BETAS, Pixelwise, pixelwise, small
 from torch import Tensor, nn
+from toys import BETAS, Pixelwise, pixelwise, small
 
 import benchmarks.original as original
 from ddpm_fast import Diffusion, ResidualBlock, UNet

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from test_diffusion import BETAS, Pixelwise, pixelwise
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from toys import BETAS, Pixelwise, pixelwise
 
 from ddpm_fast import Diffusion, UNet, ops
 from ddpm_fast.engine import Chain, batch_that_fits, in_parts

@@ -1,0 +1,117 @@
+"""What Diffusion says of bad input: a table of cases."""
+
+import numpy as np
+import pytest
+import torch
+from toys import BETAS, Pixelwise, pixelwise, small
+
+from ddpm_fast import Diffusion
+
+X = torch.zeros(2, 1, 8, 8)
+Y = torch.tensor([0, 1])
+
+CONSTRUCTOR = [
+    ({"model": lambda x, t: x}, TypeError, "model must be a torch.nn.Module"),
+    ({"img_size": 8}, TypeError, "img_size must be a tuple of integers, got 8"),
+    ({"img_size": (8, 0)}, ValueError, "img_size"),
+    ({"img_channels": 0}, ValueError, "img_channels must be an integer of at least 1"),
+    ({"betas": [0.1, 1.2]}, ValueError, r"betas\[1\] is 1.2"),
+    ({"betas": [0.1, float("nan")]}, ValueError, r"betas\[1\] is nan"),
+    ({"betas": [0.0, 0.1]}, ValueError, r"betas\[0\] is 0.0"),
+    ({"betas": [0.1, 1.0]}, ValueError, "prediction='x0' or 'v'"),
+    ({"betas": [1.0, 0.1], "prediction": "v"}, ValueError, r"betas\[0\] is 1.0"),
+    ({"betas": []}, ValueError, "betas must have shape"),
+    ({"betas": [[0.1]]}, ValueError, "betas must have shape"),
+    ({"betas": "linear"}, TypeError, "betas must be a vector"),
+    ({"loss_type": "huber"}, ValueError, "loss_type must be one of l1, l2"),
+    ({"rng": "numpy"}, ValueError, "rng must be one of philox, torch"),
+    ({"rng": "torch", "seed": 1}, ValueError, "seed is for rng='philox'"),
+    ({"prediction": "score"}, ValueError, "prediction must be one of"),
+    ({"ema_decay": 1.5}, ValueError, r"ema_decay must be a finite number in \[0, 1\]"),
+    ({"ema_update_rate": 0}, ValueError, "ema_update_rate must be an integer of at least 1"),
+    ({"ema_decay": None}, TypeError, "ema_decay must be a finite number"),
+    ({"ema_start": "a"}, TypeError, "ema_start must be an integer"),
+    ({"num_classes": "3"}, TypeError, "num_classes must be an integer"),
+    ({"num_classes": 0}, ValueError, "num_classes must be an integer of at least 1"),
+    ({"img_channels": True}, TypeError, "img_channels must be an integer"),
+    ({"loss_type": ["l1", "l2"]}, ValueError, "loss_type must be one of l1, l2"),
+    ({"seed": "5"}, TypeError, "seed must be an integer"),
+    ({"seed": 1.5}, TypeError, "seed must be an integer"),
+    ({"seed": 2**64}, ValueError, "seed must be an integer in"),
+    ({"betas": None}, TypeError, "betas must be a vector of numbers"),
+    ({"betas": [0.1j]}, TypeError, "betas must be a vector of numbers"),
+    ({"betas": [1e-17] * 5}, ValueError, r"betas\[0\] is 1e-17, too small"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "text"), CONSTRUCTOR)
+def test_bad_construction(change, kind, text) -> None:
+    arguments = {"model": Pixelwise(), "img_size": (8, 8), "img_channels": 1, "num_classes": None, "betas": BETAS}
+    with pytest.raises(kind, match=text):
+        Diffusion(**arguments | change)
+
+
+def test_a_last_beta_of_one_is_allowed_where_it_can_be_inverted() -> None:
+    betas = np.append(BETAS, 1.0)
+    for prediction in ("x0", "v"):
+        diffusion = Diffusion(Pixelwise(), (4, 4), 1, None, torch.from_numpy(betas), prediction=prediction)
+        assert diffusion.sample(2, "cpu", seed=0).isfinite().all()
+
+
+CALLS = [
+    (lambda d: d(X[:, :, :7]), ValueError, r"x must have shape \[N, 1, 8, 8\] with N >= 1, got"),
+    (lambda d: d(X.byte()), TypeError, "x must be a floating point tensor, got uint8"),
+    (lambda d: d("image"), TypeError, "x must be a tensor"),
+    (lambda d: d(X), ValueError, "y is required: this network was built with num_classes=3"),
+    (lambda d: d(X, Y[:1]), ValueError, r"y must have shape \[2\]"),
+    (lambda d: d(X, Y + 2), ValueError, r"y must lie in \[0, 3\)"),
+    (lambda d: d(X, Y - 1), ValueError, r"y must lie in \[0, 3\)"),
+    (lambda d: d(X, Y.float()), TypeError, "y must be int64, the classes; got float32"),
+    (lambda d: d.get_losses(X, torch.tensor([0, 12]), Y), ValueError, r"t must lie in \[0, 12\)"),
+    (lambda d: d.get_losses(X, torch.tensor([0.0, 1.0]), Y), TypeError, "t must have dtype"),
+    (lambda d: d.perturb_x(X, Y, X[:1]), ValueError, "noise must have shape"),
+    (lambda d: d.remove_noise(X[:, :, 1:], Y, Y), ValueError, "x must have shape"),
+    (lambda d: d.remove_noise(X, Y + 11, Y), ValueError, r"t must lie in \[0, 12\)"),
+    (lambda d: d.sample(2, "cpu", y=Y[:1]), ValueError, r"y must have shape \[2\]"),
+    (lambda d: d.sample(2, "cpu", y=[0, 1]), TypeError, "y must be a tensor"),
+    (lambda d: d.sample(0, "cpu"), ValueError, "batch_size must be an integer of at least 1, got 0"),
+    (lambda d: d.sample(2.0, "cpu"), TypeError, "batch_size must be an integer of at least 1, got 2.0"),
+    (lambda d: d.sample(2, "meta", y=Y), ValueError, r"device is meta, the network is on cpu"),
+    (lambda d: d.sample(2, "cpu", y=Y, sampler="ddmp"), ValueError, "sampler must be a Plan or one of ddpm"),
+    (lambda d: d.sample(2, "cpu", y=Y, num_steps=13), ValueError, r"num_steps must be an integer in \[1, 12\], got 13"),
+    (lambda d: d.sample(2, "cpu", y=Y, sampler_options={"eta": 1}), TypeError, "'ddpm' has no option 'eta'"),
+    (lambda d: d.sample(2, "cpu", y=Y, sampler=d.plan(), num_steps=3), ValueError, "a Plan holds its own"),
+    (lambda d: d.sample(2, "cpu", y=Y, first_index=-1), ValueError, r"first_index must be an integer in \[0, "),
+    (lambda d: d(X[:0], Y[:0]), ValueError, "with N >= 1"),
+    (lambda d: d(X.to("meta"), Y), ValueError, "x is on meta, this Diffusion on cpu"),
+    (lambda d: d.sample(True, "cpu"), TypeError, "batch_size must be an integer"),
+    (lambda d: d.sample(-1, "cpu", y=Y), ValueError, "batch_size must be an integer of at least 1, got -1"),
+    (lambda d: d.sample(2, None), ValueError, "device must be one such as 'cpu' or 'cuda:0', got None"),
+    (lambda d: d.sample(2, "gpu"), ValueError, "device must be one such as"),
+    (lambda d: d.sample(2, "cpu", y=Y, num_steps="3"), TypeError, "num_steps must be an integer"),
+    (lambda d: d.sample(2, "cpu", y=Y, sampler=["ddpm"]), ValueError, "sampler must be a Plan or one of ddpm"),
+    (lambda d: d.sample(2, "cpu", y=Y, sampler_options={"clip": 0.5}), TypeError, "clip must be True or False"),
+    (lambda d: d.sample(2, "cpu", y=Y, first_index=2.5), TypeError, "first_index must be an integer"),
+    (lambda d: d.sample(2, "cpu", y=Y, first_index=2**56), ValueError, "first_index must be an integer in"),
+    (lambda d: d.sample(2, "cpu", y=Y, seed=3.0), TypeError, "seed must be an integer"),
+    (lambda d: d.sample(2, "cpu", y=Y, seed=2**64), ValueError, "seed must be an integer in"),
+    (lambda d: d.sample(2, "cpu", y=Y, callback=5), TypeError, "callback must be a function"),
+    (lambda d: d.load_state_dict(None), TypeError, "state_dict must be a dictionary, got None"),
+    (lambda d: d.load_state_dict(d.state_dict(), step=-1), ValueError, "step must be an integer of at least 0"),
+    (lambda d: d.load_extra_state({"step": "a"}), TypeError, "step must be an integer"),
+    (lambda d: Diffusion.from_config({}), TypeError, "config must be a Config"),
+    (lambda d: d.sample(2, "cpu", y=Y, noise=X[:1]), ValueError, "noise must have shape"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "kind", "text"), CALLS)
+def test_bad_calls(call, kind, text) -> None:
+    with pytest.raises(kind, match=text):
+        call(small(num_classes=3))
+
+
+def test_torch_rng_refuses_what_only_philox_can_do() -> None:
+    diffusion = pixelwise(rng="torch")
+    for options in ({"seed": 1}, {"first_index": 2}):
+        with pytest.raises(ValueError, match="with rng='torch' call torch.manual_seed"):
+            diffusion.sample(2, "cpu", **options)

@@ -1,0 +1,35 @@
+"""Small diffusions that tests share."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpm_fast import Diffusion, UNet, generate_linear_schedule
+
+BETAS = generate_linear_schedule(12, 1e-2, 0.3)
+
+
+class Pixelwise(nn.Module):
+    """A network whose result for an image depends on that image alone, bit for bit, in any batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.3))
+        self.times: list[Tensor] = []
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        self.times.append(t)
+        shape = (-1, *[1] * (x.ndim - 1))
+        shift = 0 if y is None else y.view(shape) * 0.01
+        return self.gain * x + 0.001 * t.view(shape) + shift
+
+
+def pixelwise(size: tuple[int, ...] = (5, 7), **options: Any) -> Diffusion:
+    return Diffusion(Pixelwise(), size, 2, None, BETAS, **options)
+
+
+def small(num_classes: int | None = None, **options: Any) -> Diffusion:
+    torch.manual_seed(0)
+    net = UNet(1, 8, (1, 2), 1, time_emb_dim=8, num_classes=num_classes, num_groups=4, dropout=0.2)
+    return Diffusion(net, (8, 8), 1, num_classes, BETAS, **options)
