@@ -307,6 +307,22 @@ def test_tables() -> None:
         assert buffer.dtype == torch.float32 and np.array_equal(buffer.numpy(), table.astype(np.float32)), name
 
 
+def test_only_a_file_that_was_loaded_warns() -> None:
+    case = next(iter(GOLDEN.values()))
+    diffusion, wrong = golden_diffusion(case), {**case["state"], "extra": torch.zeros(1)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="extra"):
+            diffusion.load_state_dict(wrong)
+    with pytest.warns(UserWarning, match="does not say how often") as seen:
+        diffusion.load_state_dict(wrong, strict=False)
+    assert len(seen) == 1 and seen[0].filename == __file__
+    outer = torch.nn.Sequential(diffusion)
+    with pytest.warns(UserWarning, match="does not say how often") as seen:
+        outer.load_state_dict({f"0.{key}": value for key, value in case["state"].items()})
+    assert len(seen) == 1 and seen[0].filename == __file__
+
+
 def test_an_old_file_without_step_warns_unless_told() -> None:
     case = next(iter(GOLDEN.values()))
     diffusion = golden_diffusion(case, ema_start=100)

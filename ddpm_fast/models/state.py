@@ -118,7 +118,10 @@ class DiffusionState(nn.Module):
             metadata[""] = {**own, "ddpm_fast": {**own.get("ddpm_fast", {}), "step": step}}
             state_dict = OrderedDict(state_dict)
             setattr(state_dict, "_metadata", metadata)  # noqa: B010 - not in the type
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if "ddpm_fast" not in getattr(state_dict, "_metadata", {}).get("", {}):
+            self._warn_of_counting(stacklevel=3)
+        return keys
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -136,13 +139,16 @@ class DiffusionState(nn.Module):
         self._rebuild_tables()
         if "ddpm_fast" in local_metadata:
             self.load_extra_state(local_metadata["ddpm_fast"])
-        else:
-            warnings.warn(
-                "this state_dict does not say how often update_ema() was called, so counting goes on from "
-                f"{self.step}: until ema_start, ema_model is overwritten by model. "
-                "Pass load_state_dict(..., step=N) to go on averaging.",
-                stacklevel=5,
-            )
+        elif prefix:  # part of another module, whose load_state_dict isn't ours
+            self._warn_of_counting(stacklevel=6)
+
+    def _warn_of_counting(self, stacklevel: int) -> None:
+        warnings.warn(
+            "this state_dict does not say how often update_ema() was called, so counting goes on from "
+            f"{self.step}: until ema_start, ema_model is overwritten by model. "
+            "Pass load_state_dict(..., step=N) to go on averaging.",
+            stacklevel=stacklevel,
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DiffusionState":
         super()._apply(fn, recurse)
