@@ -3,20 +3,38 @@
 import math
 import numbers
 import operator
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+
+class _Repr(reprlib.Repr):
+    """repr in which tensors and arrays, however deep inside, have no numbers, and long values are cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 100
+
+    def repr1(self, x: Any, level: int) -> str:
+        return text(x) if isinstance(x, (Tensor, np.ndarray)) else super().repr1(x, level)
+
+
+_REPR = _Repr()
 
 
 def text(value: object) -> str:
     """A value as an error message shows it: a tensor by dtype, shape and device."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {list(value.shape)} of numpy"
     if value is None:
         return "None"
-    shown = repr(value)
+    shown = _REPR.repr(value)
     return f"{shown if len(shown) < 100 else shown[:100] + '...'} ({type(value).__name__})"
 
 
