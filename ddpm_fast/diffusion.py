@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import ops
 from .models.ema import EMA, copy_weights
 from .models.presets import Config
+from .models.unet import UNet
 from .ops import NoiseState, extract
 from .ops import _checks as checks
 from .predictions import PREDICTIONS, target_coefficients
@@ -77,6 +78,9 @@ class Diffusion(SamplingDiffusion):
         checks.choice("prediction", prediction, PREDICTIONS)
         if rng == "torch" and seed is not None:
             raise ValueError("seed is for rng='philox'; with rng='torch' call torch.manual_seed")
+        # A subclass, a hook or a patch may take other data than the network inside.
+        if type(model) is UNet and not model._forward_pre_hooks and "forward" not in model.__dict__:
+            model.check_data(size, img_channels, num_classes)
         super().__init__(betas, prediction, seed)
 
         self.model = model

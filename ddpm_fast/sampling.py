@@ -201,6 +201,11 @@ class SamplingDiffusion(DiffusionState):
                 "mean", "remove_noise was overridden, but only sample() with sampler='ddpm' and no options calls it"
             )
         plan = self.plan(sampler, num_steps, options)
+        t = plan.column("t")
+        wrong = (t < 0) | (t >= self.num_timesteps)
+        if not plan.timesteps("cpu").is_floating_point() and wrong.any():  # a noise level is no index
+            k = int(wrong.nonzero()[0])
+            raise ValueError(f"sampler: row {k} has t = {t[k]:.0f}, expected 0 to {self.num_timesteps - 1}")
         return plan, lambda model, part: lambda x, t: self._call(model, x, t, labels(part))
 
     def _sampled(self, use_ema: bool) -> nn.Module:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from toys import BETAS, Pixelwise, pixelwise, small
 
-from ddpm_fast import Diffusion
+from ddpm_fast import Diffusion, Plan, UNet
 
 X = torch.zeros(2, 1, 8, 8)
 Y = torch.tensor([0, 1])
@@ -51,11 +51,50 @@ def test_bad_construction(change, kind, text) -> None:
         Diffusion(**arguments | change)
 
 
+NET = {"img_channels": 2, "base_channels": 4, "channel_mults": (1, 2, 2), "num_res_blocks": 1, "num_groups": 1}
+MISMATCHES = [
+    ({}, ((8, 8), 3, None), "img_channels is 3, but the UNet was built with img_channels=2: give both one value"),
+    ({"num_classes": 5}, ((8, 8), 2, 3), "num_classes is 3, but the UNet was built with num_classes=5"),
+    ({}, ((8, 30), 2, None), "img_size: width 30 is not divisible by 4: resize or pad to 32"),
+    ({}, ((30, 30), 2, None), "img_size: height 30 .* or build the network with initial_pad=1"),
+    ({}, ((8,), 2, None), r"img_size must be \(height, width\) for a UNet, got \(8,\)"),
+]
+
+
+@pytest.mark.parametrize(("options", "data", "text"), MISMATCHES)
+def test_a_unet_for_other_data_is_refused_at_once(options, data, text) -> None:
+    with pytest.raises(ValueError, match=text):
+        Diffusion(UNet(**NET | options), *data, BETAS)
+
+
+@pytest.mark.parametrize(("net", "num_classes"), [(None, 10), (10, None), (10, 10)])
+def test_classes_on_one_side_alone_are_a_choice(net, num_classes) -> None:
+    """The original's scripts have 10 classes beside a network without; and it ignores its own number."""
+    diffusion = Diffusion(UNet(**NET, num_classes=net), (8, 8), 2, num_classes, BETAS)
+    assert diffusion(torch.zeros(1, 2, 8, 8), None if net is None else Y[:1]).isfinite()
+
+
+def test_a_network_that_turns_its_data_into_the_unets_is_let_through() -> None:
+    class Doubled(UNet):
+        def forward(self, x, time=None, y=None):
+            return super().forward(torch.cat([x, x], dim=1), time, y)[:, :1]
+
+    hooked = UNet(**NET)
+    hooked.register_forward_pre_hook(lambda module, args: (torch.cat([args[0], args[0]], dim=1), *args[1:]))
+    hooked.register_forward_hook(lambda module, args, out: out[:, :1])
+    for net in (Doubled(**NET), hooked):
+        assert Diffusion(net, (8, 8), 1, None, BETAS)(X).isfinite()
+
+
 def test_a_last_beta_of_one_is_allowed_where_it_can_be_inverted() -> None:
     betas = np.append(BETAS, 1.0)
     for prediction in ("x0", "v"):
         diffusion = Diffusion(Pixelwise(), (4, 4), 1, None, torch.from_numpy(betas), prediction=prediction)
         assert diffusion.sample(2, "cpu", seed=0).isfinite().all()
+
+
+def told(times: list[float]) -> Plan:
+    return Plan([[t, 1, 1, 0, 1, 0, 0, 0] for t in times])
 
 
 CALLS = [
@@ -101,6 +140,12 @@ CALLS = [
     (lambda d: d.load_extra_state({"step": "a"}), TypeError, "step must be an integer"),
     (lambda d: Diffusion.from_config({}), TypeError, "config must be a Config"),
     (lambda d: d.sample(2, "cpu", y=Y, noise=X[:1]), ValueError, "noise must have shape"),
+    (lambda d: d([X, X], Y), TypeError, r"x must be a tensor, got \[float32 \[2, 1, 8, 8\] on cpu, .* \(list\)"),
+    (lambda d: d({"image": X}), TypeError, r"got \{'image': float32 \[2, 1, 8, 8\] on cpu\} \(dict\)$"),
+    (lambda d: d(X.numpy(), Y), TypeError, r"x must be a tensor, got float32 \[2, 1, 8, 8\] of numpy$"),
+    (lambda d: d.sample(2, "cpu", y=Y, sampler=told([5000, 1])), ValueError, "row 0 has t = 5000, expected 0 to 11"),
+    (lambda d: d.sample(2, "cpu", y=Y, sampler=told([11, -1])), ValueError, "row 1 has t = -1, expected 0 to 11"),
+    (lambda d: d.sample_diffusion_sequence(2, "cpu", Y, sampler=told([12])), ValueError, "row 0 has t = 12"),
 ]  # fmt: skip
 
 
@@ -108,6 +153,12 @@ CALLS = [
 def test_bad_calls(call, kind, text) -> None:
     with pytest.raises(kind, match=text):
         call(small(num_classes=3))
+
+
+def test_a_noise_level_is_no_index() -> None:
+    diffusion = pixelwise()
+    diffusion.sample(2, "cpu", sampler=told([80.5, -0.25]))
+    assert [t.tolist() for t in diffusion.ema_model.times] == [[80.5] * 2, [-0.25] * 2]
 
 
 def test_torch_rng_refuses_what_only_philox_can_do() -> None:

@@ -184,7 +184,7 @@ class UNet(TakesNoiseState):
         dtype = next(self.parameters()).dtype
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"x must have the dtype of the network, {dtype}; got {checks.text(x)}")
-        self._check_size(x.shape[2], x.shape[3])
+        self._check_size("x", x.shape[2], x.shape[3])
         if self.time_mlp is not None:
             if time is None:
                 raise ValueError("time is required: this network was built with time_emb_dim")
@@ -195,16 +195,26 @@ class UNet(TakesNoiseState):
                 raise ValueError(f"y is required: this network was built with num_classes={self.num_classes}")
             check_labels(y, x.shape[0])
 
-    def _check_size(self, height: int, width: int) -> None:
+    def check_data(self, img_size: Sequence[int], img_channels: int, num_classes: int | None) -> None:
+        """Raise ValueError unless this network takes such images; None for num_classes, here or there, fits any."""
+        for name, value in (("img_channels", img_channels), ("num_classes", num_classes)):
+            own = getattr(self, name)
+            if value != own and None not in (value, own):
+                raise ValueError(f"{name} is {value}, but the UNet was built with {name}={own}: give both one value")
+        if len(img_size) != 2:
+            raise ValueError(f"img_size must be (height, width) for a UNet, got {tuple(img_size)}")
+        self._check_size("img_size", *img_size)
+
+    def _check_size(self, owner: str, height: int, width: int) -> None:
         m, p = self.multiple, self.initial_pad
         for name, size in (("height", height), ("width", width)):
             if size < 1:
-                raise ValueError(f"x: {name} must be at least 1, got 0")
+                raise ValueError(f"{owner}: {name} must be at least 1, got 0")
             if (size + 2 * p) % m:
                 enough = [q for q in range(m) if (height + 2 * q) % m == 0 and (width + 2 * q) % m == 0]
                 advice = f" or build the network with initial_pad={enough[0]}" if enough else ""
                 padded = f" + 2 * initial_pad = {size + 2 * p}" if p else ""
                 raise ValueError(
-                    f"x: {name} {size}{padded} is not divisible by {m}: "
+                    f"{owner}: {name} {size}{padded} is not divisible by {m}: "
                     f"resize or pad to {-(-(size + 2 * p) // m) * m - 2 * p}{advice}"
                 )
