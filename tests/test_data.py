@@ -123,6 +123,9 @@ def test_real_data(name: str, first: list[int], mean: float) -> None:
 def test_idx_without_labels(tmp_path: Path, pixels: np.ndarray) -> None:
     (tmp_path / "x.idx").write_bytes(idx_bytes(pixels))
     assert read_idx(tmp_path / "x.idx").labels is None
+    (tmp_path / "train-images.idx3-ubyte").write_bytes(idx_bytes(pixels))
+    with pytest.warns(UserWarning, match=r"no classes: .*train-labels\.idx1-ubyte\[\.gz\] with its labels is missing"):
+        assert load_images(tmp_path / "train-images.idx3-ubyte").labels is None
 
 
 @pytest.mark.parametrize(
@@ -281,11 +284,19 @@ def test_damaged_image_is_named(photos: Path, keep: int) -> None:
             load_images(source)
 
 
+@pytest.mark.parametrize(("content", "message"), [(b"", "it is empty"), (b"<html>", "it is no image")])
+def test_what_is_no_image_is_named(photos: Path, content: bytes, message: str) -> None:
+    (photos / "dog" / "1.png").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"dog/1\.png can't be read: {message}$"):
+        load_images(photos)
+
+
 def test_damaged_zip_and_missing_source(photos: Path, tmp_path: Path) -> None:
     archive = zipped(photos)
     archive.write_bytes(archive.read_bytes()[:-30])
-    with pytest.raises(ValueError, match=r"photos\.zip"):
-        load_images(archive)
+    for source in (archive, archive / "dog"):
+        with pytest.raises(ValueError, match=r"photos\.zip is a damaged zip"):
+            load_images(source)
     with pytest.raises(ValueError, match="nowhere doesn't exist"):
         load_images(tmp_path / "nowhere")
 

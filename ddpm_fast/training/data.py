@@ -3,7 +3,6 @@
 Every reader returns `Images`: uint8 pixels in memory, turned into float [-1, 1] one batch at a time.
 """
 
-import zipfile
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ..ops import _checks as checks
 from .extras import require
-from .readers import find_idx, image_files, read_files, read_idx_files, resize
+from .readers import find_idx, image_files, is_zip, read_files, read_idx_files, resize
 
 
 class Images(NamedTuple):
@@ -71,7 +70,7 @@ def load_images(source: str | Path, *, size: tuple[int, int] | None = None, pad:
     path = Path(source)
     if str(source) == "digits":
         images = digits("train")
-    elif path.is_file() and not zipfile.is_zipfile(path):
+    elif path.is_file() and not is_zip(path):
         images = read_idx(path)
     elif path.is_dir() and (idx := find_idx(path)):
         images = read_idx(idx)

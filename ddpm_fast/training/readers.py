@@ -69,7 +69,10 @@ def _idx_labels(path: Path) -> Path | None:
         return None
     name = f"{match[1]}labels{match[2]}idx1{match[3]}".removesuffix(".gz")
     folders = (path.parent, path.parent.parent / name, path.parent.parent / f"{name}.gz")
-    return next((p for folder in folders for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+    found = next((p for folder in folders for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+    if found is None:
+        warnings.warn(f"{path} has no classes: {path.parent / name}[.gz] with its labels is missing", stacklevel=2)
+    return found
 
 
 def _read_idx_array(path: Path, rank: int) -> np.ndarray:
@@ -95,6 +98,15 @@ def _read_idx_array(path: Path, rank: int) -> np.ndarray:
         found = "more" if len(data) > count else len(data)
         raise ValueError(f"{path} should hold {'x'.join(map(str, shape))} bytes, found {found}: truncated or damaged")
     return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def is_zip(path: Path) -> bool:
+    """Whether a file is a zip, or was meant to be one."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(2) == b"PK" or zipfile.is_zipfile(file)
+    except OSError:
+        return False
 
 
 def natural(name: PurePosixPath | str) -> tuple[Any, ...]:
@@ -125,7 +137,8 @@ def image_files(path: Path) -> Iterator[Files]:
                     files[name.relative_to(inside)] = None if folder else partial(file.read, info)
             yield files
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{archive} can't be read: {error}") from error
+        wrong = "is a damaged zip" if is_zip(archive) else "can't be read"
+        raise ValueError(f"{archive} {wrong}: {error}") from error
 
 
 def read_files(root: Path, files: Files, size: tuple[int, int] | None) -> Read:
@@ -175,10 +188,15 @@ def _decode(name: str, read: Callable[[], bytes]) -> Tensor:
     """Bytes of an image file to uint8 [C, H, W], 1 channel if it is grey, else 3; what is transparent becomes white."""
     pil, ops = require("PIL.Image"), require("PIL.ImageOps")
     try:
-        opened = pil.open(io.BytesIO(read()))
+        data = read()
+        if not data:
+            raise ValueError("it is empty")
+        opened = pil.open(io.BytesIO(data))
         image = ops.exif_transpose(opened)
         image.load()
         array = _eight_bits(pil, image, opened.format)
+    except pil.UnidentifiedImageError as error:
+        raise ValueError(f"{name} can't be read: it is no image") from error
     except Exception as error:  # a damaged file raises whatever its decoder happens to trip over
         raise ValueError(f"{name} can't be read: {error}") from error
     return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1).contiguous()
