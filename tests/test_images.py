@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ddpm_fast.training.files import check_writable
 from ddpm_fast.training.images import (
     Frames,
     grid,
@@ -133,3 +134,12 @@ def test_a_failed_write_leaves_the_old_picture_and_names_it(
     with pytest.raises(OSError, match=f"{name} can't be written: No space left"):
         save()
     assert os.listdir(tmp_path) == [name] and path.read_bytes() == before
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that refuses files even from root")
+def test_a_folder_is_tried_before_the_work(tmp_path: Path) -> None:
+    check_writable(tmp_path / "yet" / "to be made")
+    assert os.listdir(tmp_path) == []
+    for folder in ("/proc", "/proc/pictures"):
+        with pytest.raises(OSError, match=f"{folder} can't be written to: /proc takes no file"):
+            check_writable(folder)

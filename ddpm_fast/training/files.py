@@ -1,6 +1,7 @@
 """Files: written whole or not at all, with errors that name them."""
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -42,5 +43,8 @@ def check_writable(folder: str | Path) -> None:
     place = next(p for p in (folder, *folder.parents) if p.exists())
     if not place.is_dir():
         raise NotADirectoryError(f"{folder} can't be written to: {place} is a file, expected a folder")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(f"{folder} can't be written to: no permission for {place.absolute()}")
+    try:  # permissions alone don't tell: a system's own folders refuse files even from root
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".", suffix=".tmp"):
+            pass
+    except OSError as error:
+        raise OSError(f"{folder} can't be written to: {place.absolute()} takes no file ({error.strerror})") from error
