@@ -18,13 +18,13 @@ from . import __version__, ops
 from .demo import run as run_demo
 from .diffusion import Diffusion
 from .models.presets import Config, preset
-from .training.checkpoint import read_checkpoint
+from .training.checkpoint import CHECKPOINT, read_checkpoint
 from .training.data import Images, load_images
 from .training.extras import require
 from .training.files import check_writable
 from .training.images import Frames, grid, save_gif, save_npz, save_png, save_pngs, saved_pngs, to_uint8, upscale_for
 from .training.recipe import RECIPES
-from .training.trainer import CHECKPOINT, Trainer
+from .training.trainer import Trainer
 
 MODEL_OPTIONS = (
     "base_channels",

@@ -16,14 +16,14 @@ from .diffusion import Diffusion
 from .evaluation.classifier import FEATURES, judge, train_classifier
 from .evaluation.metrics import agreement, frechet_distance, nearest_distances
 from .models.presets import preset
-from .training.checkpoint import read_checkpoint
+from .training.checkpoint import CHECKPOINT, read_checkpoint
 from .training.data import Images, digits, stratified, to_float
 from .training.extras import require
 from .training.files import check_writable, write_atomically
 from .training.images import Frames, grid, save_gif, save_png, to_uint8
 from .training.log import read_log
 from .training.recipe import RECIPES
-from .training.trainer import CHECKPOINT, LOG, Trainer
+from .training.trainer import LOG, Trainer
 
 COLUMNS = 10
 ORIGIN = "demo"  # what its checkpoints say, so that the next demo may replace them

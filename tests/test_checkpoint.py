@@ -157,6 +157,23 @@ def test_a_truncated_file_is_named(path: Path, keep: int) -> None:
     assert str(path) in str(error.value)
 
 
+def test_the_folder_of_a_run_will_do(path: Path, tmp_path: Path) -> None:
+    assert read_checkpoint(path.parent).path == path and read_checkpoint(path.parent).config == TINY
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ValueError, match=r"photos is a folder without model\.safetensors"):
+        read_checkpoint(tmp_path / "photos")
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_files_of_torch_save_are_told_apart(path: Path, as_zip: bool) -> None:
+    diffusion, _ = load_diffusion(path)
+    torch.save(diffusion.state_dict(), path, _use_new_zipfile_serialization=as_zip)
+    advice = r"no checkpoint that `ddpm-fast train` wrote, .* diffusion\.load_state_dict\(torch\.load\(path\)\)"
+    with pytest.raises(ValueError, match=advice) as error:
+        read_checkpoint(path)
+    assert str(path) in str(error.value)
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere\.safetensors doesn't exist"):
         read_checkpoint(tmp_path / "nowhere.safetensors")

@@ -117,8 +117,11 @@ def test_changes_on_resume(tmp_path: Path) -> None:
         Trainer.resume(digits(), tmp_path, changes={"seed": 2})
     with pytest.raises(ValueError, match="steps is 7, but the run to resume has made 8: ask for more"):
         Trainer.resume(digits(), tmp_path, changes={"steps": 7})
-    with pytest.raises(ValueError, match="trained on other images"):
+    with pytest.raises(ValueError, match="trained on other images, 1198 then and 599 now: --data.* must be the same"):
         Trainer.resume(digits("held_out"), tmp_path)
+    wide = digits()._replace(pixels=digits().pixels.repeat(1, 1, 1, 2))
+    with pytest.raises(ValueError, match=r"\(1, 8, 16\).*give the --data, --size and --pad of the first run"):
+        Trainer.resume(wide, tmp_path)
 
 
 def test_ctrl_c_saves_and_stops(tmp_path: Path) -> None:
@@ -222,7 +225,7 @@ def test_grids_show_the_averaged_weights_in_the_steps_asked_for(tmp_path: Path) 
     assert np.array_equal(sheet[2:50:6, 2:50:6], to_uint8(x)[0, 0].numpy())
     assert np.array_equal(sheet[452:500:6, 352:400:6], to_uint8(x)[-1, 0].numpy())
     assert trainer(tmp_path, config=replace(TINY, num_timesteps=300)).sample_steps == 100
-    with pytest.raises(ValueError, match="21"):
+    with pytest.raises(ValueError, match=r"sample_steps \(--sample-steps\) must be an integer in \[1, 20\], got 21"):
         trainer(tmp_path, sample_steps=21)
 
 

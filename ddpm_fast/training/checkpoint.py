@@ -21,6 +21,7 @@ from .files import write_atomically
 
 FORMAT = 1
 HEADER = "ddpm_fast"
+CHECKPOINT = "model.safetensors"  # in the folder of a run
 OPTIMIZER, RNG = "optimizer.", "rng.torch"
 
 
@@ -110,12 +111,16 @@ def save_checkpoint(
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Reads a file written by `save_checkpoint`.
+    """Reads a file written by `save_checkpoint`, or the one in the folder of a run.
 
     Raises:
         ValueError: it is missing, truncated, not ours, or of a later format; the text names it.
     """
     path = Path(path)
+    if path.is_dir():
+        if not (path / CHECKPOINT).is_file():
+            raise ValueError(f"{path} is a folder without {CHECKPOINT}")
+        path /= CHECKPOINT
     if not path.is_file():
         raise ValueError(f"{path} doesn't exist: expected a checkpoint (.safetensors)")
     try:
@@ -123,6 +128,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
+        if _is_pickled(path):
+            raise ValueError(
+                f"{path} is no checkpoint that `ddpm-fast train` wrote, but a file of torch.save or pickle: to load a "
+                "state dict, build the Diffusion it was saved from, then diffusion.load_state_dict(torch.load(path))"
+            ) from error
         raise ValueError(f"{path} is not a safetensors file, or it is truncated: {error}") from error
     if HEADER not in metadata:
         raise ValueError(f"{path} is no checkpoint of this package: {HEADER!r} is missing in its header")
@@ -131,6 +141,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         if header["format"] > FORMAT:
             raise ValueError(f"format {header['format']}, this version reads up to {FORMAT}")
         return _assemble(path, header, tensors)
+
+
+def _is_pickled(path: Path) -> bool:
+    """Whether a file begins as those of torch.save do: a zip, or in old ones pickle's protocol 2 to 5."""
+    with open(path, "rb") as file:
+        head = file.read(2)
+    return head == b"PK" or (head[:1] == b"\x80" and head[1:] in (b"\2", b"\3", b"\4", b"\5"))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from ..engine import eval_mode
 from ..models.presets import Config
 from ..ops import _checks as checks
 from ..progress import progress_bar
-from .checkpoint import Checkpoint, named, read_checkpoint, save_checkpoint
+from .checkpoint import CHECKPOINT, Checkpoint, named, read_checkpoint, save_checkpoint
 from .data import Batches, Images
 from .extras import require
 from .guards import check_fit, check_weights, finite, interruptible
@@ -22,7 +22,7 @@ from .images import grid, save_png, to_uint8, upscale_for
 from .log import append_log, read_log, write_log
 from .recipe import Recipe
 
-CHECKPOINT, LOG = "model.safetensors", "log.jsonl"
+LOG = "log.jsonl"
 CPU_SAMPLE_STEPS = 100  # of a grid: all thousand would take a CPU longer than the training in between
 
 
@@ -85,6 +85,8 @@ class Trainer:
         self.interrupted = False
         if sample_steps is None and self.device.type == "cpu":
             sample_steps = min(config.num_timesteps, CPU_SAMPLE_STEPS)
+        if sample_steps is not None:
+            checks.integer("sample_steps (--sample-steps)", sample_steps, 1, config.num_timesteps)
         self.sample_steps = len(self.diffusion.plan(num_steps=sample_steps))
         if 0 < self.sample_every <= self.recipe.steps:  # better found missing now than after hours
             require("PIL.Image")
@@ -107,16 +109,21 @@ class Trainer:
             raise ValueError(f"{checkpoint.path} wasn't written by the trainer: it can't be resumed")
         with named(checkpoint.path):
             saved, data = Recipe(**training["recipe"]), training["data"]
-            step = checks.integer("step", training["step"], 0)
+            step, count = checks.integer("step", training["step"], 0), checks.integer("images", data["images"], 1)
         recipe = replace(saved, **(changes or {}))
         if recipe.seed != saved.seed:
             raise ValueError(f"seed is {recipe.seed}, but the run to resume has {saved.seed}")
         if recipe.steps < step:
             raise ValueError(f"steps is {recipe.steps}, but the run to resume has made {step}: ask for more")
+        try:
+            check_fit(checkpoint.config, images)
+        except ValueError as error:
+            raise ValueError(f"{error}: give the --data, --size and --pad of the first run") from error
         trainer = cls(checkpoint.config, images, out, recipe=recipe, **options)
         if trainer.fingerprint != data:
             raise ValueError(
-                f"{checkpoint.path} was trained on other images: expected {data}, got {trainer.fingerprint}"
+                f"{checkpoint.path} was trained on other images, {count} then and {len(images.pixels)} now: "
+                "--data, --size and --pad must be the same as in the first run"
             )
         trainer._restore(checkpoint)
         return trainer
