@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import __version__
 from .training.recipe import RECIPES, SEEDS
 
 MAX_SIDE, MAX_PAD = 8192, 1024  # pixels of an image, and around it
@@ -24,7 +25,7 @@ a first round, in a few minutes on a laptop:
 
 your own images, one sub-folder per class:
   ddpm-fast train --data photos/ --size 32 --flip --out runs/photos
-  ddpm-fast sample runs/photos/model.safetensors --out runs/photos/grid.png
+  ddpm-fast sample runs/photos --out runs/photos/grid.png
 
 DDPM_FAST_DEBUG=1 in the environment shows the traceback of an error.
 """
@@ -41,12 +42,12 @@ written into --out: model.safetensors (checkpoint), log.jsonl (loss), samples-*.
 
 SAMPLE_EPILOG = """\
 examples:
-  ddpm-fast sample runs/mnist/model.safetensors                          all classes as a grid, samples.png
-  ddpm-fast sample runs/mnist/model.safetensors --class 3 --num 16 --seed 5
-  ddpm-fast sample runs/mnist/model.safetensors --classes 0-4,7 --out denoising.gif
-  ddpm-fast sample runs/photos/model.safetensors --class cat,dog         classes by their names
-  ddpm-fast sample runs/mnist/model.safetensors --num 10000 --out images.npz
-  ddpm-fast sample runs/mnist/model.safetensors --out pictures/          single PNGs
+  ddpm-fast sample runs/mnist                                     all classes as a grid, samples.png
+  ddpm-fast sample runs/mnist --class 3 --num 16 --seed 5 --out threes.png
+  ddpm-fast sample runs/mnist --classes 0-4,7 --out denoising.gif
+  ddpm-fast sample runs/photos --class cat,dog --out pets.png     classes by their names
+  ddpm-fast sample runs/mnist --num 10000 --out images.npz
+  ddpm-fast sample runs/mnist --out pictures/                     single PNGs
 
 An image depends on its seed and its place among the images, not on --batch.
 """
@@ -57,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     An error is one line; with DDPM_FAST_DEBUG=1 it shows its traceback.
     """
-    args = _parser().parse_args(argv)
     try:
+        args = _parsed(argv)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             from . import commands
@@ -72,6 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"ddpm-fast: error: {_in_one_line(error)}", file=sys.stderr)
         return 2
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        hint = f"; for the images, --data {rest[0]}" if args.command == "train" and rest[0][0] != "-" else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+    return args
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -91,6 +101,7 @@ def _parser() -> ArgumentParser:
     text = "Train denoising diffusion models and draw from them."
     form = argparse.RawDescriptionHelpFormatter
     parser = ArgumentParser("ddpm-fast", description=text, epilog=EPILOG, formatter_class=form)
+    parser.add_argument("--version", action="version", version=f"ddpm-fast {__version__}")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     for name, text, add_options, epilog in (
         ("train", "train a model on images", _train, TRAIN_EPILOG),
@@ -186,14 +197,14 @@ def _default(field: str) -> str:
 
 def _sample(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("checkpoint", type=Path, help="model.safetensors written by train")
+    add("checkpoint", type=Path, help="model.safetensors written by train, or its folder")
     add(
         "--out",
         type=Path,
         default="samples.png",
         help="x.png: a grid; x.gif: the denoising; x.npz: arrays; a folder: single PNGs (%(default)s)",
     )
-    add("--overwrite", action="store_true", help="replace the images of an earlier call in a folder")
+    add("--overwrite", action="store_true", help="replace what an earlier call wrote to --out")
     add("--num", type=whole(1, 10**7), metavar="N", help="how many images (8 per class; 64 without classes)")
     add("--classes", "--class", metavar="A,B-C", help="which to draw, names or numbers, in equal parts (all)")
     add("--seed", type=whole(0, SEEDS - 1), default=0, metavar="N", help="another seed, other images (%(default)s)")
@@ -248,7 +259,7 @@ def real(low: float, high: float = float("inf")) -> Callable[[str], float]:
         except ValueError:
             number = float("nan")
         if not low <= number <= high or number == float("inf"):
-            range_ = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
+            range_ = f"of at least {low}" if high == float("inf") else f"between {low} and {high}"
             raise ArgumentTypeError(f"{text!r} is no number {range_}")
         return number
 
@@ -264,4 +275,7 @@ def size(text: str) -> tuple[int, int]:
     """'32' or '32x48', height first."""
     height, cross, width = text.lower().partition("x")
     side = whole(1, MAX_SIDE)
-    return side(height), side(width if cross else height)
+    try:
+        return side(height), side(width if cross else height)
+    except ArgumentTypeError as error:
+        raise ArgumentTypeError(f"{text!r} is no size: expected N or HxW, each from 1 to {MAX_SIDE}") from error

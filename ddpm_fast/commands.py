@@ -18,10 +18,13 @@ from . import __version__, ops
 from .demo import run as run_demo
 from .diffusion import Diffusion
 from .models.presets import Config, preset
+from .ops import _checks as checks
+from .samplers import SAMPLERS
 from .training.checkpoint import CHECKPOINT, read_checkpoint
 from .training.data import Images, load_images
 from .training.extras import require
 from .training.files import check_writable
+from .training.guards import warn_where_busy
 from .training.images import Frames, grid, save_gif, save_npz, save_png, save_pngs, saved_pngs, to_uint8, upscale_for
 from .training.recipe import RECIPES
 from .training.trainer import Trainer
@@ -48,8 +51,11 @@ def train(args: Namespace) -> int:
         raise ValueError(f"--out {out} lies inside --data {data}: what is drawn there would become data")
     if (out / CHECKPOINT).exists() and not (args.resume or args.overwrite):
         raise ValueError(f"{out / CHECKPOINT} exists: --resume goes on from it, --overwrite starts anew")
+    if args.resume and not (out / CHECKPOINT).exists():
+        raise ValueError(f"nothing to resume in {out}: drop --resume")
     check_writable(out)
     device = _device(args.device)
+    warn_where_busy(device)
     trainer = _trainer(args, out, load_images(args.data, size=args.size, pad=args.pad), device)
     parameters = sum(p.numel() for p in trainer.diffusion.model.parameters())
     shape = "x".join(str(n) for n in trainer.images.pixels.shape)
@@ -127,10 +133,16 @@ def _checked(config: Config, args: Namespace) -> Config:
 
 def sample(args: Namespace) -> int:
     """Draws, and writes what the suffix of --out says."""
+    if args.sampler not in SAMPLERS:
+        raise ValueError(f"--sampler {args.sampler}: expected one of {', '.join(SAMPLERS)}")
     saved = read_checkpoint(args.checkpoint)
+    if args.steps is not None:
+        checks.integer("--steps", args.steps, 1, saved.config.num_timesteps)
     suffix = _checked_out(args, saved.config)
     classes = _classes(args.classes, saved.class_names)
-    diffusion = saved.diffusion(_device(args.device))
+    device = _device(args.device)
+    warn_where_busy(device)
+    diffusion = saved.diffusion(device)
     num = (8 * len(classes) or 64) if args.num is None else args.num
     y = torch.tensor([classes[i * len(classes) // num] for i in range(num)]) if classes else None
     frames = Frames(len(diffusion.plan(args.sampler, args.steps))) if suffix == ".gif" else None
@@ -147,8 +159,15 @@ def sample(args: Namespace) -> int:
         for path in saved_pngs(args.out):
             path.unlink()
         save_pngs(args.out, pixels, y)
-    print(f"{num} images: {args.out}")
+    print(f"{num} images{_drawn(y, saved.class_names)}: {args.out}")
     return 0
+
+
+def _drawn(y: Tensor | None, names: tuple[str, ...]) -> str:
+    """' of classes cat, dog': which classes y [N] holds; '' without classes."""
+    drawn = [] if y is None else [names[k] for k in dict.fromkeys(y.tolist())]
+    listed = ", ".join(drawn[:10]) + (f"... ({len(drawn)})" if len(drawn) > 10 else "")
+    return f" of class{'es' if len(drawn) > 1 else ''} {listed}" if drawn else ""
 
 
 def _checked_out(args: Namespace, config: Config) -> str:
@@ -163,7 +182,12 @@ def _checked_out(args: Namespace, config: Config) -> str:
         require("PIL.Image")
         if config.img_channels not in (1, 3):
             raise ValueError(f"--out {out}: images of {config.img_channels} channels can only be written as .npz")
-    if not suffix and not args.overwrite and saved_pngs(out):
+    if suffix and out.exists() and not args.overwrite:
+        raise ValueError(f"--out {out} exists: --overwrite replaces it")
+    earlier = saved_pngs(out)
+    if not suffix and len(list(out.glob("*"))) > len(earlier):  # such as training data: what is drawn would become data
+        raise ValueError(f"--out {out} holds other files: name a new folder")
+    if earlier and not args.overwrite:
         raise ValueError(f"--out {out} holds images of an earlier call: --overwrite replaces them")
     return suffix
 
@@ -249,6 +273,10 @@ COMMANDS: dict[str, Callable[[Namespace], int]] = {"train": train, "sample": sam
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.device(name)
+    except RuntimeError as error:  # whose text lists all that torch has ever run on
+        raise ValueError(f"--device {name} can't be used here: expected cpu, cuda, cuda:1...") from error
     try:
         probe = torch.zeros(1, device=name)
         probe.cpu()  # "meta" holds no data

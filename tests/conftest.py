@@ -3,11 +3,13 @@
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from command_line import TRAIN, run
 from torch import Tensor
 
 # On tensors this small a second thread gains nothing, and on a busy machine the two wait for each other.
@@ -46,3 +48,11 @@ def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         for name in names:
             monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a tiny run of `ddpm-fast train` wrote."""
+    out = tmp_path_factory.mktemp("run")
+    assert run(TRAIN + " --steps 4 --lr 1e-3 --seed 3 --out {out}", out=out) == 0
+    return out / "model.safetensors"

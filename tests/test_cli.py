@@ -1,4 +1,4 @@
-"""Every command, end to end on tiny settings, and what a user sees when something is wrong."""
+"""Every command, end to end on tiny settings."""
 
 import json
 import os
@@ -10,31 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import DRAW, TRAIN, run
 from PIL import Image, ImageSequence
 
-from ddpm_fast import commands, demo, ops
-from ddpm_fast.cli import main
+from ddpm_fast import __version__, commands, demo, ops
 from ddpm_fast.evaluation.classifier import judge
 from ddpm_fast.models.presets import PRESETS
 from ddpm_fast.training.checkpoint import load_diffusion, read_checkpoint, save_checkpoint
 from ddpm_fast.training.data import digits, to_float
 from ddpm_fast.training.images import to_uint8
 from ddpm_fast.training.log import read_log
-
-TINY = "--base-channels 8 --num-timesteps 20 --schedule cosine --channel-mults 1,2 --num-res-blocks 1"
-TRAIN = f"train {TINY} --batch 8 --log-every 2 --sample-every 0 --device cpu"
-DRAW = "sample {c} --device cpu --out {out}"
-
-
-def run(command: str, **where: Path) -> int:
-    return main([word.format(**where) for word in command.split()])
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("run")
-    assert run(TRAIN + " --steps 4 --lr 1e-3 --seed 3 --out {out}", out=out) == 0
-    return out / "model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +84,18 @@ def test_sample_grid_npz_and_folder_hold_the_same_images(checkpoint: Path, tmp_p
     names = sorted(p.name for p in (tmp_path / "x").iterdir())
     assert names[0] == "000000-class-7.png" and names[5] == "000005-class-3.png" and len(names) == 6
     assert np.array_equal(np.array(Image.open(tmp_path / "x" / names[5])), images[5, ..., 0])
+
+
+def test_sample_takes_the_folder_of_a_run_and_says_what_it_drew(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "x.npz"
+    every = "classes 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
+    for options, classes in (("--class 3", "class 3"), ("--class 7,2-3 --num 2", "classes 7, 2"), ("--num 12", every)):
+        assert run(f"{DRAW} --overwrite --steps 1 {options}", c=checkpoint.parent, out=out) == 0
+        with np.load(out) as file:
+            drawn = len(file["labels"])
+        assert capsys.readouterr().out == f"{drawn} images of {classes}: {out}\n"
 
 
 def test_sample_options_reach_the_sampler(distinct: Path, tmp_path: Path) -> None:
@@ -183,92 +180,6 @@ def test_info_lists_every_op_and_backend(capsys: pytest.CaptureFixture) -> None:
         assert (reason or "available").split()[0] in line
 
 
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("train --data {tmp}/nowhere", "nowhere doesn't exist"),
-        ("train --data {tmp}", "holds no images"),
-        ("train --preset huge --out {tmp}/o", "huge"),
-        ("train --lr 0 --out {tmp}/o", "lr must lie between 0 and 1"),
-        ("train --size 9 --out {tmp}/o --device cpu", "divisible by 2; use --size 10x10"),
-        ("train --size 9x8 --pad 1 --out {tmp}/o --device cpu", "use --size 12x10 --pad 0"),
-        ("train --size 14 --channel-mults 1,1,1 --out {tmp}/o --device cpu", "use --pad 1 or --size 16x16"),
-        ("train --num-timesteps 10 --schedule linear --out {tmp}/o", "use more timesteps, lower ends or the cosine"),
-        ("train --attention-resolutions 2 --out {tmp}/o", "--attention-resolutions 2: this model has levels 0 to 1"),
-        ("train --sample-steps 101 --out {tmp}/o", "101"),
-        ("train --resume --out {tmp}/o", "model.safetensors doesn't exist"),
-        ("train --resume --steps 3 --out {run} --device cpu", "has made 4"),
-        ("train --device tpu --out {tmp}/o", "--device tpu can't be used here"),
-        ("train --device meta --out {tmp}/o", "--device meta can't be used here"),
-        ("train --out {tmp}/junk.safetensors/o", "junk.safetensors is a file, expected a folder"),
-        ("train --data {tmp} --out {tmp}/o", "lies inside --data"),
-        ("sample {tmp}/nowhere.safetensors", "nowhere.safetensors doesn't exist"),
-        ("sample {tmp}/junk.safetensors", "junk.safetensors is not a safetensors file"),
-        ("sample {c} --class 10", "there is no class '10', this model has 0 to 9"),
-        ("sample {c} --class 0-99999999999", "there is no class '99999999999'"),
-        ("sample {c} --class -1", "there is no class ''"),
-        ("sample {c} --class=", "there is no class ''"),
-        ("sample {c} --class 4-2", "this range holds no class"),
-        ("sample {c} --out a.jpeg", "--out a.jpeg: expected .png, .gif, .npz or a folder"),
-        ("sample {c} --out {tmp}/junk.safetensors/x.png", "junk.safetensors is a file, expected a folder"),
-        ("sample {c} --steps 21", "21"),
-        ("sample {c} --sampler euler", "euler"),
-        ("demo --out {run}", "model.safetensors exists, and no demo wrote it"),
-    ],
-)
-def test_errors_are_one_line_and_exit_code_2(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture, command: str, message: str
-) -> None:
-    (tmp_path / "junk.safetensors").write_text("junk")
-    before = checkpoint.read_bytes()
-    assert run(command.replace("--class -1", "--class=-1"), tmp=tmp_path, c=checkpoint, run=checkpoint.parent) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("ddpm-fast: error: ") and message in error
-    assert checkpoint.read_bytes() == before and not (tmp_path / "o").exists()
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        *("", "paint", "sample", "train --steps many", "train --channel-mults 1,x", "train --steps 0"),
-        *("train --size 0", "train --size -5", "train --size 99999999", "train --size 8x", "train --pad -1"),
-        *("train --pad 100000", "train --log-every -1", "train --save-every -1", "train --sample-every -1"),
-        *("train --seed -1", f"train --seed {2**64}", "train --lr 7", "train --lr nan", "train --clip nan"),
-        *("train --clip -1", "train --clip inf", "train --dropout 2", "train --ema-decay 1.5", "train --ema-start -1"),
-        *("train --resume --overwrite", "train --sample-steps 0", "train --attention-resolutions=-1", "demo --steps 0"),
-        *("sample x --num 0", "sample x --batch 0", "sample x --columns 0", "sample x --columns -1"),
-        *("sample x --upscale 0", "sample x --upscale -1", "sample x --steps 0", f"sample x --seed {2**64}"),
-    ],
-)
-def test_bad_usage_exits_with_2(command: str, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as exit:
-        run(command)
-    assert exit.value.code == 2
-    assert "error: " in capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (MemoryError(), "out of memory: smaller values of --batch"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory"),
-        (RuntimeError("two\nlines"), "RuntimeError: two lines (DDPM_FAST_DEBUG=1 shows where)"),
-    ],
-)
-def test_no_traceback_unless_asked_for(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception, message: str
-) -> None:
-    def fail(args: object) -> int:
-        raise error
-
-    monkeypatch.setitem(commands.COMMANDS, "info", fail)
-    assert run("info") == 2
-    assert message in capsys.readouterr().err
-    monkeypatch.setenv("DDPM_FAST_DEBUG", "1")
-    with pytest.raises(type(error)):
-        run("info")
-
-
 def test_classes_have_names_and_keep_their_numbers(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for k, name in enumerate(("1", "2", "10", "semi-truck")):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -281,22 +192,10 @@ def test_classes_have_names_and_keep_their_numbers(tmp_path: Path, capsys: pytes
     assert "ddpm-fast: warning: " in printed.err and "data/7 holds no images: class 2 stays empty" in printed.err
     assert read_checkpoint(where["c"]).class_names == ("1", "2", "7", "10", "semi-truck")
     for asked, labels in (("10", [3]), ("semi-truck,1", [4, 0]), ("1-7", [0, 1, 2]), ("0", [0]), ("2-10", [1, 2, 3])):
-        command = DRAW + f" --class {asked} --num {len(labels)} --steps 1"
+        command = DRAW + f" --overwrite --class {asked} --num {len(labels)} --steps 1"
         assert run(command, c=where["c"], out=tmp_path / "x.npz") == 0
         with np.load(tmp_path / "x.npz") as file:
             assert file["labels"].tolist() == labels, asked
-
-
-def test_a_folder_with_earlier_images_is_not_mixed(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    where, command = {"c": checkpoint, "out": tmp_path / "x"}, DRAW + " --steps 1 --class 3 --num "
-    assert run(command + "3", **where) == 0
-    (tmp_path / "x" / "mine.png").write_bytes(b"")
-    assert run(command + "1", **where) == 2
-    assert "holds images of an earlier call: --overwrite replaces them" in capsys.readouterr().err
-    assert run(command + "1 --overwrite", **where) == 0
-    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["000000-class-3.png", "mine.png"]
 
 
 def test_short_runs_average_too(tmp_path: Path) -> None:
@@ -314,6 +213,12 @@ def test_the_run_is_named_after_the_data(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path / "work")
     assert run(TRAIN + " --preset digits --data cats/../cats/. --steps 1") == 0
     assert (tmp_path / "work" / "runs" / "cats" / "model.safetensors").exists()
+
+
+def test_version(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit:
+        run("--version")
+    assert exit.value.code == 0 and capsys.readouterr().out == f"ddpm-fast {__version__}\n"
 
 
 @pytest.mark.parametrize("command", ["", "train", "sample", "demo", "info"])

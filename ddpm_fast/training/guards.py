@@ -1,8 +1,10 @@
-"""What stops a run: images that don't fit, numbers that are no longer finite, Ctrl-C."""
+"""What stops a run: images that don't fit, numbers that are no longer finite, Ctrl-C. And what slows it: other work."""
 
 import math
+import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -72,3 +74,11 @@ def interruptible(run: Stoppable) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def warn_where_busy(device: torch.device) -> None:
+    """A warning where other work holds the cores: the threads that share an operation then wait for each other."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if device.type == "cpu" and torch.get_num_threads() > 1 and load > 1.5 * cores:
+        warnings.warn(f"the load is {load:.1f} on {cores} cores: OMP_NUM_THREADS=1 may be faster", stacklevel=2)
