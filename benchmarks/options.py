@@ -9,11 +9,18 @@ import torch
 from benchmarks.harness import pick_device
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default, unless there is none: the help then says what happens."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser with the defaults in its help and without the usage in its errors."""
 
     def __init__(self, description: str, prog: str | None = None) -> None:
-        super().__init__(prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(prog, description=description, formatter_class=_Help)
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit."""
