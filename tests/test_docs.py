@@ -1,0 +1,63 @@
+"""The Python in README and docs runs as it stands there, and does what the text says."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from toys import Pixelwise
+
+from ddpm_fast import Diffusion, generate_linear_schedule
+from ddpm_fast.engine import denoise
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+# What a page takes for granted: the reader's data, and a trained model.
+GIVEN: dict[str, Any] = {
+    "loader": [torch.zeros(2, 3, 32, 32)],
+    "diffusion": Diffusion(Pixelwise(), (4, 4), 1, None, generate_linear_schedule(1000, 1e-4, 0.02)),
+}
+# A size that a test can wait for.
+SMALLER = {"UNet(3, 128, ": "UNet(3, 32, ", "schedule(1000, ": "schedule(3, "}
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+def test_the_examples_run(page: Path) -> None:
+    names = dict(GIVEN)
+    for block in blocks(page):
+        for usual, small in SMALLER.items():
+            block = block.replace(usual, small)
+        exec(compile(block, page, "exec"), names)
+        assert names["images"].shape[0] == 16 and names["images"].isfinite().all()
+
+
+def test_readme_and_sampling_have_examples() -> None:
+    assert len(blocks(ROOT / "README.md")) == 1 and len(blocks(ROOT / "docs" / "sampling.md")) == 2
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 50])
+def test_the_ddim_of_the_docs_is_the_papers(num_steps: int) -> None:
+    """Song et al. 2021, equation 12 with sigma = 0, step by step."""
+    names = dict(GIVEN)
+    exec(blocks(ROOT / "docs" / "sampling.md")[-1], names)
+    abar = np.cumprod(1 - generate_linear_schedule(1000, 1e-4, 0.02))
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        return torch.tanh(0.8 * x + 0.1 * torch.sin(t.to(x.dtype).view(-1, 1, 1, 1)))
+
+    x = x_T = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    times = np.linspace(999, 0, num_steps).round().astype(int).tolist()
+    for t, after in zip(times, [*times[1:], None], strict=True):
+        eps = network(x, torch.tensor([t, t]))
+        x0 = (x - np.sqrt(1 - abar[t]) * eps) / np.sqrt(abar[t])
+        x = x0 if after is None else np.sqrt(abar[after]) * x0 + np.sqrt(1 - abar[after]) * eps
+    plan = names["ddim"](abar, num_steps)
+    assert plan.column("t").tolist() == times
+    assert float((denoise(network, x_T.clone(), plan) - x).abs().max()) <= 1e-10 * max(1, float(x.abs().max()))
