@@ -125,16 +125,17 @@ class Diffusion(SamplingDiffusion):
         if self.rng == "torch":
             t = torch.randint(0, self.num_timesteps, (x.shape[0],), device=x.device)
         else:
-            t = ops.timesteps(x.shape[0], self.num_timesteps, self.noise_state(self.calls + 1, x.device))
+            t = ops.timesteps(x.shape[0], self.num_timesteps, self.noise_state(self.draw(ahead=1), x.device))
         return self.get_losses(x, t, y)
 
     def get_losses(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """The loss at timesteps t [N]; see `forward`."""
         self._check_x(x)
         y = self._checked_y(y, x.shape[0], x.device)
-        self.calls += 1
-        self._trained = self._trained or self.training
-        state = self.noise_state(self.calls, x.device) if self.rng == "philox" else None
+        self.count_call()
+        if self.training:  # written and not read, or a compiler would guard it
+            self._trained = True
+        state = self.noise_state(self.draw(), x.device) if self.rng == "philox" else None
         noise = torch.randn(x.shape, dtype=x.dtype, device=x.device) if state is None else state
         x_t = self.perturb_x(x, t, noise)
         model_out = self._call(self.model, x_t, t, y, state)

@@ -25,6 +25,7 @@ def make_op() -> Op:
         Impl("cuda", missing),
         Impl("native", lambda: lambda x: ("native", 2 * x), only_cpu),
         Impl("reference", lambda: lambda x: ("reference", 2 * x)),
+        traced=pytest.fail,
     )
 
 
@@ -57,7 +58,12 @@ def test_forced_runs_or_raises_with_every_reason() -> None:
 
 def test_load_is_called_once() -> None:
     calls = []
-    op = Op("x", Impl("native", lambda: calls.append(1) or missing()), Impl("reference", lambda: lambda: 1))
+    op = Op(
+        "x",
+        Impl("native", lambda: calls.append(1) or missing()),
+        Impl("reference", lambda: lambda: 1),
+        traced=pytest.fail,
+    )
     assert op() == op() == 1 and len(calls) == 1
 
 

@@ -166,14 +166,6 @@ def test_channels_last_and_bfloat16() -> None:
     assert exact.dtype == torch.float64 and float((exact - expected).abs().max()) < 1e-5
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiles_without_graph_breaks() -> None:
-    net = unet(num_classes=3, attention_resolutions=(1,))
-    y = torch.tensor([0, 2])
-    compiled = torch.compile(net, fullgraph=True, backend="eager")
-    assert torch.allclose(compiled(X, T, y), net(X, T, y), atol=1e-6)
-
-
 def test_every_time_matters() -> None:
     """A timestep of 900 must not be rounded on its way into a half-precision network."""
     embedding = PositionalEmbedding(8, 1.0).bfloat16()

@@ -14,6 +14,7 @@ from ..ops import _checks as checks
 from ..schedules import Array, check_betas, tables
 
 
+@torch.compiler.assume_constant_result
 def fresh_seed() -> int:
     """A seed from torch's generator, so that torch.manual_seed makes a script repeatable."""
     return int(torch.randint(2**63 - 1, (), device="cpu"))
@@ -38,7 +39,8 @@ class DiffusionState(nn.Module):
         super().__init__()
         self.prediction = prediction
         # One object also for the shallow copies that nn.DataParallel makes of a module, so that they count on.
-        self._counts: dict[str, Any] = {"step": 0, "calls": 0, "seed": None}
+        # The calls in a tensor, which a compiled graph can count in, and read when it runs.
+        self._counts: dict[str, Any] = {"step": 0, "calls": torch.zeros((), dtype=torch.int64), "seed": None}
         self.seed = seed
         self.loaded = False
         self._betas = check_betas(betas, prediction)
@@ -57,11 +59,19 @@ class DiffusionState(nn.Module):
     @property
     def calls(self) -> int:
         """How often forward was called: the draw of training's random numbers."""
-        return self._counts["calls"]
+        return int(self._counts["calls"])
 
     @calls.setter
     def calls(self, value: int) -> None:
-        self._counts["calls"] = checks.integer("calls", value, 0)
+        self._counts["calls"].fill_(checks.integer("calls", value, 0))
+
+    def draw(self, ahead: int = 0) -> int | Tensor:
+        """The number of the last forward call, or of one to come; a compiler is given the tensor that it stands in."""
+        return self._counts["calls"] + ahead if torch.compiler.is_compiling() else self.calls + ahead
+
+    def count_call(self) -> None:
+        """Forward was called."""
+        self._counts["calls"].add_(1)
 
     @property
     def seed(self) -> int | None:
@@ -81,13 +91,16 @@ class DiffusionState(nn.Module):
         """[T] in float64, for plans."""
         return np.cumprod(1 - self._betas, dtype=np.float64)
 
-    def noise_state(self, draw: int, device: torch.device) -> NoiseState:
+    def noise_state(self, draw: int | Tensor, device: torch.device) -> NoiseState:
         """Where training's random numbers stand at forward call `draw`; each process has its own range of samples."""
-        if self.seed is None:
-            self.seed = fresh_seed()
+        seed = self.seed
+        if seed is None:
+            self._counts["seed"] = seed = fresh_seed()
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
-        return NoiseState.at(self.seed, draw, rank << 32, device)
+        if isinstance(draw, Tensor):
+            return NoiseState.at(seed, 0, rank << 32, device)._replace(draw=draw.to(device))
+        return NoiseState.at(seed, draw, rank << 32, device)
 
     def extra_state(self) -> dict[str, int | None]:
         """What a checkpoint must carry beside the tensors: EMA step, forward calls, seed."""

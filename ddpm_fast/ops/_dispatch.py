@@ -70,16 +70,22 @@ class Impl:
 
 
 class Op:
-    """An op's implementations in order of preference; the last one, the reference, takes everything."""
+    """An op's implementations in order of preference; the last one, the reference, takes everything.
 
-    def __init__(self, name: str, *impls: Impl):
-        self.name, self.impls = name, impls
+    Args:
+        name: of the op.
+        impls: the implementations.
+        traced: the same call as a node of a graph, for compilers, which can't follow what happens here.
+    """
+
+    def __init__(self, name: str, *impls: Impl, traced: Callable[..., Any]):
+        self.name, self.impls, self.traced = name, impls, traced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # A compiler traces through plain PyTorch; it can follow neither a ContextVar nor an address.
-        compiling = torch.compiler.is_compiling()
-        forced = None if compiling else _forced.get()
-        for impl in self.impls[-1:] if compiling else self.impls:
+        if torch.compiler.is_compiling():
+            return self.traced(*args, **kwargs)
+        forced = _forced.get()
+        for impl in self.impls:
             if forced is None or forced == impl.backend:
                 run = impl.run or (None if impl.unavailable() else impl.run)
                 if run is not None and not (impl.rejects and impl.rejects(*args, **kwargs)):

@@ -10,8 +10,38 @@ from ..reference.conv3x3 import Norm
 from ..reference.group_norm_silu import ACTIVATIONS
 from . import _checks
 from ._dispatch import Impl, Op
+from ._library import composition
 
-OP = Op("conv3x3", Impl("reference", lambda: reference.conv3x3))
+
+def _composed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str = "silu",
+    stats: bool = False,
+    **rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    norm = None if scale is None or shift is None else Norm(scale, shift, activation)
+    out = reference.conv3x3(x, weight, bias, norm=norm, stats=stats, **rest)
+    return out if isinstance(out, tuple) else (out, out.new_empty(0), out.new_empty(0))
+
+
+_NODE = composition(
+    "conv3x3(Tensor x, Tensor weight, Tensor? bias=None, *, Tensor? x2=None, Tensor? scale=None, Tensor? shift=None, "
+    "str activation='silu', Tensor? residual=None, bool stats=False) -> (Tensor, Tensor, Tensor)",
+    _composed,
+)
+
+
+def _traced(*args: Any, norm: Norm | None = None, stats: bool = False, **rest: Any) -> Any:
+    out = _NODE(*args, stats=stats, **rest, **({} if norm is None else norm._asdict()))
+    return out if stats else out[0]
+
+
+OP = Op("conv3x3", Impl("reference", lambda: reference.conv3x3), traced=_traced)
 
 
 def conv3x3(

@@ -8,6 +8,7 @@ from ..reference import diffusion_loss as reference
 from ..reference.philox import PERTURB, NoiseState
 from . import _checks
 from ._dispatch import Impl, Op
+from ._library import composition
 from .noise import check_source, drawn
 
 LOSSES = ("l1", "l2")
@@ -17,7 +18,18 @@ def _reference(model_out: Tensor, noise: Tensor | NoiseState, **rest: Any) -> Te
     return reference.diffusion_loss(model_out, drawn(noise, model_out, PERTURB), **rest)
 
 
-OP = Op("diffusion_loss", Impl("reference", lambda: _reference))
+_NODE = composition(
+    "diffusion_loss(Tensor model_out, Tensor noise, *, str loss_type='l2', Tensor? noise_coef=None, "
+    "Tensor? x_coef=None, Tensor? x_start=None) -> Tensor",
+    reference.diffusion_loss,
+)
+
+
+def _traced(model_out: Tensor, noise: Tensor | NoiseState, **rest: Any) -> Tensor:
+    return _NODE(model_out, drawn(noise, model_out, PERTURB), **rest)
+
+
+OP = Op("diffusion_loss", Impl("reference", lambda: _reference), traced=_traced)
 
 
 def diffusion_loss(

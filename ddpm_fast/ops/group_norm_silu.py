@@ -10,19 +10,45 @@ from ..reference.group_norm_silu import ACTIVATIONS
 from ..reference.philox import Dropout
 from . import _checks
 from ._dispatch import Impl, Op
+from ._library import composition
 from .noise import drawn_dropout
 
 
 def _reference(x: Tensor, *args: Any, dropout: Dropout | None = None, **rest: Any) -> Any:
+    return reference.group_norm_silu(x, *args, dropout=_drawn(dropout, x, rest.get("x2")), **rest)
+
+
+def _drawn(dropout: Dropout | None, x: Tensor, x2: Tensor | None) -> Dropout | Tensor | None:
     if dropout is None:
-        return reference.group_norm_silu(x, *args, **rest)
+        return None
     n, c, h, w = x.shape
-    if rest.get("x2") is not None:
-        c += rest["x2"].shape[1]
-    return reference.group_norm_silu(x, *args, dropout=drawn_dropout(dropout, (n, c, h, w)), **rest)
+    return drawn_dropout(dropout, (n, c if x2 is None else c + x2.shape[1], h, w))
 
 
-OP = Op("group_norm_silu", Impl("reference", lambda: _reference))
+def _composed(
+    *args: Any, residual: Tensor | None = None, mask: Tensor | None = None, p: float = 0.0, **rest: Any
+) -> tuple[Tensor, Tensor]:
+    dropout = mask if mask is not None else Dropout(p) if p else None
+    out = reference.group_norm_silu(*args, residual=residual, dropout=dropout, **rest)
+    return out if isinstance(out, tuple) else (out, out.new_empty(0))
+
+
+_NODE = composition(
+    "group_norm_silu(Tensor x, Tensor? weight, Tensor? bias, int groups, *, float eps=1e-5, Tensor? x2=None, "
+    "Tensor? add=None, Tensor? residual=None, Tensor? scale=None, Tensor? shift=None, str activation='silu', "
+    "Tensor? mask=None, float p=0.0) -> (Tensor, Tensor)",
+    _composed,
+)
+
+
+def _traced(x: Tensor, *args: Any, dropout: Dropout | None = None, **rest: Any) -> Any:
+    factors = _drawn(dropout, x, rest.get("x2"))
+    drop = {"p": factors.p} if isinstance(factors, Dropout) else {"mask": factors}
+    y, h = _NODE(x, *args, **rest, **drop)
+    return y if rest.get("residual") is None else (y, h)
+
+
+OP = Op("group_norm_silu", Impl("reference", lambda: _reference), traced=_traced)
 
 
 def group_norm_silu(

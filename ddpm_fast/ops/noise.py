@@ -11,6 +11,7 @@ from ..reference import noise as reference
 from ..reference.philox import MAX_STREAM, TIMESTEPS, Dropout, NoiseState
 from . import _checks, _native
 from ._dispatch import Impl, Op
+from ._library import opaque
 
 
 def _rejects(*args: Any, **kwargs: Any) -> str | None:
@@ -59,12 +60,42 @@ def _load_dropout_mask() -> Callable[..., Tensor]:
     return run
 
 
-_noise = Op("noise", Impl("native", _load_noise, _rejects), Impl("reference", lambda: reference.noise))
-_timesteps = Op("noise", Impl("native", _load_timesteps, _rejects), Impl("reference", lambda: reference.timesteps))
-_dropout_mask = Op(
-    "noise", Impl("native", _load_dropout_mask, _rejects), Impl("reference", lambda: reference.dropout_mask)
+# Opaque to compilers, which would be free to fuse what must not be fused, and to draw it slower.
+_NOISE = opaque(
+    "noise(SymInt[] shape, Tensor seed, Tensor draw, SymInt first_sample, int stream, *, ScalarType dtype) -> Tensor",
+    lambda shape, *state, dtype: OP(shape, NoiseState(*state[:3]), state[3], dtype=dtype),
+    lambda shape, seed, *_, dtype: seed.new_empty(shape, dtype=dtype),
 )
-OP = _noise
+_TIMESTEPS = opaque(
+    "timesteps(SymInt num_samples, int num_timesteps, Tensor seed, Tensor draw, SymInt first_sample) -> Tensor",
+    lambda num_samples, num_timesteps, *state: _timesteps(num_samples, num_timesteps, NoiseState(*state)),
+    lambda num_samples, _, seed, *__: seed.new_empty(num_samples),
+)
+_DROPOUT_MASK = opaque(
+    "dropout_mask(SymInt[] shape, float p, Tensor seed, Tensor draw, SymInt first_sample, int stream) -> Tensor",
+    lambda shape, p, *state: _dropout_mask(shape, p, NoiseState(*state[:3]), state[3]),
+    lambda shape, _, seed, *__: seed.new_empty([shape[i] for i in (0, 2, 3, 1)], dtype=torch.float32).permute(
+        0, 3, 1, 2
+    ),
+)
+OP: Op = Op(
+    "noise",
+    Impl("native", _load_noise, _rejects),
+    Impl("reference", lambda: reference.noise),
+    traced=lambda shape, state, stream, *, dtype: _NOISE(shape, *state, stream, dtype=dtype),
+)
+_timesteps: Op = Op(
+    "noise",
+    Impl("native", _load_timesteps, _rejects),
+    Impl("reference", lambda: reference.timesteps),
+    traced=lambda num_samples, num_timesteps, state: _TIMESTEPS(num_samples, num_timesteps, *state),
+)
+_dropout_mask: Op = Op(
+    "noise",
+    Impl("native", _load_dropout_mask, _rejects),
+    Impl("reference", lambda: reference.dropout_mask),
+    traced=lambda shape, p, state, stream: _DROPOUT_MASK(shape, p, *state, stream),
+)
 
 
 def _check_state(state: object) -> None:
@@ -99,7 +130,7 @@ def noise(shape: Sequence[int], state: NoiseState, stream: int, *, dtype: torch.
         raise TypeError(f"dtype must be a floating point type, got {dtype}")
     _check_state(state)
     stream = _checks.integer("stream", stream, 0, MAX_STREAM)
-    return _noise(shape, state, stream, dtype=dtype)
+    return OP(shape, state, stream, dtype=dtype)
 
 
 def timesteps(num_samples: int, num_timesteps: int, state: NoiseState) -> Tensor:
@@ -124,7 +155,7 @@ def drawn(source: Tensor | NoiseState, like: Tensor, stream: int) -> Tensor:
     """The noise itself where that is given, else drawn by the best backend like `like`, at least in float32."""
     if not isinstance(source, NoiseState):
         return source
-    return _noise(like.shape, source, stream, dtype=torch.promote_types(like.dtype, torch.float32))
+    return OP(like.shape, source, stream, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
 def drawn_dropout(dropout: Dropout | None, shape: Sequence[int]) -> Dropout | Tensor | None:

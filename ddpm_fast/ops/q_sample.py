@@ -9,6 +9,7 @@ from ..reference import q_sample as reference
 from ..reference.philox import PERTURB, NoiseState
 from . import _checks
 from ._dispatch import Impl, Op
+from ._library import composition
 from .noise import check_source, drawn
 
 
@@ -16,7 +17,16 @@ def _reference(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise:
     return reference.q_sample(x_start, t, signal, sigma, drawn(noise, x_start, PERTURB))
 
 
-OP = Op("q_sample", Impl("reference", lambda: _reference))
+_NODE = composition(
+    "q_sample(Tensor x_start, Tensor t, Tensor signal, Tensor sigma, Tensor noise) -> Tensor", reference.q_sample
+)
+
+
+def _traced(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Tensor | NoiseState) -> Tensor:
+    return _NODE(x_start, t, signal, sigma, drawn(noise, x_start, PERTURB))
+
+
+OP = Op("q_sample", Impl("reference", lambda: _reference), traced=_traced)
 
 
 def extract(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:

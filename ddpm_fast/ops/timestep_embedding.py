@@ -5,8 +5,10 @@ from torch import Tensor
 from ..reference import timestep_embedding as reference
 from . import _checks
 from ._dispatch import Impl, Op
+from ._library import composition
 
-OP = Op("timestep_embedding", Impl("reference", lambda: reference.timestep_embedding))
+_NODE = composition("timestep_embedding(Tensor t, int dim, float scale=1.0) -> Tensor", reference.timestep_embedding)
+OP = Op("timestep_embedding", Impl("reference", lambda: reference.timestep_embedding), traced=_NODE)
 
 
 def timestep_embedding(t: Tensor, dim: int, scale: float = 1.0) -> Tensor:

@@ -1,0 +1,208 @@
+"""torch.compile, torch.export and the rest of PyTorch's machinery around the ops."""
+
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ddpm_fast import Diffusion, UNet, generate_linear_schedule, ops
+from ddpm_fast.models.layers import AttentionBlock, ResidualBlock
+
+NODES = torch.ops.ddpm_fast
+SEED, DRAW = torch.tensor(5), torch.tensor(3)
+X, Y, T = (
+    torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+    torch.tensor([0, 2]),
+    torch.tensor([3, 7]),
+)
+
+
+def unet(**options: Any) -> UNet:
+    torch.manual_seed(0)
+    defaults = {"channel_mults": (1, 2), "num_res_blocks": 1, "attention_resolutions": (1,), "dropout": 0.2}
+    fixed = {"time_emb_dim": 8, "num_classes": 3, "num_groups": 4, "activation": nn.functional.silu}
+    return UNet(1, 8, **fixed | defaults | options)
+
+
+def diffusion(seed: int | None = 1, **options: Any) -> Diffusion:
+    return Diffusion(unet(**options), (8, 8), 1, 3, generate_linear_schedule(12, 1e-2, 0.3), seed=seed)
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).requires_grad_()
+
+
+SAMPLES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
+    "q_sample": [((leaf(2, 3, 4), T - 3, leaf(5), leaf(5), leaf(2, 3, 4)), {})],
+    "diffusion_loss": [
+        ((leaf(2, 3, 4), leaf(2, 3, 4)), {}),
+        (
+            (leaf(2, 3, 4), leaf(2, 3, 4)),
+            {"loss_type": "l1", "noise_coef": leaf(2), "x_coef": leaf(2), "x_start": leaf(2, 3, 4)},
+        ),
+    ],
+    "sampler_step": [
+        ((leaf(2, 3, 4), leaf(2, 3, 4), leaf(5, 8), torch.tensor(2)), {}),
+        (
+            (leaf(2, 3, 4), leaf(2, 3, 4), leaf(5, 8), torch.tensor(2)),
+            {"noise": leaf(2, 3, 4), "hist": leaf(2, 3, 4), "clip": 1.0},
+        ),
+    ],
+    "noise": [(((2, 3, 4), SEED, DRAW, 1, ops.PERTURB), {"dtype": torch.bfloat16})],
+    "timesteps": [((4, 1000, SEED, DRAW, 1), {})],
+    "dropout_mask": [(((2, 4, 3, 3), 0.2, SEED, DRAW, 1, ops.DROPOUT), {})],
+    "timestep_embedding": [((T, 8, 1.0), {})],
+    "group_norm_silu": [
+        ((leaf(2, 8, 3, 5), leaf(8), leaf(8), 4), {}),
+        (
+            (leaf(2, 8, 3, 5).detach().to(memory_format=torch.channels_last).requires_grad_(), None, None, 6),
+            {"x2": leaf(2, 4, 3, 5), "add": leaf(2, 12), "residual": leaf(2, 12, 3, 5), "scale": leaf(2, 12)},
+        ),
+        ((leaf(2, 8, 3, 5), leaf(8), leaf(8), 4), {"mask": torch.ones(2, 8, 3, 5), "activation": "mish"}),
+    ],
+    "conv3x3": [
+        ((leaf(2, 4, 5, 3), leaf(6, 4, 3, 3), leaf(6)), {}),
+        (
+            (leaf(2, 4, 5, 3), leaf(6, 7, 3, 3)),
+            {"x2": leaf(2, 3, 5, 3), "scale": leaf(2, 7), "shift": leaf(2, 7), "residual": leaf(2, 6, 5, 3)}
+            | {"stats": True},
+        ),
+    ],
+}
+
+
+def test_every_op_is_a_node() -> None:
+    assert set(ops.OPS) <= set(SAMPLES)
+
+
+@pytest.mark.parametrize(("name", "args", "kwargs"), [(n, a, k) for n, calls in SAMPLES.items() for a, k in calls])
+def test_opcheck(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    torch.library.opcheck(getattr(NODES, name).default, args, kwargs)
+
+
+class Recorder:
+    """A compiler that keeps what it was given to compile, and runs it as it is."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        self.graphs.append(graph)
+        return graph
+
+    def nodes(self) -> Counter[str]:
+        """How often each function stands in the last graph, ours under their own names."""
+        calls = [n for n in self.graphs[-1].graph.nodes if n.op.startswith("call")]
+        return Counter(str(n.target).removeprefix("ddpm_fast.").removesuffix(".default") for n in calls)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+def test_the_graph_of_a_unet_holds_the_ops() -> None:
+    net, recorder = unet(dropout=0.0), Recorder()
+    out = torch.compile(net, fullgraph=True, backend=recorder)(X, T, Y)
+    assert torch.equal(out, net(X, T, Y))
+    nodes = recorder.nodes()
+    blocks = [m for m in net.modules() if isinstance(m, ResidualBlock)]
+    norms = 2 * len(blocks) + sum(isinstance(m, AttentionBlock) for m in net.modules()) + 1
+    assert (nodes["conv3x3"], nodes["group_norm_silu"], nodes["timestep_embedding"]) == (2 * len(blocks), norms, 1)
+    assert not [name for name in nodes if "group_norm" in name and name != "group_norm_silu"]
+
+
+def test_the_graph_of_a_forward_holds_the_ops() -> None:
+    ours, recorder = diffusion(seed=1), Recorder()
+    torch.compile(ours, fullgraph=True, backend=recorder)(X, Y)
+    nodes = recorder.nodes()
+    blocks = [m for m in ours.model.modules() if isinstance(m, ResidualBlock)]
+    expected = {"timesteps": 1, "noise": 2, "q_sample": 1, "diffusion_loss": 1, "dropout_mask": len(blocks)}
+    assert {name: nodes[name] for name in expected} == expected
+
+
+def test_a_graph_dispatches_noise_when_it_runs() -> None:
+    """A graph that had taken the reference while it was traced would run under any forced backend."""
+
+    def draw(seed: Tensor, draw: Tensor) -> Tensor:
+        return ops.noise((2, 3, 4), ops.NoiseState(seed, draw), ops.PERTURB)
+
+    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
+    expected = draw(SEED, DRAW)
+    for backend in [b for name, b, reason in ops.availability() if name == "noise" and reason is None]:
+        with ops.use_backend(backend):
+            assert torch.equal(compiled(SEED, DRAW), expected)
+    with ops.use_backend("cuda"), pytest.raises(RuntimeError, match="the forced backend 'cuda' can't run"):
+        compiled(SEED, DRAW)
+
+
+@pytest.mark.parametrize(
+    ("backend", "seed", "options"),
+    [
+        ("aot_eager", 1, {}),
+        ("aot_eager", None, {}),
+        ("inductor", 1, {"channel_mults": (1,), "attention_resolutions": ()}),  # small: it compiles for long
+    ],
+)
+def test_a_compiled_forward_trains_as_an_eager_one(backend: str, seed: int | None, options: dict[str, Any]) -> None:
+    if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no C++ compiler for the inductor")
+    ours, eager = diffusion(seed=seed, **options), diffusion(seed=seed, **options)
+    compiled = torch.compile(ours, fullgraph=True, backend=backend)
+    for _ in range(3):
+        losses = []
+        for run in (compiled, eager):
+            loss = run(X, Y)
+            loss.backward()
+            losses.append(loss.detach())
+            eager.seed = ours.seed  # where the first one drew it
+        assert torch.allclose(*losses, rtol=1e-5)
+        for p, q in zip(ours.model.parameters(), eager.model.parameters(), strict=True):
+            assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-5)
+    assert ours.calls == eager.calls == 3
+
+
+def test_a_compiled_forward_is_not_compiled_anew_at_each_step() -> None:
+    recorder = Recorder()
+    compiled = torch.compile(diffusion(seed=1), fullgraph=True, backend=recorder)
+    losses = {float(compiled(X, Y).detach()) for _ in range(4)}
+    assert len(recorder.graphs) == 1 and len(losses) == 4
+
+
+def test_export() -> None:
+    net = unet(dropout=0.0).eval()
+    program = torch.export.export(net, (X, T, Y))
+    assert torch.allclose(program.module()(X, T, Y), net(X, T, Y), atol=1e-6)
+    targets = {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
+    assert {"ddpm_fast.group_norm_silu.default", "ddpm_fast.conv3x3.default"} <= targets
+    lowered = {str(n.target) for n in program.run_decompositions().graph.nodes if n.op == "call_function"}
+    assert not [name for name in lowered if name.startswith("ddpm_fast")]  # runs where there is no ddpm_fast
+
+
+def test_second_derivatives() -> None:
+    """On the reference, also through a UNet whose attention is made of products."""
+    x, w, b = (leaf(2, 4, 3, 3).double(), leaf(4).double(), leaf(4).double())
+    torch.autograd.gradgradcheck(lambda *a: ops.group_norm_silu(*a, 2), (x, w, b))
+    net, inner = unet().double().eval(), X.double().requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):
+        (g,) = torch.autograd.grad(net(inner, T, Y).square().sum(), inner, create_graph=True)
+        g.square().sum().backward()
+    assert inner.grad is not None and inner.grad.abs().max() > 0
+
+
+def test_deterministic_algorithms() -> None:
+    results = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            d = diffusion(seed=1)
+            d(X, Y).backward()
+            results.append([p.grad for p in d.model.parameters()] + [d.sample(2, "cpu", Y, use_ema=False, seed=1)])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
