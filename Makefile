@@ -4,8 +4,10 @@ PYTEST_ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+# What the API reference shows; the rest is nobody's interface.
+API := ddpm_fast $(addprefix ddpm_fast.,ops schedules samplers script_utils training.trainer training.recipe training.checkpoint training.data training.images evaluation.metrics evaluation.classifier)
 
-.PHONY: help demo test check lint bench gpu clean
+.PHONY: help demo test check lint docs bench gpu clean
 .DELETE_ON_ERROR:
 
 help: ## show this list (default)
@@ -23,6 +25,9 @@ lint: $(READY) ## lint, format and types only
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+docs: $(READY) ## write the API reference, from the docstrings, into build/api/
+	$(PY) -W error -m pdoc -d google -o build/api $(API)
 
 bench: $(READY) ## measure sampling, training and ops against plain PyTorch
 	$(PY) benchmarks/sample_throughput.py --quick
