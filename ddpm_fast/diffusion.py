@@ -80,7 +80,7 @@ class Diffusion(SamplingDiffusion):
             raise ValueError("seed is for rng='philox'; with rng='torch' call torch.manual_seed")
         # A subclass, a hook or a patch may take other data than the network inside.
         if type(model) is UNet and not model._forward_pre_hooks and "forward" not in model.__dict__:
-            model.check_data(size, img_channels, num_classes)
+            model.check_data(size, img_channels)
         super().__init__(betas, prediction, seed)
 
         self.model = model

@@ -195,12 +195,13 @@ class UNet(TakesNoiseState):
                 raise ValueError(f"y is required: this network was built with num_classes={self.num_classes}")
             check_labels(y, x.shape[0])
 
-    def check_data(self, img_size: Sequence[int], img_channels: int, num_classes: int | None) -> None:
-        """Raise ValueError unless this network takes such images; None for num_classes, here or there, fits any."""
-        for name, value in (("img_channels", img_channels), ("num_classes", num_classes)):
-            own = getattr(self, name)
-            if value != own and None not in (value, own):
-                raise ValueError(f"{name} is {value}, but the UNet was built with {name}={own}: give both one value")
+    def check_data(self, img_size: Sequence[int], img_channels: int) -> None:
+        """Raise ValueError unless this network takes such images."""
+        if img_channels != self.img_channels:
+            raise ValueError(
+                f"img_channels is {img_channels}, but the UNet was built with img_channels={self.img_channels}: "
+                "give both one value"
+            )
         if len(img_size) != 2:
             raise ValueError(f"img_size must be (height, width) for a UNet, got {tuple(img_size)}")
         self._check_size("img_size", *img_size)
