@@ -83,6 +83,7 @@ class Diffusion(SamplingDiffusion):
             model.check_data(size, img_channels)
         super().__init__(betas, prediction, seed)
 
+        self._draw: int | Tensor | None = None  # of the forward call under way
         self.model = model
         self.ema_model = copy.deepcopy(model).requires_grad_(False)
         self.ema = ema
@@ -125,17 +126,21 @@ class Diffusion(SamplingDiffusion):
         if self.rng == "torch":
             t = torch.randint(0, self.num_timesteps, (x.shape[0],), device=x.device)
         else:
-            t = ops.timesteps(x.shape[0], self.num_timesteps, self.noise_state(self.draw(ahead=1), x.device))
-        return self.get_losses(x, t, y)
+            self._draw = self.count_call()
+            t = ops.timesteps(x.shape[0], self.num_timesteps, self.noise_state(self._draw, x.device))
+        try:
+            return self.get_losses(x, t, y)
+        finally:
+            self._draw = None
 
     def get_losses(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """The loss at timesteps t [N]; see `forward`."""
         self._check_x(x)
         y = self._checked_y(y, x.shape[0], x.device)
-        self.count_call()
+        draw = self.count_call() if self._draw is None else self._draw
         if self.training:  # written and not read, or a compiler would guard it
             self._trained = True
-        state = self.noise_state(self.draw(), x.device) if self.rng == "philox" else None
+        state = self.noise_state(draw, x.device) if self.rng == "philox" else None
         noise = torch.randn(x.shape, dtype=x.dtype, device=x.device) if state is None else state
         x_t = self.perturb_x(x, t, noise)
         model_out = self._call(self.model, x_t, t, y, state)

@@ -63,9 +63,9 @@ def torch_start(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
     """The model in eval mode and without gradients; afterwards every module is in the mode it was in."""
     training = [m for m in model.modules() if m.training]
-    if training:
-        model.eval()
     try:
+        if training:
+            model.eval()
         with torch.no_grad(), _cast_once(model):
             yield model
     finally:
@@ -84,6 +84,7 @@ def _cast_once(model: nn.Module) -> Iterator[None]:
         yield
         return
     frozen = [p for p in model.parameters() if p.is_floating_point() and not (p.requires_grad or p.is_inference())]
+    torch.clear_autocast_cache()  # the weights may have changed since the caller's autocast began
     for p in frozen:
         p.requires_grad = True
     try:

@@ -219,3 +219,20 @@ def test_what_does_not_fit_is_named(path: Path, change, message: str) -> None:
         diffusion = Diffusion.from_config(saved.config)
         saved.load_into(diffusion, torch.optim.Adam(diffusion.model.parameters()))
     assert str(path) in str(error.value)
+
+
+def test_what_was_read_does_not_hang_on_the_file(path: Path) -> None:
+    """Nor on the file being left alone, nor on who loaded it before."""
+    saved = read_checkpoint(path)
+    data = path.read_bytes()
+    with open(path, "r+b") as file:  # in place, as cp writes
+        file.write(b"\0" * len(data))
+    optimizers = []
+    for _ in range(2):
+        diffusion, optimizer = trained(0)
+        saved.load_into(diffusion, optimizer)
+        diffusion(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])).backward()
+        optimizer.step()
+        optimizers.append(optimizer)
+    for a, b in zip(*(o.state_dict()["state"].values() for o in optimizers), strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a) and float(a["step"]) == 4

@@ -167,6 +167,21 @@ def test_a_compiled_forward_trains_as_an_eager_one(backend: str, seed: int | Non
     assert ours.calls == eager.calls == 3
 
 
+def test_compiled_models_draw_seeds_of_their_own() -> None:
+    seeds = []
+    for _ in range(2):
+        d = diffusion(seed=None)
+        torch.compile(d, fullgraph=True, backend="aot_eager")(X, Y)
+        seeds.append(d.seed)
+    torch.manual_seed(0)
+    other = diffusion(seed=None)
+    torch.manual_seed(0)
+    assert seeds[0] == seeds[1] is not None  # `unet` seeds torch's generator alike
+    torch.manual_seed(5)
+    torch.compile(other, fullgraph=True, backend="aot_eager")(X, Y)
+    assert other.seed not in (None, seeds[0])
+
+
 def test_a_compiled_forward_is_not_compiled_anew_at_each_step() -> None:
     recorder = Recorder()
     compiled = torch.compile(diffusion(seed=1), fullgraph=True, backend=recorder)

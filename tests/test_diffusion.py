@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 import warnings
 
 import numpy as np
@@ -237,3 +238,49 @@ def test_from_config_round_trips() -> None:
     assert diffusion.rng == "torch" and diffusion.num_classes == 4 and diffusion.num_timesteps == 1000
     with pytest.raises(ValueError, match="unknown configuration key 'chanels'"):
         Config.from_dict({"chanels": 3})
+
+
+def test_the_counts_live_on_the_cpu_and_train_anywhere() -> None:
+    """Whatever the context that a Diffusion is built in."""
+    saved = small(seed=3)
+    with torch.device("meta"):
+        bare = small(seed=3)
+    bare.to_empty(device="cpu").load_state_dict(saved.state_dict())
+    x = torch.zeros(2, 1, 8, 8)
+    assert bare.calls == 0 and torch.equal(bare.eval()(x), saved.eval()(x))
+    with torch.inference_mode():
+        built = pixelwise()
+    with torch.no_grad():
+        assert built(torch.zeros(2, 2, 5, 7)).isfinite() and built.calls == 1
+
+
+def test_a_failed_load_leaves_the_counts() -> None:
+    diffusion, state = pixelwise(seed=3), pixelwise(seed=4).state_dict()
+    state["model.gain"] = torch.zeros(2)
+    with pytest.raises(RuntimeError, match="model.gain"):
+        diffusion.load_state_dict(state, step=77)
+    assert (diffusion.step, diffusion.calls, diffusion.seed, diffusion.loaded) == (0, 0, 3, False)
+
+
+def test_replicas_in_threads_draw_apart() -> None:
+    """nn.DataParallel copies a module and calls the copies in threads: here both have drawn before either is done."""
+    diffusion, barrier, seen = pixelwise(seed=3), threading.Barrier(2, timeout=60), []
+
+    class Waits(Pixelwise):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+            barrier.wait()
+            seen.append(t)
+            return super().forward(x, t, y)
+
+    def run(replica: Diffusion) -> None:
+        replica(torch.zeros(8, 2, 5, 7))
+
+    replicas = [diffusion._replicate_for_data_parallel() for _ in range(2)]
+    for replica in replicas:
+        replica._modules = {**diffusion._modules, "model": Waits()}
+    threads = [threading.Thread(target=run, args=(r,)) for r in replicas]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert diffusion.calls == 2 and len(seen) == 2 and not torch.equal(*seen)

@@ -1,6 +1,7 @@
 """Sampling beyond the original's contract: what an image depends on, what the network is told, warnings."""
 
 import warnings
+from typing import cast
 
 import numpy as np
 import pytest
@@ -158,3 +159,21 @@ def test_labels_are_checked_for_any_network() -> None:
     diffusion = Diffusion(Pixelwise(), (5, 7), 2, 3, BETAS)
     with pytest.raises(ValueError, match=r"y must lie in \[0, 3\)"):
         diffusion(torch.zeros(2, 2, 5, 7), torch.tensor([0, 3]))
+
+
+@pytest.mark.parametrize("rng", ["philox", "torch"])
+def test_given_noise_is_left_as_it_was(rng: str) -> None:
+    noise = torch.randn(2, 2, 5, 7)
+    before = noise.clone()
+    pixelwise(rng=rng).sample(2, "cpu", noise=noise)
+    assert torch.equal(noise, before)
+
+
+def test_a_large_batch_is_cut_to_what_fits(monkeypatch) -> None:
+    monkeypatch.setattr("ddpm_fast.sampling.batch_that_fits", lambda *_: 30)
+    diffusion = pixelwise()
+    expected = torch.cat([diffusion.sample(35, "cpu", seed=1, first_index=first) for first in (0, 35)])
+    network = cast(Pixelwise, diffusion.ema_model)
+    network.times.clear()
+    assert torch.equal(diffusion.sample(70, "cpu", seed=1), expected)
+    assert {len(t) for t in network.times} <= {1, 10, 30}  # 1: batch_that_fits tries the network with one image

@@ -1,5 +1,6 @@
 """What a diffusion checkpoint carries beside its networks: the schedule's tables, and the counters."""
 
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -11,13 +12,25 @@ from torch import Tensor, nn
 
 from ..ops import NoiseState
 from ..ops import _checks as checks
+from ..ops._library import opaque
 from ..schedules import Array, check_betas, tables
 
 
-@torch.compiler.assume_constant_result
 def fresh_seed() -> int:
     """A seed from torch's generator, so that torch.manual_seed makes a script repeatable."""
     return int(torch.randint(2**63 - 1, (), device="cpu"))
+
+
+def _known_seed(seed: Tensor) -> Tensor:
+    """The seed of [known, seed], drawn first where it is unknown."""
+    if not seed[0]:
+        seed.copy_(torch.tensor([1, fresh_seed()], device="cpu"))
+    return seed[1].clone()
+
+
+# For a compiled graph: the seed is looked up when the graph runs, so that two instances may share one.
+_SEED = opaque("known_seed(Tensor(a!) seed) -> Tensor", _known_seed, lambda seed: seed.new_empty(()))
+_COUNTING = threading.Lock()  # nn.DataParallel calls its replicas in threads
 
 
 class DiffusionState(nn.Module):
@@ -39,8 +52,10 @@ class DiffusionState(nn.Module):
         super().__init__()
         self.prediction = prediction
         # One object also for the shallow copies that nn.DataParallel makes of a module, so that they count on.
-        # The calls in a tensor, which a compiled graph can count in, and read when it runs.
-        self._counts: dict[str, Any] = {"step": 0, "calls": torch.zeros((), dtype=torch.int64), "seed": None}
+        # Calls and [known, seed] are tensors on the CPU, which a compiled graph reads, and counts in, when it runs.
+        with torch.inference_mode(False):
+            calls, known_seed = (torch.zeros(size, dtype=torch.int64, device="cpu") for size in ((), (2,)))
+        self._counts: dict[str, Any] = {"step": 0, "calls": calls, "seed": known_seed}
         self.seed = seed
         self.loaded = False
         self._betas = check_betas(betas, prediction)
@@ -65,22 +80,23 @@ class DiffusionState(nn.Module):
     def calls(self, value: int) -> None:
         self._counts["calls"].fill_(checks.integer("calls", value, 0))
 
-    def draw(self, ahead: int = 0) -> int | Tensor:
-        """The number of the last forward call, or of one to come; a compiler is given the tensor that it stands in."""
-        return self._counts["calls"] + ahead if torch.compiler.is_compiling() else self.calls + ahead
-
-    def count_call(self) -> None:
-        """Forward was called."""
-        self._counts["calls"].add_(1)
+    def count_call(self) -> int | Tensor:
+        """Forward was called: the number of this call, for a compiler in a tensor."""
+        if torch.compiler.is_compiling():
+            return self._counts["calls"].add_(1).clone()
+        with _COUNTING:
+            return int(self._counts["calls"].add_(1))
 
     @property
     def seed(self) -> int | None:
-        """Of training's random numbers; None until they are needed."""
-        return self._counts["seed"]
+        """Of training's random numbers; None until they are needed. 2^64 - k reads as -k: they are the same key."""
+        known, seed = self._counts["seed"].tolist()
+        return seed if known else None
 
     @seed.setter
     def seed(self, value: int | None) -> None:
-        self._counts["seed"] = None if value is None else checks.integer("seed", value, -(2**63), 2**64 - 1)
+        seed = 0 if value is None else checks.integer("seed", value, -(2**63), 2**64 - 1)
+        self._counts["seed"].copy_(torch.tensor([value is not None, (seed + 2**63) % 2**64 - 2**63], device="cpu"))
 
     @property
     def num_timesteps(self) -> int:
@@ -93,14 +109,14 @@ class DiffusionState(nn.Module):
 
     def noise_state(self, draw: int | Tensor, device: torch.device) -> NoiseState:
         """Where training's random numbers stand at forward call `draw`; each process has its own range of samples."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        first_sample = (torch.distributed.get_rank() if distributed else 0) << 32
+        if isinstance(draw, Tensor):
+            return NoiseState(_SEED(self._counts["seed"]).to(device), draw.to(device), first_sample)
         seed = self.seed
         if seed is None:
-            self._counts["seed"] = seed = fresh_seed()
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if distributed else 0
-        if isinstance(draw, Tensor):
-            return NoiseState.at(seed, 0, rank << 32, device)._replace(draw=draw.to(device))
-        return NoiseState.at(seed, draw, rank << 32, device)
+            seed = int(_known_seed(self._counts["seed"]))
+        return NoiseState.at(seed, draw, first_sample, device)
 
     def extra_state(self) -> dict[str, int | None]:
         """What a checkpoint must carry beside the tensors: EMA step, forward calls, seed."""
@@ -131,7 +147,13 @@ class DiffusionState(nn.Module):
             metadata[""] = {**own, "ddpm_fast": {**own.get("ddpm_fast", {}), "step": step}}
             state_dict = OrderedDict(state_dict)
             setattr(state_dict, "_metadata", metadata)  # noqa: B010 - not in the type
-        keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        before = self.step, self.calls, self.seed
+        try:
+            keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except BaseException:
+            self.step, self.calls, self.seed = before
+            raise
+        self.loaded = True
         if "ddpm_fast" not in getattr(state_dict, "_metadata", {}).get("", {}):
             self._warn_of_counting(stacklevel=3)
         return keys
@@ -145,14 +167,14 @@ class DiffusionState(nn.Module):
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *args: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        self.loaded = True
+        self.loaded = self.loaded or bool(prefix)  # part of another module, whose load_state_dict isn't ours
         betas = self.betas.double().cpu().numpy()
         if not np.array_equal(betas.astype(np.float32), self._betas.astype(np.float32)):
             self._betas = check_betas(betas, self.prediction)
         self._rebuild_tables()
         if "ddpm_fast" in local_metadata:
             self.load_extra_state(local_metadata["ddpm_fast"])
-        elif prefix:  # part of another module, whose load_state_dict isn't ours
+        elif prefix:
             self._warn_of_counting(stacklevel=6)
 
     def _warn_of_counting(self, stacklevel: int) -> None:

@@ -116,6 +116,8 @@ def sampler_step(
         check_source(noise, x)
     if clip is not None and not _checks.number("clip", clip) > 0:
         raise ValueError(f"clip must be positive, got {clip}: None is for no clipping")
+    if x0_out is not None and x0_out is out:
+        raise ValueError("x0_out must be another tensor than out: each receives a result of its own")
     if x0_out is not None and not return_x0:
         raise ValueError("x0_out needs return_x0=True")
     return OP(x, model_out, rows, k, noise=noise, hist=hist, clip=clip, return_x0=return_x0, out=out, x0_out=x0_out)

@@ -43,7 +43,7 @@ def group_norm_silu(
     if add is not None:
         h = h + add.to(h.dtype)[..., None, None]
     if residual is not None:
-        h = h + residual
+        h = h + residual.to(h.dtype)
     y = _group_norm(h, weight, bias, groups, eps)
     if scale is not None:
         y = y * (1 + scale.to(y.dtype)[..., None, None])

@@ -113,7 +113,7 @@ def dropout_mask(shape: Sequence[int], p: float, state: NoiseState, stream: int)
     w = torch.stack(words(state, stream, num_samples, -(-size // 8)), dim=-1)
     halves = torch.stack([w & 0xFFFF, w >> 16], dim=-1).flatten(1)[:, :size]
     threshold, scale = dropout_threshold(p)
-    mask = torch.where(halves >= threshold, scale, 0.0)
+    mask = (halves >= threshold).to(torch.float32) * scale
     return mask.reshape(num_samples, height, width, channels).permute(0, 3, 1, 2)
 
 

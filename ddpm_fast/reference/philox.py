@@ -1,7 +1,7 @@
 """Philox4x32-10, the counter-based generator behind every random number here (Salmon et al. 2011, section 3.3).
 
 A number is a function of (seed, stream, draw, sample, element) and of nothing else. All integers are int64 tensors that
-hold 32-bit words; products wrap modulo 2^64, which leaves the bits of the unsigned product.
+hold 32-bit words.
 """
 
 import operator
@@ -58,13 +58,20 @@ class Dropout(NamedTuple):
     stream: int = DROPOUT
 
 
+def _product(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """High and low word of the product, by halves of the multiplier: it must not pass 2^63, where C++ is undefined."""
+    low = word * (multiplier & 0xFFFF)
+    rest = word * (multiplier >> 16) + (low >> 16)
+    return rest >> 16, (rest & 0xFFFF) << 16 | low & 0xFFFF
+
+
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Four 32-bit words (int64 tensors in [0, 2^32)) for each counter; counters and keys broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
-        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1, c2, c3 = ((p1 >> 32) & MASK) ^ c1 ^ k0, p1 & MASK, ((p0 >> 32) & MASK) ^ c3 ^ k1, p0 & MASK
+        (high_0, low_0), (high_1, low_1) = _product(c0, MULTIPLIERS[0]), _product(c2, MULTIPLIERS[1])
+        c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
         k0, k1 = (k0 + KEY_STEPS[0]) & MASK, (k1 + KEY_STEPS[1]) & MASK
     return c0, c1, c2, c3
 

@@ -4,6 +4,7 @@ Tensors: the `state_dict()` of `Diffusion` under its own names, `optimizer.<inde
 Header key "ddpm_fast", JSON: {format, config, extra_state, param_groups, training}. Nothing is ever unpickled.
 """
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -76,7 +77,7 @@ class Checkpoint(NamedTuple):
                 if value.ndim and value.shape != params[index].shape:
                     came, expected = tuple(value.shape), tuple(params[index].shape)
                     raise ValueError(f"{OPTIMIZER}{index}.{name} has shape {came}, expected {expected}")
-        optimizer.load_state_dict(self.optimizer)
+        optimizer.load_state_dict(copy.deepcopy(self.optimizer))  # it would keep our tensors, and train them
 
 
 def save_checkpoint(
@@ -126,7 +127,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            # Copies: what the file backs would change, or crash the process, with the file.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except (SafetensorError, OSError) as error:
         if _is_pickled(path):
             raise ValueError(

@@ -186,3 +186,18 @@ def test_native_checks_its_arguments() -> None:
     ):
         with pytest.raises(ValueError, match=text):
             _C.noise(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_has_no_say(dtype: torch.dtype) -> None:
+    def draw() -> list[torch.Tensor]:
+        state = NoiseState.at(5, 1)
+        return [reference.dropout_mask((2, 4, 3, 3), 0.3, state, 32), reference.noise((2, 5), state, 1)]
+
+    expected = draw()
+    torch.set_default_dtype(dtype)
+    try:
+        got = draw()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, expected, strict=True))

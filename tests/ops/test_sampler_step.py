@@ -78,6 +78,7 @@ R = ROWS.float()
         ((X.long(), X, R, K), {}, TypeError, "x must be a floating"),
         ((X, X[:1], R, K), {}, ValueError, "model_out must have shape"),
         ((X, X, R[:, :7], K), {}, ValueError, "rows must have 8 columns"),
+        ((X, X, R, K), {"out": X, "x0_out": X, "return_x0": True}, ValueError, "x0_out must be another tensor"),
         ((X, X, R[0], K), {}, ValueError, "rows must have 2 dim"),
         ((X, X, R, K[None]), {}, ValueError, "k must have shape"),
         ((X, X, R, K.float()), {}, TypeError, "k must have dtype"),
