@@ -35,7 +35,7 @@ examples:
   ddpm-fast train                                               digits that come with scikit-learn, into runs/digits
   ddpm-fast train --data mnist/ --pad 2 --base-channels 32      a folder with MNIST's files; 28 + 2*2 = 32 pixels
   ddpm-fast train --data mnist/ --pad 2 --resume --steps 50000  go on after Ctrl-C, or for longer
-  ddpm-fast train --data cifar10.zip/train --flip --steps 200000 --out runs/cifar10
+  ddpm-fast train --data cifar-10-python.tar.gz --flip --steps 200000 --out runs/cifar10
 
 written into --out: model.safetensors (checkpoint), log.jsonl (loss), samples-*.png
 """
@@ -114,7 +114,7 @@ def _parser() -> ArgumentParser:
 
 
 def _train(parser: ArgumentParser) -> None:
-    _train_data(parser.add_argument_group("data").add_argument)
+    _train_data(parser.add_argument_group("data"))
     _train_model(parser.add_argument_group("model").add_argument)
     _train_recipe(parser.add_argument_group("training (with --resume, what isn't given stays as it was)").add_argument)
     group = parser.add_argument_group("run")
@@ -123,6 +123,13 @@ def _train(parser: ArgumentParser) -> None:
     start = group.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     start.add_argument("--overwrite", action="store_true", help="start anew although --out holds a checkpoint")
+    add(
+        "--workers",
+        type=whole(0, 256),
+        default=0,
+        metavar="N",
+        help="processes that put batches together ahead of time, the same ones; seldom faster (%(default)s: none)",
+    )
     add("--log-every", type=whole(0), default=50, metavar="N", help="steps between log lines, 0: none (%(default)s)")
     add("--save-every", type=whole(0), default=1000, metavar="N", help="steps between checkpoints (%(default)s)")
     add(
@@ -141,16 +148,28 @@ def _train(parser: ArgumentParser) -> None:
     _device(add)
 
 
-def _train_data(add: Callable[..., object]) -> None:
+def _train_data(group: Any) -> None:
+    add = group.add_argument
     add(
         "--data",
         default="digits",
         metavar="SOURCE",
-        help="'digits' (default), an idx[.gz] image file, a folder with MNIST's files, or a folder or zip of images "
-        "with one sub-folder per class; a.zip/b is the folder b in a.zip; transparent parts become white",
+        help="'digits' (default), an idx[.gz] image file, a folder with MNIST's files, a folder, zip or tar.gz with "
+        "CIFAR's, or a folder or zip of images with one sub-folder per class; a.zip/b is the folder b in a.zip; "
+        "transparent parts become white",
     )
     add("--size", type=size, metavar="N|HxW", help="scale and crop the images to this size")
     add("--pad", type=whole(0, MAX_PAD), default=0, metavar="N", help="black pixels to add on each side (%(default)s)")
+    add("--skip-bad", action="store_true", help="leave out images that can't be read, and list them in skipped.txt")
+    add("--decode-workers", type=whole(0, 256), default=0, metavar="N", help="processes that decode images (0: none)")
+    cache = group.add_mutually_exclusive_group()
+    cache.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="keep decoded images here, verified by content ($DDPM_FAST_CACHE, else ~/.cache/ddpm_fast)",
+    )
+    cache.add_argument("--no-cache", action="store_true", help="decode anew, and keep nothing")
     add("--unconditional", action="store_true", help="don't use the classes")
 
 

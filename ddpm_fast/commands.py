@@ -20,8 +20,9 @@ from .diffusion import Diffusion
 from .models.presets import Config, preset
 from .ops import _checks as checks
 from .samplers import SAMPLERS
+from .training.cache import default_folder
 from .training.checkpoint import CHECKPOINT, read_checkpoint
-from .training.data import Images, load_images
+from .training.data import Images, load_images, write_skipped
 from .training.extras import require
 from .training.files import check_writable
 from .training.guards import warn_where_busy
@@ -56,7 +57,17 @@ def train(args: Namespace) -> int:
     check_writable(out)
     device = _device(args.device)
     warn_where_busy(device)
-    trainer = _trainer(args, out, load_images(args.data, size=args.size, pad=args.pad), device)
+    images = load_images(
+        args.data,
+        size=args.size,
+        pad=args.pad,
+        cache=None if args.no_cache else args.cache or default_folder(),
+        workers=args.decode_workers,
+        skip_bad=args.skip_bad,
+        progress=True,
+    )
+    trainer = _trainer(args, out, images, device)
+    write_skipped(out, images)
     parameters = sum(p.numel() for p in trainer.diffusion.model.parameters())
     shape = "x".join(str(n) for n in trainer.images.pixels.shape)
     print(f"{shape} images, {trainer.config.num_classes or 'no'} classes, {parameters:,} parameters, {device}")
@@ -79,7 +90,7 @@ def _mapping(names: tuple[str, ...]) -> str:
 
 def _trainer(args: Namespace, out: Path, images: Images, device: torch.device) -> Trainer:
     changes = _given(args, *RECIPE_OPTIONS)
-    options = {"device": device, "sample_steps": args.sample_steps}
+    options = {"device": device, "sample_steps": args.sample_steps, "workers": args.workers}
     options |= _given(args, "log_every", "save_every", "sample_every")
     model = _given(args, *MODEL_OPTIONS)
     if args.resume:

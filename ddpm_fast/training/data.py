@@ -13,8 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import _checks as checks
+from .cifar import cifar_file, find_cifar, is_tar, read_cifar, tar_files
 from .extras import require
-from .readers import find_idx, image_files, is_zip, read_files, read_idx_files, resize
+from .files import write_atomically
+from .folders import read_folder
+from .readers import find_idx, image_files, is_zip, read_idx_files, resize
+from .workers import Ahead
+
+SKIPPED = "skipped.txt"
 
 
 class Images(NamedTuple):
@@ -23,6 +29,7 @@ class Images(NamedTuple):
     pixels: Tensor  # uint8 [N, C, H, W]
     labels: Tensor | None  # int64 [N]
     class_names: tuple[str, ...] | None = None
+    skipped: tuple[str, ...] = ()  # of each image that was left out, which and why
 
     @property
     def classes(self) -> Tensor:
@@ -40,7 +47,7 @@ class Images(NamedTuple):
 
     def select(self, index: Tensor) -> "Images":
         """The images at `index` (int64 or bool [N])."""
-        return Images(self.pixels[index], None if self.labels is None else self.labels[index], self.class_names)
+        return self._replace(pixels=self.pixels[index], labels=None if self.labels is None else self.labels[index])
 
     def fingerprint(self) -> dict[str, int]:
         """What a resumed run compares to know that it sees the same images in the same order."""
@@ -50,37 +57,76 @@ class Images(NamedTuple):
         return {"images": len(self.pixels), "crc32": crc}
 
 
-def load_images(source: str | Path, *, size: tuple[int, int] | None = None, pad: int = 0) -> Images:
+def load_images(
+    source: str | Path,
+    *,
+    size: tuple[int, int] | None = None,
+    pad: int = 0,
+    cache: str | Path | None = None,
+    workers: int = 0,
+    skip_bad: bool = False,
+    progress: bool = False,
+) -> Images:
     """Reads a data set.
 
     Args:
         source: "digits" (scikit-learn's, the training two thirds), an idx or idx.gz image file (its labels file is
-            found by name), a folder that holds `train-images-idx3-ubyte[.gz]`, or a folder or zip of images with one
+            found by name), a folder that holds `train-images-idx3-ubyte[.gz]`, a folder, zip or tar of CIFAR-10 or
+            CIFAR-100 in Python's or the binary format or one file of these, or a folder or zip of images with one
             sub-folder per class. `photos.zip/train` reads the folder `train` inside `photos.zip`. One image in colour
             makes all of them so; what is transparent becomes white.
         size: (height, width) to scale to; the shorter side is fitted and the rest cropped around the centre.
         pad: black pixels added on each side, after scaling.
+        cache: folder that keeps decoded image files, verified by their content; None: nothing is kept.
+        workers: processes that decode image files; 0: this one.
+        skip_bad: leave out image files that can't be read or have another size than most, with a warning and
+            `Images.skipped`; else the first is an error.
+        progress: show a bar when decoding takes longer than a second.
 
     Raises:
         ValueError: the source is missing, damaged or of an unknown kind; the text names the file.
     """
     if size is not None:
         size = _checked_size(size)
-    pad = checks.integer("pad", pad, 0)
+    pad, workers = checks.integer("pad", pad, 0), checks.integer("workers", workers, 0)
     path = Path(source)
-    if str(source) == "digits":
-        images = digits("train")
-    elif path.is_file() and not is_zip(path):
-        images = read_idx(path)
-    elif path.is_dir() and (idx := find_idx(path)):
-        images = read_idx(idx)
-    else:
-        with image_files(path) as files:
-            images = Images(*read_files(path, files, size))
+    options = {"workers": workers, "skip_bad": skip_bad, "progress": progress}
+    images = _read(path, size, {"cache_folder": None if cache is None else Path(cache), **options})
     pixels = images.pixels
     if size is not None and tuple(pixels.shape[2:]) != size:
         pixels = torch.cat([resize(part, size) for part in pixels.split(1024)])
-    return images._replace(pixels=F.pad(pixels, (pad, pad, pad, pad)))
+    if pad:  # without it the pixels stay where they are, perhaps mapped from the cache
+        pixels = F.pad(pixels, (pad, pad, pad, pad))
+    return images._replace(pixels=pixels)
+
+
+def _read(path: Path, size: tuple[int, int] | None, options: dict[str, Any]) -> Images:
+    """The reader that fits what lies at `path`."""
+    if str(path) == "digits":
+        return digits("train")
+    if path.is_dir() and (idx := find_idx(path)):
+        return read_idx(idx)
+    open_files = image_files
+    if path.is_file() and not is_zip(path):
+        if one := cifar_file(path):
+            return Images(*read_cifar(path.parent, *one))
+        if not is_tar(path):
+            return read_idx(path)
+        open_files = tar_files
+    with open_files(path) as files:
+        if cifar := find_cifar(path, files):
+            return Images(*read_cifar(path, files, cifar))
+        read, skipped = read_folder(path, files, size, **options)
+        return Images(*read, skipped)
+
+
+def write_skipped(out: Path, images: Images) -> None:
+    """Lists in `out`/skipped.txt which images were left out and why; removes the list of an earlier run."""
+    path = out / SKIPPED
+    if images.skipped:
+        write_atomically(path, "".join(f"{reason}\n" for reason in images.skipped).encode("utf-8", "surrogateescape"))
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
@@ -135,28 +181,44 @@ class Batches:
         images: the data; its pixels live on `device` from now on.
         seed: of the order and the flips, >= 0.
         flip: mirror each image left-right with probability 1/2.
+        workers: processes that pick batches ahead of time, from pixels in shared memory; the batches stay the same.
     """
 
     def __init__(
-        self, images: Images, *, seed: int = 0, flip: bool = False, device: torch.device | str = "cpu"
+        self,
+        images: Images,
+        *,
+        seed: int = 0,
+        flip: bool = False,
+        device: torch.device | str = "cpu",
+        workers: int = 0,
     ) -> None:
-        self.pixels = images.pixels.to(device)
-        self.labels = None if images.labels is None else images.labels.to(device)
+        self.device = torch.device(device)
+        self.pixels = images.pixels.to("cpu" if workers else device)
+        self.labels = None if images.labels is None else images.labels.to(self.pixels.device)
         self.seed, self.flip = seed, flip
         self._epoch: tuple[int, Any] = (-1, None)
+        self._ahead = None
+        if checks.integer("workers", workers, 0):
+            self._ahead = Ahead(Batches(images, seed=seed, flip=flip), workers)
 
     def take(self, position: int, count: int) -> tuple[Tensor, Tensor | None]:
         """`count` images from `position` on: x float32 [count, C, H, W] in [-1, 1], y int64 [count] or None."""
+        pixels, labels = (self._ahead or self).pick(position, count)
+        return to_float(pixels.to(self.device)), None if labels is None else labels.to(self.device)
+
+    def pick(self, position: int, count: int) -> tuple[Tensor, Tensor | None]:
+        """The same as uint8."""
         size, parts = len(self.pixels), []
         while count > 0:
             order = self._order(position // size)[:, position % size :][:, :count]
             parts.append(order)
             position, count = position + order.shape[1], count - order.shape[1]
         index, mirrored = torch.cat(parts, dim=1)
-        x = to_float(self.pixels[index])
+        pixels = self.pixels[index]
         if self.flip:
-            x = torch.where(mirrored.bool()[:, None, None, None], x.flip(-1), x)
-        return x, None if self.labels is None else self.labels[index]
+            pixels = torch.where(mirrored.bool()[:, None, None, None], pixels.flip(-1), pixels)
+        return pixels, None if self.labels is None else self.labels[index]
 
     def _order(self, epoch: int) -> Tensor:
         """int64 [2, N]: the images of an epoch, and whether each is mirrored."""

@@ -6,7 +6,7 @@ import re
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -22,6 +22,7 @@ from .extras import require
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 IDX_NAME = re.compile(r"(.*)images([-.])idx3(.*)")
 READ_ERRORS = (OSError, EOFError, zlib.error, zipfile.BadZipFile)
+MAX_MEMBER = 2**30  # bytes a file in a zip may grow to
 CHUNK = 2**24  # bytes read at a time, so that memory is taken for what is there and not for what a header claims
 
 # Pixels uint8 [N, C, H, W], labels int64 [N], the names of the classes.
@@ -134,61 +135,50 @@ def image_files(path: Path) -> Iterator[Files]:
                 name = PurePosixPath(info.filename.replace("\\", "/").lstrip("/"))  # as some programs write them
                 folder = info.filename.endswith(("/", "\\"))
                 if name != inside and name.is_relative_to(inside):
-                    files[name.relative_to(inside)] = None if folder else partial(file.read, info)
+                    files[name.relative_to(inside)] = None if folder else partial(_member, file, info)
             yield files
     except zipfile.BadZipFile as error:
         wrong = "is a damaged zip" if is_zip(archive) else "can't be read"
         raise ValueError(f"{archive} {wrong}: {error}") from error
 
 
-def read_files(root: Path, files: Files, size: tuple[int, int] | None) -> Read:
-    """Decodes every image under `root`; the folder a file lies in is its class. One image in colour makes all so."""
-    pixels: list[Tensor] = []
-    folders: list[PurePosixPath] = []
-    for name in sorted(files, key=natural):
-        read = files[name]
-        if read is None or _hidden(name) or name.suffix.lower() not in IMAGE_SUFFIXES:
-            continue
-        image = _decode(f"{root}/{name}", read)
-        if size is not None:
-            image = resize(image.unsqueeze(0), size)[0]
-        elif pixels and image.shape[1:] != pixels[0].shape[1:]:
-            came, before = ("x".join(map(str, i.shape[1:])) for i in (image, pixels[0]))
-            raise ValueError(f"{root}/{name} is {came}, the images before it are {before}: give a size (--size)")
-        pixels.append(image)
-        folders.append(name.parent)
-    if not pixels:
-        raise ValueError(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    channels = max(image.shape[0] for image in pixels)
-    stacked = torch.stack([image.expand(channels, -1, -1) for image in pixels])
-    return stacked, *_classes(root, files, folders)
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    if info.file_size > MAX_MEMBER:
+        raise ValueError(f"it claims to have {info.file_size} bytes")
+    return archive.read(info)
 
 
-def _classes(root: Path, files: Files, folders: list[PurePosixPath]) -> tuple[Tensor | None, tuple[str, ...] | None]:
-    """Labels int64 [N] of images in `folders` [N], and the classes' names; nothing where all lie in one folder."""
-    used = set(folders)
-    if len(used) == 1:
+def classes(
+    root: Path, files: Files, names: list[PurePosixPath], skipped: Container[str] = ()
+) -> tuple[Tensor | None, tuple[str, ...] | None]:
+    """Labels int64 [N] of the images called `names` but not `skipped`, and the classes' names.
+
+    The folder an image lies in is its class; there are none where all lie in one folder.
+    """
+    folders = {name.parent for name in names}
+    if len(folders) == 1:
         return None, None
-    if len({folder.parent if folder.name else None for folder in used}) > 1:
-        found = ", ".join(f"{root}/{folder}" for folder in sorted(used, key=natural)[:3])
+    if len({folder.parent if folder.name else None for folder in folders}) > 1:
+        found = ", ".join(f"{root}/{folder}" for folder in sorted(folders, key=natural)[:3])
         raise ValueError(f"{root}: expected one sub-folder per class, found images in {found}...: name one level")
-    parent = folders[0].parent
-    every = used | {p for p, read in files.items() if read is None and p.parent == parent and not _hidden(p)}
-    classes = {folder: number for number, folder in enumerate(sorted(every, key=natural))}
-    for folder in sorted(every - used, key=natural):
-        warnings.warn(f"{root}/{folder} holds no images: class {classes[folder]} stays empty", stacklevel=2)
-    return torch.tensor([classes[folder] for folder in folders]), tuple(folder.name for folder in classes)
+    kept = [name.parent for name in names if str(name) not in skipped]
+    parent = names[0].parent.parent
+    every = folders | {p for p, read in files.items() if read is None and p.parent == parent and not hidden(p)}
+    numbers = {folder: number for number, folder in enumerate(sorted(every, key=natural))}
+    for folder in sorted(every - set(kept), key=natural):
+        warnings.warn(f"{root}/{folder} holds no images: class {numbers[folder]} stays empty", stacklevel=2)
+    return torch.tensor([numbers[folder] for folder in kept]), tuple(folder.name for folder in numbers)
 
 
-def _hidden(name: PurePosixPath) -> bool:
+def hidden(name: PurePosixPath) -> bool:
+    """Whether it is there for a program and not for us."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.parts)
 
 
-def _decode(name: str, read: Callable[[], bytes]) -> Tensor:
+def decode(name: str, data: bytes) -> Tensor:
     """Bytes of an image file to uint8 [C, H, W], 1 channel if it is grey, else 3; what is transparent becomes white."""
     pil, ops = require("PIL.Image"), require("PIL.ImageOps")
     try:
-        data = read()
         if not data:
             raise ValueError("it is empty")
         opened = pil.open(io.BytesIO(data))

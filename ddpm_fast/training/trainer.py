@@ -46,6 +46,7 @@ class Trainer:
             (a checkpoint is always written at the end).
         sample_steps: denoising steps of the grids; None: all, on a CPU at most 100.
         progress: show a progress bar.
+        workers: processes that pick batches ahead of time; 0: this one, seldom slower (docs/data.md).
         origin: who trains, written into the checkpoint.
 
     Raises:
@@ -66,6 +67,7 @@ class Trainer:
         sample_every: int = 0,
         sample_steps: int | None = None,
         progress: bool = True,
+        workers: int = 0,
         origin: str = "train",
     ) -> None:
         self.config, self.images, self.out = config, images, Path(out)
@@ -78,7 +80,9 @@ class Trainer:
         torch.manual_seed(self.recipe.seed)
         self.diffusion = Diffusion.from_config(config, seed=self.recipe.seed).to(self.device).train()
         self.optimizer = torch.optim.Adam(self.diffusion.model.parameters(), lr=self.recipe.lr, fused=True)
-        self.batches = Batches(images, seed=self.recipe.seed, flip=self.recipe.flip, device=self.device)
+        self.batches = Batches(
+            images, seed=self.recipe.seed, flip=self.recipe.flip, device=self.device, workers=workers
+        )
         self.fingerprint = images.fingerprint()
         self.step = 0  # optimizer steps made
         self.position = 0  # images seen
