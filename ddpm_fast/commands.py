@@ -57,15 +57,8 @@ def train(args: Namespace) -> int:
     check_writable(out)
     device = _device(args.device)
     warn_where_busy(device)
-    images = load_images(
-        args.data,
-        size=args.size,
-        pad=args.pad,
-        cache=None if args.no_cache else args.cache or default_folder(),
-        workers=args.decode_workers,
-        skip_bad=args.skip_bad,
-        progress=True,
-    )
+    keep = {"cache": None if args.no_cache else args.cache or default_folder(), "skip_bad": args.skip_bad}
+    images = load_images(args.data, size=args.size, pad=args.pad, workers=args.decode_workers, progress=True, **keep)
     trainer = _trainer(args, out, images, device)
     write_skipped(out, images)
     parameters = sum(p.numel() for p in trainer.diffusion.model.parameters())
