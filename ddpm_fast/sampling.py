@@ -109,6 +109,7 @@ class SamplingDiffusion(DiffusionState):
         """
         batch_size, device = self._checked_place(batch_size, device)
         y = self._checked_y(y, batch_size, device)
+        checks.flag("progress", progress)
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be a function of (k, x), got {checks.text(callback)}")
         plan, predict = self._way(sampler, num_steps, sampler_options, y, use_ema)
@@ -210,7 +211,7 @@ class SamplingDiffusion(DiffusionState):
 
     def _sampled(self, use_ema: bool) -> nn.Module:
         """The network to sample from."""
-        if use_ema and self._trained and self.step == 0 and not self.loaded:
+        if checks.flag("use_ema", use_ema) and self._trained and self.step == 0 and not self.loaded:
             self._warn(
                 "ema",
                 "sampling from ema_model, which still has its initial weights: update_ema() was never called. "
@@ -230,10 +231,7 @@ class SamplingDiffusion(DiffusionState):
     def _checked_place(self, batch_size: int, device: torch.device | str) -> tuple[int, torch.device]:
         """batch_size as an int, and the device, which must be the network's."""
         batch_size = checks.integer("batch_size", batch_size, 1)
-        try:
-            device = torch.device(device)
-        except (TypeError, RuntimeError) as error:
-            raise ValueError(f"device must be one such as 'cpu' or 'cuda:0', got {checks.text(device)}") from error
+        device = checks.device("device", device)
         home = next((p.device for p in self.model.parameters()), device)
         if home.type != device.type or None not in (home.index, device.index) and home.index != device.index:
             raise ValueError(f"device is {device}, the network is on {home}: call diffusion.to({str(device)!r}) first")

@@ -3,7 +3,6 @@
 from typing import Any, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,7 +20,10 @@ def generate_linear_schedule(T: int, low: float, high: float) -> Array:
         ValueError, TypeError: T is not a positive integer, or an end is not a finite number.
     """
     steps = checks.integer("T", T, 1)
-    return np.linspace(checks.number("low", low), checks.number("high", high), steps)
+    low, high = checks.number("low", low), checks.number("high", high)
+    if not np.isfinite(high - low):
+        raise ValueError(f"low and high must be closer together, got {low} and {high}")
+    return np.linspace(low, high, steps)
 
 
 def generate_cosine_schedule(T: int, s: float = 0.008) -> Array:
@@ -43,13 +45,13 @@ def check_betas(betas: object, prediction: str = "eps") -> Array:
         ValueError: not a non-empty vector inside (0, 1). Exactly 1 is allowed at the last index, where nothing of the
             image is left, with prediction "x0" or "v", which can still be inverted there.
     """
-    if isinstance(betas, Tensor):
-        betas = betas.detach().to("cpu", torch.float64).numpy()
     try:
+        if isinstance(betas, Tensor):
+            betas = betas.detach().cpu().double().numpy() if not betas.is_complex() else None
         if betas is None or np.iscomplexobj(cast(Any, betas)):
             raise TypeError
         array = np.array(betas, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(f"betas must be a vector of numbers, got {type(betas).__name__}") from error
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"betas must have shape [T] with T >= 1, got {list(array.shape)}")

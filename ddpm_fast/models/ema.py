@@ -21,6 +21,9 @@ class EMA:
 
     def update_average(self, old: Tensor | None, new: Tensor) -> Tensor:
         """The new average of two tensors; `new` itself where there is no old one."""
+        checks.tensor("new", new)
+        if old is not None:
+            checks.tensor("old", old, shape=new.shape, device=new.device)
         return new if old is None else old * self.decay + (1 - self.decay) * new
 
     @torch.no_grad()
@@ -29,6 +32,9 @@ class EMA:
 
         The average keeps its own dtype, so that a float32 average of a bfloat16 network works.
         """
+        for name, model in (("ema_model", ema_model), ("current_model", current_model)):
+            if not isinstance(model, nn.Module):
+                raise TypeError(f"{name} must be a torch.nn.Module, got {checks.text(model)}")
         averages = [p.data for p in ema_model.parameters()]
         new = [p.data for p in current_model.parameters()]
         if len(new) != len(averages) or any(a.shape != b.shape for a, b in zip(averages, new, strict=True)):

@@ -18,6 +18,8 @@ def get_norm(norm: str | None, num_channels: int, num_groups: int) -> nn.Module:
     Raises:
         ValueError: another name, or a number of groups that does not divide the channels.
     """
+    if norm is not None and not (isinstance(norm, str) and norm in ("gn", "in", "bn")):
+        raise ValueError(f"norm must be 'gn', 'in', 'bn' or None, got {checks.text(norm)}")
     num_channels = checks.integer("num_channels", num_channels, 1)
     if norm == "gn":
         if num_channels % checks.integer("num_groups", num_groups, 1):
@@ -27,9 +29,7 @@ def get_norm(norm: str | None, num_channels: int, num_groups: int) -> nn.Module:
         return nn.InstanceNorm2d(num_channels, affine=True)
     if norm == "bn":
         return nn.BatchNorm2d(num_channels)
-    if norm is None:
-        return nn.Identity()
-    raise ValueError(f"norm must be 'gn', 'in', 'bn' or None, got {norm!r}")
+    return nn.Identity()
 
 
 def checked_activation(activation: Activation) -> Activation:
@@ -44,6 +44,9 @@ def check_input(x: Tensor, channels: int) -> None:
     checks.tensor("x", x, ndim=4)
     if x.shape[1] != channels:
         raise ValueError(f"x must have {channels} channels, got {checks.text(x)}")
+    for name, size in zip(("height", "width"), x.shape[2:], strict=True):
+        if size < 1:
+            raise ValueError(f"x: {name} must be at least 1, got 0")
 
 
 def check_labels(y: Tensor, num_images: int) -> None:

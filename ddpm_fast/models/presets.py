@@ -108,8 +108,10 @@ class Config:
         Raises:
             ValueError, TypeError: a key is no field, or a value is out of range or of the wrong type.
         """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"values must be a dictionary, got {checks.text(values)}")
         known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = [name for name in values if name not in known]
         if unknown:
             raise ValueError(f"unknown configuration key {unknown[0]!r}; known are {', '.join(sorted(known))}")
         return cls(**values)
@@ -142,6 +144,5 @@ def preset(name: str) -> Config:
     Raises:
         ValueError: there is none of that name.
     """
-    if name not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}")
+    checks.choice("preset", name, tuple(PRESETS))
     return PRESETS[name]

@@ -140,6 +140,9 @@ class DiffusionState(nn.Module):
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a dictionary, got {checks.text(state_dict)}")
+        for name in state_dict:
+            if not isinstance(name, str):
+                raise TypeError(f"state_dict must have names as its keys, got {checks.text(name)}")
         if step is not None:
             step = checks.integer("step", step, 0)
             metadata = dict(getattr(state_dict, "_metadata", {}))

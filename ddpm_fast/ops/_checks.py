@@ -34,6 +34,8 @@ def text(value: object) -> str:
         return f"{value.dtype} {list(value.shape)} of numpy"
     if value is None:
         return "None"
+    if isinstance(value, int) and value.bit_length() > 300:  # Python shows no number of thousands of digits
+        return f"an integer of {value.bit_length()} bits"
     shown = _REPR.repr(value)
     return f"{shown if len(shown) < 100 else shown[:100] + '...'} ({type(value).__name__})"
 
@@ -63,7 +65,10 @@ def tensor(
 
 
 def integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
-    """`value` as an int, also from numpy; raise TypeError or ValueError unless it is one in [least, most]."""
+    """`value` as an int, also from numpy; raise TypeError or ValueError unless it is one in [least, most].
+
+    Without `most`, one that fits 64 bits.
+    """
     range_ = "" if least is None else f" of at least {least}" if most is None else f" in [{least}, {most}]"
     wrong = f"{name} must be an integer{range_}, got {text(value)}"
     if isinstance(value, bool):
@@ -72,8 +77,9 @@ def integer(name: str, value: Any, least: int | None = None, most: int | None = 
         number = operator.index(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(wrong) from error
-    if (least is not None and number < least) or (most is not None and number > most):
-        raise ValueError(wrong)
+    low, high = -(2**63) if least is None else least, 2**63 - 1 if most is None else most
+    if not low <= number <= high:
+        raise ValueError(wrong if least is None or number < low or most is not None else f"{wrong}: too large")
     return number
 
 
@@ -83,7 +89,10 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
     wrong = f"{name} must be a finite number{ends}, got {text(value)}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(wrong)
-    result = float(value)
+    try:
+        result = float(value)
+    except OverflowError as error:
+        raise ValueError(wrong) from error
     if not (math.isfinite(result) and low <= result <= high):
         raise ValueError(wrong)
     return result
@@ -105,6 +114,14 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {text(value)}")
     return value
+
+
+def device(name: str, value: Any) -> torch.device:
+    """`value` as a device; raise ValueError unless it names one."""
+    try:
+        return torch.device(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{name} must be one such as 'cpu' or 'cuda:0', got {text(value)}") from error
 
 
 def concatenated(x: Tensor, x2: Tensor | None) -> tuple[int, int, int, int]:

@@ -77,6 +77,8 @@ def conv3x3(
         raise TypeError(f"weight must have the dtype of x, {x.dtype}; got {_checks.text(weight)}")
     out_channels = weight.shape[0]
     _checks.tensor("weight", weight, shape=(out_channels, channels, 3, 3))
+    if 0 in (channels, out_channels, height, width):
+        raise ValueError(f"x and weight must have channels and pixels, got {_checks.text(x)}, {_checks.text(weight)}")
     if bias is not None:
         _checks.tensor("bias", bias, shape=(out_channels,), device=x.device)
     if residual is not None:
@@ -87,4 +89,5 @@ def conv3x3(
         _checks.tensor("norm.scale", norm.scale, shape=(n, channels), device=x.device)
         _checks.tensor("norm.shift", norm.shift, shape=(n, channels), device=x.device)
         _checks.choice("norm.activation", norm.activation, tuple(ACTIVATIONS))
+    _checks.flag("stats", stats)
     return OP(x, weight, bias, x2=x2, norm=norm, residual=residual, stats=stats)

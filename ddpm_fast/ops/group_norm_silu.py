@@ -11,7 +11,7 @@ from ..reference.philox import Dropout
 from . import _checks
 from ._dispatch import Impl, Op
 from ._library import composition
-from .noise import drawn_dropout
+from .noise import check_dropout, drawn_dropout
 
 
 def _reference(x: Tensor, *args: Any, dropout: Dropout | None = None, **rest: Any) -> Any:
@@ -107,9 +107,7 @@ def group_norm_silu(
             raise ValueError(f"add must have shape [{channels}] or [{n}, {channels}], got {_checks.text(add)}")
     _checks.choice("activation", activation, tuple(ACTIVATIONS))
     if dropout is not None:
-        if not isinstance(dropout, Dropout):
-            raise TypeError(f"dropout must be a Dropout, got {_checks.text(dropout)}")
-        _checks.number("dropout.p", dropout.p, 0, 1)
+        check_dropout(dropout, x)
     return OP(
         x,
         weight,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,12 +99,15 @@ _dropout_mask: Op = Op(
 )
 
 
-def _check_state(state: object) -> None:
+def _check_state(state: object, name: str = "state") -> None:
     if not isinstance(state, NoiseState):
-        raise TypeError(f"state must be a NoiseState, got {_checks.text(state)}: NoiseState.at(seed, draw) makes one")
-    _checks.tensor("state.seed", state.seed, shape=(), dtype=torch.int64)
-    _checks.tensor("state.draw", state.draw, shape=(), dtype=torch.int64, device=state.seed.device)
-    _checks.integer("state.first_sample", state.first_sample, 0, 2**56 - 1)
+        raise TypeError(f"{name} must be a NoiseState, got {_checks.text(state)}: NoiseState.at(seed, draw) makes one")
+    _checks.tensor(f"{name}.seed", state.seed, shape=(), dtype=torch.int64)
+    _checks.tensor(f"{name}.draw", state.draw, shape=(), dtype=torch.int64, device=state.seed.device)
+    first = state.first_sample
+    if isinstance(first, (Tensor, np.ndarray)):  # operator.index would take them, the sums to come would not
+        raise TypeError(f"{name}.first_sample must be an integer, got {_checks.text(first)}")
+    _checks.integer(f"{name}.first_sample", first, 0, 2**56 - 1)
 
 
 def noise(shape: Sequence[int], state: NoiseState, stream: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -166,15 +170,29 @@ def drawn_dropout(dropout: Dropout | None, shape: Sequence[int]) -> Dropout | Te
 
 
 def apply_dropout(x: Tensor, dropout: Dropout) -> Tensor:
-    """x [N, C, H, W] times dropout factors, for the layers whose norm is not `group_norm_silu`."""
+    """x [N, C, H, W] times dropout factors, for the layers whose norm is not `group_norm_silu`. Errors as in `noise`."""
+    _checks.tensor("x", x, ndim=4)
+    check_dropout(dropout, x)
     factors = drawn_dropout(dropout, x.shape)
     return reference.apply_dropout(x, dropout if factors is None else factors)
+
+
+def check_dropout(dropout: object, like: Tensor) -> None:
+    """Raise unless `dropout` is a Dropout for data like `like`."""
+    if not isinstance(dropout, Dropout):
+        raise TypeError(f"dropout must be a Dropout, got {_checks.text(dropout)}")
+    _checks.number("dropout.p", dropout.p, 0, 1)
+    _checks.integer("dropout.stream", dropout.stream, 0, MAX_STREAM)
+    if dropout.state is not None:
+        _check_state(dropout.state, "dropout.state")
+        if dropout.state.seed.device != like.device:
+            raise ValueError(f"dropout: the state is on {dropout.state.seed.device}, the data on {like.device}")
 
 
 def check_source(source: Tensor | NoiseState, like: Tensor) -> None:
     """Raise unless `source` is noise of the shape of `like`, or a state to draw it from."""
     if isinstance(source, NoiseState):
-        _check_state(source)
+        _check_state(source, "noise")
         if source.seed.device != like.device:
             raise ValueError(f"noise: the state is on {source.seed.device}, the data on {like.device}")
     else:

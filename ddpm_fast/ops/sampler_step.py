@@ -111,13 +111,19 @@ def sampler_step(
     _checks.indices("k", k, rows.shape[0])
     for name, value in (("hist", hist), ("out", out), ("x0_out", x0_out)):
         if value is not None:
-            _checks.tensor(name, value, shape=x.shape, device=x.device)
+            dtype = None if name == "hist" else x.dtype
+            _checks.tensor(name, value, shape=x.shape, dtype=dtype, device=x.device)
+            if name != "hist" and any(
+                step == 0 and size > 1 for step, size in zip(value.stride(), x.shape, strict=True)
+            ):
+                raise ValueError(f"{name} must have memory for each element, got an expanded tensor: .contiguous() it")
     if noise is not None:
         check_source(noise, x)
     if clip is not None and not _checks.number("clip", clip) > 0:
         raise ValueError(f"clip must be positive, got {clip}: None is for no clipping")
     if x0_out is not None and x0_out is out:
         raise ValueError("x0_out must be another tensor than out: each receives a result of its own")
+    _checks.flag("return_x0", return_x0)
     if x0_out is not None and not return_x0:
         raise ValueError("x0_out needs return_x0=True")
     return OP(x, model_out, rows, k, noise=noise, hist=hist, clip=clip, return_x0=return_x0, out=out, x0_out=x0_out)

@@ -12,14 +12,13 @@ ACTIVATIONS = {"none": lambda x: x, "silu": F.silu, "relu": F.relu, "mish": F.mi
 
 def _group_norm(h: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
     """torch.group_norm that takes float32 parameters beside half-precision data on every device."""
-    if (
-        weight is None
-        or bias is None
-        or weight.dtype == h.dtype
-        or (h.device.type == "cpu" and weight.dtype == torch.float32)
-    ):
+    if weight is None or bias is None:
         return torch.group_norm(h, groups, weight, bias, eps)
-    dtype = torch.promote_types(h.dtype, weight.dtype)
+    dtypes = {weight.dtype, bias.dtype}
+    half = h.dtype in (torch.float16, torch.bfloat16)
+    if dtypes == {h.dtype} or (h.device.type == "cpu" and half and dtypes == {torch.float32}):
+        return torch.group_norm(h, groups, weight, bias, eps)
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, bias.dtype), h.dtype)
     return torch.group_norm(h.to(dtype), groups, weight.to(dtype), bias.to(dtype), eps).to(h.dtype)
 
 

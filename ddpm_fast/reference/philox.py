@@ -40,7 +40,9 @@ class NoiseState(NamedTuple):
             given = f"{seed!r}, {draw!r}, {first_sample!r}"
             raise TypeError(f"seed, draw and first_sample must be integers, got {given}") from error
         if not -(2**63) <= seed < 2**64:
-            raise ValueError(f"seed must fit 64 bits, got {seed}")
+            raise ValueError(f"seed must fit 64 bits, got one of {seed.bit_length()} bits")
+        if not -(2**63) <= draw < 2**63:
+            raise ValueError(f"draw must fit 64 bits, got one of {draw.bit_length()} bits")
         signed = (seed + 2**63) % 2**64 - 2**63
 
         def scalar(value: int) -> Tensor:

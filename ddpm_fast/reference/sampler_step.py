@@ -22,11 +22,12 @@ def sampler_step(
     # index_select and not rows[k]: indexing by a scalar tensor would read it on the host.
     _, _, p_x, p_m, c_x, c_0, c_h, c_z = rows.to(x.dtype).index_select(0, k.reshape(1))[0].unbind()
     x0_hat = p_x * x + p_m * model_out.to(x.dtype)
-    if clip is not None:
+    if clip is not None and clip <= torch.finfo(x.dtype).max:  # torch refuses a bound that x could not hold
         x0_hat = torch.clamp(x0_hat, -clip, clip)
     x_next = c_x * x + c_0 * x0_hat
     if hist is not None:
         x_next = x_next + c_h * hist
     if noise is not None:
         x_next = x_next + c_z * drawn(noise, x, REVERSE)
+    x_next = x_next.to(x.dtype)  # hist and noise may be wider
     return (x_next, x0_hat) if return_x0 else x_next

@@ -29,8 +29,10 @@ class Plan:
 
     def __post_init__(self) -> None:
         try:  # a copy: the caller's table may change
+            if "complex" in str(getattr(self.rows, "dtype", "")):
+                raise TypeError  # what torch would make real, with a warning
             rows = torch.as_tensor(self.rows, dtype=torch.float64, device="cpu").detach().clone()
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise TypeError(f"rows must be a table of numbers, got {checks.text(self.rows)}") from error
         if rows.ndim != 2 or rows.shape[1] != len(COLUMNS) or rows.shape[0] == 0:
             raise ValueError(f"rows must have shape [S, {len(COLUMNS)}] with S >= 1, got {list(rows.shape)}")
@@ -50,6 +52,7 @@ class Plan:
         return self.rows[:, COLUMNS.index(name)]
 
     def timesteps(self, device: torch.device | str) -> Tensor:
-        """What the model is told, [S]: int64 where every t is an integer, else float32."""
+        """What the model is told, [S]: int64 where every t is an integer (and fits it), else float32."""
         t = self.column("t")
-        return t.to(device, torch.int64 if torch.equal(t, t.round()) else torch.float32)
+        whole = bool((t == t.round()).all() and t.abs().max() < 2**63)
+        return t.to(checks.device("device", device), torch.int64 if whole else torch.float32)

@@ -129,17 +129,18 @@ def image_files(path: Path) -> Iterator[Files]:
         raise ValueError(f"{path} doesn't exist: expected 'digits', an idx file, a folder or a zip of images")
     inside = PurePosixPath(path.relative_to(archive).as_posix())
     try:
-        with zipfile.ZipFile(archive) as file:
-            files: Files = {}
-            for info in file.infolist():
-                name = PurePosixPath(info.filename.replace("\\", "/").lstrip("/"))  # as some programs write them
-                folder = info.filename.endswith(("/", "\\"))
-                if name != inside and name.is_relative_to(inside):
-                    files[name.relative_to(inside)] = None if folder else partial(_member, file, info)
-            yield files
-    except zipfile.BadZipFile as error:
+        opened = zipfile.ZipFile(archive)
+    except Exception as error:  # BadZipFile, but also what a damaged directory trips over
         wrong = "is a damaged zip" if is_zip(archive) else "can't be read"
         raise ValueError(f"{archive} {wrong}: {error}") from error
+    with opened as file:
+        files: Files = {}
+        for info in file.infolist():
+            name = PurePosixPath(info.filename.replace("\\", "/").lstrip("/"))  # as some programs write them
+            folder = info.filename.endswith(("/", "\\"))
+            if name != inside and name.is_relative_to(inside):
+                files[name.relative_to(inside)] = None if folder else partial(_member, file, info)
+        yield files
 
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
