@@ -1,13 +1,15 @@
 # Every target makes what it needs, also as the first command on a fresh machine.
 PYTHON ?= python3
 PYTEST_ARGS ?=
+CASES ?= 1000000
+SEED ?= $(shell date +%s)
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 # What the API reference shows; the rest is nobody's interface.
 API := ddpm_fast $(addprefix ddpm_fast.,ops schedules samplers script_utils training.trainer training.recipe training.checkpoint training.data training.images evaluation.metrics evaluation.classifier)
 
-.PHONY: help demo test check lint docs bench gpu clean
+.PHONY: help demo test check lint fuzz docs bench gpu clean
 .DELETE_ON_ERROR:
 
 help: ## show this list (default)
@@ -28,6 +30,9 @@ lint: $(READY) ## lint, format and types only
 
 docs: $(READY) ## write the API reference, from the docstrings, into build/api/
 	$(PY) -W error -m pdoc -d google -o build/api $(API)
+fuzz: $(READY) ## call every public function with CASES=1000000 right and wrong arguments; SEED=... repeats a run
+	@echo "SEED=$(SEED) CASES=$(CASES)"
+	DDPM_FAST_FUZZ=$(CASES) $(PY) -m pytest tests/fuzz -v --hypothesis-seed=$(SEED) $(PYTEST_ARGS)
 
 bench: $(READY) ## measure sampling, training and ops against plain PyTorch
 	$(PY) benchmarks/sample_throughput.py --quick

@@ -25,7 +25,7 @@ def cycle(dl: Iterable[Batch]) -> Iterator[Batch]:
         ValueError: the loader is empty.
         TypeError: it can be gone through only once.
     """
-    if isinstance(dl, Iterator) or not isinstance(dl, Iterable):
+    if isinstance(dl, Iterator) or not isinstance(dl, Iterable) or getattr(dl, "ndim", 1) == 0:
         raise TypeError(
             f"dl must be a loader or list, which can be gone through again and again; got {checks.text(dl)}"
         )
@@ -91,6 +91,10 @@ def _numbers(text: str, kind: type = int) -> tuple[Any, ...]:
 
 def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: Mapping[str, Any]) -> None:
     """Add an option --key of the value's type for each entry; None makes a string, a tuple is read as "1,2,2,2"."""
+    if not isinstance(parser, argparse._ActionsContainer):  # a parser or a group of one
+        raise TypeError(f"parser must be an argparse.ArgumentParser, got {checks.text(parser)}")
+    if not isinstance(default_dict, Mapping):
+        raise TypeError(f"default_dict must be a dictionary, got {checks.text(default_dict)}")
     special: dict[type, Callable[[str], Any]] = {bool: str2bool, type(None): str}
     for key, value in default_dict.items():
         kind = special.get(type(value), type(value))

@@ -104,7 +104,7 @@ def _check_state(state: object, name: str = "state") -> None:
         raise TypeError(f"{name} must be a NoiseState, got {_checks.text(state)}: NoiseState.at(seed, draw) makes one")
     _checks.tensor(f"{name}.seed", state.seed, shape=(), dtype=torch.int64)
     _checks.tensor(f"{name}.draw", state.draw, shape=(), dtype=torch.int64, device=state.seed.device)
-    first = state.first_sample
+    first: object = state.first_sample
     if isinstance(first, (Tensor, np.ndarray)):  # operator.index would take them, the sums to come would not
         raise TypeError(f"{name}.first_sample must be an integer, got {_checks.text(first)}")
     _checks.integer(f"{name}.first_sample", first, 0, 2**56 - 1)
@@ -170,7 +170,7 @@ def drawn_dropout(dropout: Dropout | None, shape: Sequence[int]) -> Dropout | Te
 
 
 def apply_dropout(x: Tensor, dropout: Dropout) -> Tensor:
-    """x [N, C, H, W] times dropout factors, for the layers whose norm is not `group_norm_silu`. Errors as in `noise`."""
+    """x [N, C, H, W] times dropout factors, where the norm is not `group_norm_silu`. Errors as in `noise`."""
     _checks.tensor("x", x, ndim=4)
     check_dropout(dropout, x)
     factors = drawn_dropout(dropout, x.shape)

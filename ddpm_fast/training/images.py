@@ -16,11 +16,13 @@ from .extras import require
 from .files import write_atomically
 
 BORDER = 2  # pixels between the images of a grid, after upscaling
+MAX_DURATION = 655_350  # milliseconds that GIF can hold a frame
 OWN_NAME = re.compile(r"\d{6,}(-class-\d+)?\.png")  # of save_pngs
 
 
 def to_uint8(x: Tensor) -> Tensor:
     """Float [-1, 1] to uint8 [0, 255], same shape; what lies outside is clipped."""
+    checks.tensor("x", x)
     return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -41,7 +43,7 @@ def grid(pixels: Tensor, *, columns: int, upscale: int = 1) -> np.ndarray:
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type.
     """
-    checks.tensor("pixels", pixels, ndim=4, dtype=torch.uint8)
+    _check_pixels(pixels)
     columns, upscale = checks.integer("columns", columns, 1), checks.integer("upscale", upscale, 1)
     count, channels = pixels.shape[:2]
     rows = -(-count // columns)
@@ -54,15 +56,25 @@ def grid(pixels: Tensor, *, columns: int, upscale: int = 1) -> np.ndarray:
     return F.pad(sheet, (0, 0, BORDER, 0, BORDER, 0), value=128).numpy()
 
 
+def _check_pixels(pixels: Tensor, labels: Tensor | None = None) -> None:
+    """Raise unless pixels are uint8 [N, C, H, W] on the CPU, and labels int64 [N]."""
+    cpu = torch.device("cpu")
+    checks.tensor("pixels", pixels, ndim=4, dtype=torch.uint8, device=cpu)
+    if labels is not None:
+        checks.tensor("labels", labels, shape=pixels.shape[:1], dtype=torch.int64, device=cpu)
+
+
 def save_png(path: str | Path, array: np.ndarray) -> None:
     """Writes uint8 [H, W, C], C in {1, 3}, as PNG."""
     data = io.BytesIO()
-    _picture(array).save(data, format="PNG")
+    _picture("array", array).save(data, format="PNG")
     write_atomically(path, data.getvalue())
 
 
 def save_pngs(folder: str | Path, pixels: Tensor, labels: Tensor | None = None, *, first_index: int = 0) -> None:
     """Writes uint8 [N, C, H, W] as `folder/000000.png`..., or `000000-class-7.png` with labels."""
+    _check_pixels(pixels, labels)
+    first_index = checks.integer("first_index", first_index, 0)
     for i, image in enumerate(pixels):
         suffix = "" if labels is None else f"-class-{int(labels[i])}"
         save_png(Path(folder) / f"{first_index + i:06d}{suffix}.png", image.permute(1, 2, 0).numpy())
@@ -75,9 +87,14 @@ def saved_pngs(folder: str | Path) -> list[Path]:
 
 def save_gif(path: str | Path, frames: Sequence[np.ndarray], *, milliseconds: int = 80, hold: int = 2000) -> None:
     """Writes uint8 [H, W, C] frames as an endless GIF whose last frame stays for `hold` milliseconds."""
+    if not isinstance(frames, Sequence):
+        raise TypeError(f"frames must be a list of arrays, got {checks.text(frames)}")
     if len(frames) == 0:
         raise ValueError("frames is empty: a GIF needs at least one")
-    pictures = [_picture(frame) for frame in frames]
+    milliseconds, hold = checks.integer("milliseconds", milliseconds, 0), checks.integer("hold", hold, 0)
+    if max(milliseconds, hold) > MAX_DURATION:
+        raise ValueError(f"milliseconds and hold must be at most {MAX_DURATION}, got {milliseconds} and {hold}")
+    pictures = [_picture(f"frames[{i}]", frame) for i, frame in enumerate(frames)]
     durations = [milliseconds] * (len(pictures) - 1) + [hold]
     data = io.BytesIO()
     pictures[0].save(data, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
@@ -86,6 +103,7 @@ def save_gif(path: str | Path, frames: Sequence[np.ndarray], *, milliseconds: in
 
 def save_npz(path: str | Path, pixels: Tensor, labels: Tensor | None = None) -> None:
     """Writes `images` uint8 [N, H, W, C] and, if given, `labels` int64 [N]."""
+    _check_pixels(pixels, labels)
     arrays: dict[str, Any] = {"images": pixels.permute(0, 2, 3, 1).numpy()}
     if labels is not None:
         arrays["labels"] = labels.numpy()
@@ -120,7 +138,9 @@ class Frames:
         return [grid(torch.cat(parts), columns=columns, upscale=upscale) for parts in self._kept.values()]
 
 
-def _picture(array: np.ndarray) -> Any:
+def _picture(name: str, array: np.ndarray) -> Any:
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 3 or 0 in array.shape[:2]:
+        raise TypeError(f"{name} must be a uint8 array [H, W, C], got {checks.text(array)}")
     if array.shape[-1] not in (1, 3):
         raise ValueError(f"images have {array.shape[-1]} channels: PNG and GIF take 1 or 3, npz any number")
     return require("PIL.Image").fromarray(array[..., 0] if array.shape[-1] == 1 else array)

@@ -125,7 +125,7 @@ def deliberate(error: BaseException) -> bool:
     return file.startswith(PACKAGE) and linecache.getline(file, at.tb_lineno).strip().startswith("raise")
 
 
-# --- arguments ---------------------------------------------------------------------------------------------------------
+# --- arguments ---
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DTYPES = (*FLOATS, torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64)
@@ -161,7 +161,7 @@ def tensor(draw: Draw, shape: tuple[int, ...], dtype: torch.dtype | None = None)
     """Normals, a special value among them now and then, in any memory layout."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype or one(draw, *FLOATS))
-    if x.numel() and not often(draw, 4):
+    if x.is_floating_point() and x.numel() and not often(draw, 4):
         x.view(-1)[draw(st.integers(0, x.numel() - 1))] = one(draw, *SPECIAL)
     return laid_out(draw, x)
 

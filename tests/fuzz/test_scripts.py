@@ -30,7 +30,7 @@ def test_cycle(draw: Draw) -> bool:
     first = attempt(lambda dl: next(cycle(dl)), loader)
     if first is REFUSED:
         return False
-    assert first is list(loader)[0] or first == list(loader)[0]
+    assert np.array_equal(first, list(loader)[0])
     return True
 
 
@@ -76,7 +76,10 @@ def test_add_dict_to_argparser(draw: Draw) -> bool:
 def test_get_diffusion_from_args(draw: Draw) -> bool:
     options: dict[str, Any] = diffusion_defaults() | {"base_channels": 4, "channel_mults": (1,), "num_res_blocks": 1}
     options |= {"num_groups": 2, "time_emb_dim": 4, "num_timesteps": 20, "img_size": (4, 4)}
-    options = options | {one(draw, *options, "schedule_low", "img_channels", "initial_pad"): one(draw, *JUNK)}
+    options |= {"schedule": one(draw, "linear", "cosine"), "use_labels": one(draw, True, False)}
+    options |= {"dropout": draw(st.floats(0, 1)), "ema_update_rate": draw(st.integers(1, 9))}
+    if often(draw):
+        options |= {one(draw, *options, "schedule_low", "img_channels", "initial_pad"): one(draw, *JUNK)}
     args = one(draw, options, argparse.Namespace(**options)) if often(draw, 9) else one(draw, *JUNK)
     names = (*options, "betas", "schedule_low", "img_channels", "initial_pad", "schedule_high", "args")
     diffusion = attempt(get_diffusion_from_args, args, names=names)
