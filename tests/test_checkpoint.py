@@ -172,6 +172,27 @@ def test_files_of_torch_save_are_told_apart(path: Path, as_zip: bool) -> None:
     with pytest.raises(ValueError, match=advice) as error:
         read_checkpoint(path)
     assert str(path) in str(error.value)
+def test_a_damaged_bit_is_noticed(path: Path) -> None:
+    """Also one that leaves a file in order: in a tensor's numbers, or in the text of the header."""
+    whole = path.read_bytes()
+    size = 8 + int.from_bytes(whole[:8], "little")
+    with safe_open(path, framework="pt") as file:
+        assert "ddpm_fast.crc32" in file.metadata()
+    step = whole.index(b'\\"step\\": 3')
+    for at, what in ((size + 1, "is damaged"), (len(whole) - 1, "is damaged"), (step + 10, "ddpm_fast is damaged")):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match=what) as error:
+            read_checkpoint(path)
+        assert str(path) in str(error.value)
+
+
+def test_a_file_without_checksums_is_read(path: Path) -> None:
+    before = read_checkpoint(path)
+    rewrite(path, lambda tensors, header: None)
+    with safe_open(path, framework="pt") as file:
+        assert list(file.metadata()) == ["ddpm_fast"]
+    after = read_checkpoint(path)
+    assert all(torch.equal(value, after.state[name]) for name, value in before.state.items())
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

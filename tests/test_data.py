@@ -344,3 +344,14 @@ def test_fingerprint_sees_pixels_and_labels() -> None:
         tuple(images.fingerprint().values()) for images in (data, numbered(5), data._replace(labels=data.labels + 1))
     }
     assert len(seen) == 3 and data.fingerprint() == numbered(4).fingerprint()
+
+
+def test_a_zip_of_an_unknown_version_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "new.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.png", b"")
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + 6] = 152  # the version that is needed to read it
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"new\.zip can't be read: zip file version 15\.2"):
+        load_images(path)

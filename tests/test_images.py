@@ -106,10 +106,22 @@ def test_frames_forget_a_batch_that_ran_out_of_memory() -> None:
         (lambda: grid(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), columns=1, upscale=-1), "upscale must be"),
         (lambda: grid(torch.zeros(1, 2, 2, dtype=torch.uint8), columns=1), "pixels must have 4 dimensions"),
         (lambda: save_gif("x.gif", []), "frames is empty"),
+        (lambda: save_gif("x.gif", 3), "frames must be a list of arrays"),
+        (lambda: save_gif("x.gif", [np.zeros((2, 2))]), r"frames\[0\] must be a uint8 array"),
+        (lambda: save_gif("x.gif", [np.zeros((2, 2, 1), np.uint8)], hold=10**6), "hold must be at most 655350"),
+        (lambda: save_png("x.png", None), "array must be a uint8 array"),
+        (lambda: save_pngs("x", torch.zeros(1, 1, 2, 2)), "pixels must have dtype torch.uint8"),
+        (
+            lambda: save_pngs("x", torch.zeros(1, 1, 2, 2).byte(), torch.zeros(2).long()),
+            r"labels must have shape \[1\]",
+        ),
+        (lambda: save_pngs("x", torch.zeros(1, 1, 2, 2).byte(), first_index=0.5), "first_index must be an integer"),
+        (lambda: save_npz("x.npz", None), "pixels must be a tensor"),
+        (lambda: to_uint8(None), "x must be a tensor"),
     ],
 )
 def test_bad_arguments_are_named(call, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         call()
 
 

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -226,6 +227,14 @@ BAD = [
     (lambda: ResidualBlock(1, 4, 0.0, 8, num_groups=1)(X, X[:, 0]), ValueError, r"time_emb must have shape"),
     (lambda: ResidualBlock(1, 4, 0.0, None, 3, num_groups=1)(X), ValueError, "y is required"),
     (lambda: ResidualBlock(1, 4, 0.0, None, 3, num_groups=1)(X, None, T), ValueError, r"y must lie in \[0, 3\)"),
+    (lambda: Upsample(4)(torch.zeros(1, 4, 4, 0)), ValueError, "x: width must be at least 1, got 0"),
+    (lambda: get_norm(np.array(["gn", "in"]), 8, 2), ValueError, "norm must be 'gn', 'in', 'bn' or None"),
+    (lambda: EMA(0.5).update_model_average(None, nn.Identity()), TypeError, "ema_model must be a torch.nn.Module"),
+    (lambda: EMA(0.5).update_average("a", X), TypeError, "old must be a tensor"),
+    (lambda: EMA(0.5).update_average(X, 3), TypeError, "new must be a tensor"),
+    (lambda: preset(np.zeros(2)), ValueError, "preset must be one of"),
+    (lambda: Config.from_dict(3), TypeError, "values must be a dictionary, got 3"),
+    (lambda: Config.from_dict({"x": 1, 3: 2}), ValueError, "unknown configuration key 'x'"),
     (lambda: EMA(1.5), ValueError, r"decay must be a finite number in \[0, 1\], got 1.5"),
     (lambda: unet(activation=nn.SiLU), TypeError, "activation must be a function such as F.silu"),
     (lambda: unet(channel_mults=2), TypeError, "channel_mults must be a tuple of integers, got 2"),

@@ -118,6 +118,9 @@ ABAR = np.cumprod(1 - SCHEDULES["cosine"])
         ),
         (lambda: Plan(None), TypeError, "rows must be a table of numbers, got None"),
         (lambda: Plan("abc"), TypeError, "rows must be a table of numbers"),
+        (lambda: Plan(torch.zeros(2, 8, dtype=torch.complex64)), TypeError, "rows must be a table of numbers"),
+        (lambda: Plan([[10**400] * 8]), TypeError, "rows must be a table of numbers"),
+        (lambda: Plan(torch.zeros(2, 8)).timesteps("nowhere"), ValueError, "device must be one such as"),
         (lambda: Plan(torch.zeros(2, 8), clip="a"), TypeError, "clip must be a finite number"),
         (lambda: Plan(torch.zeros(2, 8)).column("sigma"), ValueError, "name must be one of t, c_in"),
         (lambda: make_plan("ddim2", ABAR), ValueError, "sampler must be a Plan or one of " + ", ".join(SAMPLERS)),
@@ -139,3 +142,9 @@ def test_columns() -> None:
     plan = make_plan("ddpm", ABAR)
     assert len(plan) == 40 and [plan.column(c).shape for c in COLUMNS] == [torch.Size([40])] * 8
     assert plan.timesteps("cpu").tolist() == list(reversed(range(40)))
+
+
+def test_a_time_beyond_64_bits_stays_a_number() -> None:
+    rows = torch.zeros(1, 8)
+    rows[0, 0] = 1e30
+    assert Plan(rows).timesteps("cpu").tolist() == [pytest.approx(1e30)]

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+import torch
 
 from ddpm_fast import generate_cosine_schedule, generate_linear_schedule
+from ddpm_fast.schedules import check_betas
 
 
 def test_linear() -> None:
@@ -26,6 +28,12 @@ def test_cosine() -> None:
         (lambda: generate_linear_schedule(2.5, 0.1, 0.2), "T must be an integer of at least 1"),
         (lambda: generate_linear_schedule(5, float("nan"), 0.2), "low must be a finite number"),
         (lambda: generate_cosine_schedule(-1), "T must be an integer of at least 1"),
+        (lambda: generate_linear_schedule(5, -1e308, 1e308), "low and high must be closer together"),
+        (lambda: generate_linear_schedule(5, 10**400, 0.2), "low must be a finite number"),
+        (lambda: generate_linear_schedule(10**400, 0.1, 0.2), "T must be an integer of at least 1, .* too large"),
+        (lambda: check_betas([10**400]), "betas must be a vector of numbers"),
+        (lambda: check_betas(torch.full((3,), 0.1 + 0.1j)), "betas must be a vector of numbers"),
+        (lambda: check_betas(torch.empty(3, device="meta")), "betas must be a vector of numbers"),
         (lambda: generate_cosine_schedule(5, -0.1), "s must be a finite number of at least 0"),
     ],
 )

@@ -146,6 +146,12 @@ def test_what_cannot_be_an_image_or_a_loader() -> None:
         next(script_utils.cycle(iter([1, 2])))
     with pytest.raises(TypeError, match="dl must be a loader or list"):
         next(script_utils.cycle(None))
+    with pytest.raises(TypeError, match="dl must be a loader or list"):
+        next(script_utils.cycle(np.array(2)))
+    with pytest.raises(TypeError, match="parser must be an argparse.ArgumentParser, got None"):
+        script_utils.add_dict_to_argparser(None, {})
+    with pytest.raises(TypeError, match="default_dict must be a dictionary, got 3"):
+        script_utils.add_dict_to_argparser(argparse.ArgumentParser(), 3)
     with pytest.raises(ValueError, match=r"image must lie in \[0, 1\]"):
         script_utils.get_transform()(np.full((2, 2), 200.0))
     assert script_utils.str2bool(1) and not script_utils.str2bool(np.False_)

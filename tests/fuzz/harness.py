@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -29,6 +29,7 @@ settings.register_profile(
     derandomize=SCALE == 1,  # a plain run is repeatable
     database=None,
     deadline=None,
+    phases=[Phase.generate] if SCALE == 1 else [Phase.generate, Phase.shrink],  # shrinking takes minutes
     print_blob=True,
     suppress_health_check=list(HealthCheck),
 )

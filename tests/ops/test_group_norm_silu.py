@@ -142,8 +142,19 @@ W = torch.ones(8)
         ((X, W, W, 2), {"activation": "gelu"}, ValueError, "activation must be one of none, silu, relu, mish"),
         ((X, W, W, 2), {"dropout": Dropout(-0.1)}, ValueError, r"dropout.p must be a finite number in \[0, 1\]"),
         ((X, W.to("meta"), W, 2), {}, ValueError, "weight must be on cpu"),
+        ((X, W, W, 2), {"dropout": Dropout(0.1, 0)}, TypeError, "dropout.state must be a NoiseState, got 0"),
+        ((X, W, W, 2), {"dropout": Dropout(0.1, None, 256)}, ValueError, r"dropout.stream must be an integer in"),
     ],
 )
 def test_bad_input(args, kwargs, kind, text) -> None:
     with pytest.raises(kind, match=text):
         ops.group_norm_silu(*args, **kwargs)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float16, torch.bfloat16)])
+def test_weight_and_bias_of_other_dtypes(dtypes) -> None:
+    """torch.group_norm takes float32 beside half precision and no other mixture."""
+    wide, narrow = dtypes
+    result = ops.group_norm_silu(X.to(wide), W.to(narrow), W.float(), 2)
+    expected = ops.group_norm_silu(X.double(), W.double(), W.double(), 2)
+    assert result.dtype == wide and torch.allclose(result.double(), expected, atol=4 * torch.finfo(wide).eps * 4)

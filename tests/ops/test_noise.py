@@ -9,7 +9,7 @@ from oracle import backends
 from scipy import stats
 
 from ddpm_fast import ops
-from ddpm_fast.ops import DROPOUT, PERTURB, REVERSE, NoiseState
+from ddpm_fast.ops import DROPOUT, PERTURB, REVERSE, Dropout, NoiseState
 from ddpm_fast.reference import noise as reference
 from ddpm_fast.reference.philox import philox4x32
 
@@ -161,6 +161,12 @@ BAD = [
     (lambda: ops.timesteps(-1, 10, STATE), ValueError, "num_samples"),
     (lambda: ops.dropout_mask((2, 3, 4, 5), 1.5, STATE, 32), ValueError, "p must"),
     (lambda: ops.dropout_mask((2, 3, 4), 0.5, STATE, 32), ValueError, "shape"),
+    (lambda: ops.noise((2, 3), STATE._replace(first_sample=np.array(2)), 0), TypeError, "state.first_sample"),
+    (lambda: ops.apply_dropout(None, Dropout(0.5)), TypeError, "x must be a tensor"),
+    (lambda: ops.apply_dropout(torch.zeros(1, 1, 1, 1), 0.5), TypeError, "dropout must be a Dropout"),
+    (lambda: NoiseState.at(0, 2**63), ValueError, "draw must fit 64 bits"),
+    (lambda: NoiseState.at(10**5000, 0), ValueError, "seed must fit 64 bits"),
+    (lambda: ops.timesteps(10**5000, 10, STATE), ValueError, "num_samples must be .* got an integer of 16610 bits"),
 ]
 
 

@@ -88,8 +88,21 @@ R = ROWS.float()
         ((X, X, R, K), {"noise": X[:1]}, ValueError, "noise must have shape"),
         ((X, X, R, K), {"clip": 0.0}, ValueError, "clip must be positive"),
         ((X, X, R, K), {"x0_out": X}, ValueError, "return_x0"),
+        ((X, X, R, K), {"return_x0": X}, TypeError, "return_x0 must be True or False"),
+        ((X, X, R, K), {"out": X.double()}, TypeError, "out must have dtype"),
+        ((X, X, R, K), {"out": X[:1].expand(X.shape)}, ValueError, "out must have memory for each element"),
+        ((X, X, R, K), {"clip": 10**400}, ValueError, "clip must be a finite number, got an integer of 1329 bits"),
+        ((X, X, R, K), {"noise": STATE._replace(draw=K[None])}, ValueError, "noise.draw must have shape"),
     ],
 )
 def test_bad_input(args, kwargs, kind, text) -> None:
     with pytest.raises(kind, match=text):
         ops.sampler_step(*args, **kwargs)
+
+
+def test_half_precision_keeps_its_dtype_and_takes_any_bound() -> None:
+    """Noise and history are wider than x; a bound beyond its range bounds nothing."""
+    x = torch.randn(2, 3, 4, 4).half()
+    wide = {"noise": STATE, "hist": x.double()}
+    bounded = ops.sampler_step(x, x, R, K, clip=1e6, **wide)
+    assert bounded.dtype == torch.float16 and torch.equal(bounded, ops.sampler_step(x, x, R, K, **wide))
