@@ -26,6 +26,8 @@ Start = Callable[[slice], tuple[Tensor, NoiseState | None]]
 def _given(noise: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor | None:
     if noise is not None:
         checks.tensor("noise", noise, shape=shape)
+        if noise.is_meta and device.type != "meta":
+            raise ValueError(f"noise must hold numbers, got {checks.text(noise)}")
         noise = noise.detach().to(device, dtype)
     return noise
 

@@ -245,6 +245,8 @@ class SamplingDiffusion(DiffusionState):
             raise TypeError(f"y must be a tensor, got {checks.text(y)}: torch.as_tensor(y) makes one")
         if y.ndim == 0 or y.shape[0] != batch_size:
             raise ValueError(f"y must have shape [{batch_size}], a class per image; got {checks.text(y)}")
+        if y.is_meta and device.type != "meta":
+            raise ValueError(f"y must hold numbers, got {checks.text(y)}")
         # A network that says nothing of classes may take any kind of condition.
         num_classes = getattr(self.model, "num_classes", self.num_classes)
         if num_classes is not None:

@@ -135,6 +135,8 @@ CALLS = [
     (lambda d: d.sample(2, "cpu", y=Y, seed=2**64), ValueError, "seed must be an integer in"),
     (lambda d: d.sample(2, "cpu", y=Y, callback=5), TypeError, "callback must be a function"),
     (lambda d: d.load_state_dict(None), TypeError, "state_dict must be a dictionary, got None"),
+    (lambda d: d(X, Y.to("meta")), ValueError, "y must hold numbers, got int64"),
+    (lambda d: d.sample(2, "cpu", y=Y, noise=X.to("meta")), ValueError, "noise must hold numbers"),
     (lambda d: d.load_state_dict({3: X}), TypeError, "state_dict must have names as its keys, got 3"),
     (lambda d: d.sample(2, "cpu", y=Y, use_ema=X), TypeError, "use_ema must be True or False"),
     (lambda d: d.sample(2, "cpu", y=Y, progress=X), TypeError, "progress must be True or False"),

@@ -39,14 +39,16 @@ def checked_activation(activation: Activation) -> Activation:
     return activation
 
 
-def check_input(x: Tensor, channels: int) -> None:
-    """Raise unless x is [N, channels, H, W]."""
+def check_input(x: Tensor, channels: int, conv: nn.Module | None = None) -> None:
+    """Raise unless x is [N, channels, H, W], and of the dtype of `conv`, which is what takes it."""
     checks.tensor("x", x, ndim=4)
     if x.shape[1] != channels:
         raise ValueError(f"x must have {channels} channels, got {checks.text(x)}")
     for name, size in zip(("height", "width"), x.shape[2:], strict=True):
         if size < 1:
             raise ValueError(f"x: {name} must be at least 1, got 0")
+    if type(conv) is nn.Conv2d and x.dtype != conv.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x must have the dtype of the layer, {conv.weight.dtype}; got {checks.text(x)}")
 
 
 def check_labels(y: Tensor, num_images: int) -> None:
@@ -83,7 +85,7 @@ class Downsample(nn.Module):
         self.downsample = nn.Conv2d(in_channels, in_channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor, time_emb: Tensor | None = None, y: Tensor | None = None) -> Tensor:
-        check_input(x, self.in_channels)
+        check_input(x, self.in_channels, self.downsample)
         if x.shape[2] % 2 or x.shape[3] % 2:
             raise ValueError(f"x must have even height and width to be halved, got {list(x.shape)}")
         return self.downsample(x)
@@ -100,7 +102,7 @@ class Upsample(nn.Module):
         )
 
     def forward(self, x: Tensor, time_emb: Tensor | None = None, y: Tensor | None = None) -> Tensor:
-        check_input(x, self.in_channels)
+        check_input(x, self.in_channels, self.upsample[-1])
         return self.upsample(x)
 
 
@@ -115,7 +117,7 @@ class AttentionBlock(nn.Module):
         self.to_out = nn.Conv2d(in_channels, in_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_input(x, self.in_channels)
+        check_input(x, self.in_channels, self.to_qkv)
         qkv = self.to_qkv(norm_act(self.norm, None, x))
         # One head, [N, 1, H W, 3 C] with dense rows: other forms miss the fused kernels. No copy in channels_last.
         tokens = qkv.flatten(2).transpose(1, 2).contiguous().unsqueeze(1)
@@ -175,7 +177,7 @@ class ResidualBlock(TakesNoiseState):
         y: Tensor | None = None,  # [N] int64
         noise_state: NoiseState | None = None,  # where dropout draws from; torch's generator without it
     ) -> Tensor:  # [N, out_channels, H, W]
-        check_input(x, self.in_channels)
+        check_input(x, self.in_channels, self.conv_1)
         norm_1, conv_1, norm_2, conv_2 = self.norm_1, self.conv_1, self.norm_2, self.conv_2
         layers = list(conv_2.children())
         if (

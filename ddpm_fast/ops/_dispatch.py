@@ -16,7 +16,7 @@ class Unavailable(Exception):
 
 
 def _check_backend(name: str, source: str) -> str:
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"{source}: unknown backend {name!r}, expected one of {', '.join(BACKENDS)}")
     return name
 

@@ -73,8 +73,10 @@ def conv3x3(
     """
     n, channels, height, width = _checks.concatenated(x, x2)
     _checks.tensor("weight", weight, ndim=4, device=x.device)
-    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"weight must have the dtype of x, {x.dtype}; got {_checks.text(weight)}")
+    for name, value in (("weight", weight), ("bias", bias)):
+        given = isinstance(value, Tensor) and value.dtype != x.dtype
+        if given and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{name} must have the dtype of x, {x.dtype}; got {_checks.text(value)}")
     out_channels = weight.shape[0]
     _checks.tensor("weight", weight, shape=(out_channels, channels, 3, 3))
     if 0 in (channels, out_channels, height, width):

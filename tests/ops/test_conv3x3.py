@@ -71,6 +71,7 @@ N24 = torch.ones(2, 4)
         ((X, W), {"residual": X}, ValueError, r"residual must have shape \[2, 6, 5, 5\]"),
         ((X, W), {"norm": Norm(N24[:1], N24)}, ValueError, "norm.scale must have shape"),
         ((X, W), {"norm": Norm(N24, N24, "gelu")}, ValueError, "norm.activation must be one of"),
+        ((X, W, W[:, 0, 0, 0].double()), {}, TypeError, "bias must have the dtype of x"),
         ((X, W[:0]), {}, ValueError, "x and weight must have channels and pixels"),
         ((X[:, :0], W[:, :0]), {}, ValueError, "x and weight must have channels and pixels"),
         ((X[:, :, :0], W), {}, ValueError, "x and weight must have channels and pixels"),
