@@ -30,6 +30,7 @@ lint: $(READY) ## lint, format and types only
 
 docs: $(READY) ## write the API reference, from the docstrings, into build/api/
 	$(PY) -W error -m pdoc -d google -o build/api $(API)
+
 fuzz: $(READY) ## call every public function with CASES=1000000 right and wrong arguments; SEED=... repeats a run
 	@echo "SEED=$(SEED) CASES=$(CASES)"
 	DDPM_FAST_FUZZ=$(CASES) $(PY) -m pytest tests/fuzz -v --hypothesis-seed=$(SEED) $(PYTEST_ARGS)

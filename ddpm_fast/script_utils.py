@@ -138,6 +138,8 @@ def get_diffusion_from_args(args: Any) -> Diffusion:
     # None is a value of its own for norm and time_emb_dim; elsewhere it stands for the default.
     given = {k: v for k, v in given.items() if v is not None or k in ("norm", "time_emb_dim")}
     options = diffusion_defaults() | {"num_classes": 10} | given
+    if not isinstance(options["use_labels"], (bool, int, np.bool_)):
+        raise TypeError(f"use_labels must be True or False, got {checks.text(options['use_labels'])}")
     num_classes = options["num_classes"]
     # The original takes any schedule but "cosine" for the linear one.
     options["schedule"] = "cosine" if options["schedule"] == "cosine" else "linear"

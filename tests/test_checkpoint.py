@@ -172,6 +172,8 @@ def test_files_of_torch_save_are_told_apart(path: Path, as_zip: bool) -> None:
     with pytest.raises(ValueError, match=advice) as error:
         read_checkpoint(path)
     assert str(path) in str(error.value)
+
+
 def test_a_damaged_bit_is_noticed(path: Path) -> None:
     """Also one that leaves a file in order: in a tensor's numbers, or in the text of the header."""
     whole = path.read_bytes()

@@ -146,7 +146,7 @@ SIZES = st.sampled_from((0, 1, 1, 2, 3, 4, 5, 7, 8))  # where nothing is a size,
 
 def unwrapped(args: dict[str, Any]) -> dict[str, Any]:
     """The arguments for a reference, which takes no array in the place of a number."""
-    return {k: v.item() if isinstance(v, np.ndarray) and v.ndim == 0 else v for k, v in args.items()}
+    return {k: v.item() if isinstance(v, (np.ndarray, np.generic)) and v.ndim == 0 else v for k, v in args.items()}
 
 
 def one(draw: Draw, *values: Any) -> Any:

@@ -126,7 +126,7 @@ def test_ema(draw: Draw) -> bool:
     if ema is REFUSED:
         return False
     a, b = (nn.Linear(draw(st.integers(1, 2)), 2).to(one(draw, torch.float32, torch.float64)) for _ in range(2))
-    before, new = a.weight.double().clone(), b.weight.double()
+    before, new = a.weight.detach().double().clone(), b.weight.detach().double()
     done = attempt(ema.update_model_average, **spoilt(draw, {"ema_model": a, "current_model": b}))
     if done is not REFUSED:
         close(a.weight.detach(), (float(args["decay"]) * (before - new) + new).detach(), 1e-6)
