@@ -353,5 +353,5 @@ def test_a_zip_of_an_unknown_version_is_named(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[data.index(b"PK\x01\x02") + 6] = 152  # the version that is needed to read it
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"new\.zip can't be read: zip file version 15\.2"):
+    with pytest.raises(ValueError, match=r"new\.zip .*: zip file version 15\.2"):
         load_images(path)
