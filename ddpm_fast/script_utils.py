@@ -142,7 +142,8 @@ def get_diffusion_from_args(args: Any) -> Diffusion:
         raise TypeError(f"use_labels must be True or False, got {checks.text(options['use_labels'])}")
     num_classes = options["num_classes"]
     # The original takes any schedule but "cosine" for the linear one.
-    options["schedule"] = "cosine" if options["schedule"] == "cosine" else "linear"
+    schedule = options["schedule"]
+    options["schedule"] = "cosine" if isinstance(schedule, str) and schedule == "cosine" else "linear"
     options["num_classes"] = num_classes if options["use_labels"] else None
     config = Config.from_dict({field.name: options[field.name] for field in fields(Config) if field.name in options})
     return Diffusion.from_config(config, num_classes=num_classes)

@@ -11,5 +11,5 @@ def timestep_embedding(t: Tensor, dim: int, scale: float = 1.0) -> Tensor:
     half = dim // 2
     dtype = t.dtype if t.dtype == torch.float64 else torch.float32
     frequencies = torch.exp(torch.arange(half, device=t.device, dtype=dtype) * (-math.log(10000) / half))
-    angles = torch.outer(t.to(dtype) * scale, frequencies)
+    angles = torch.outer(t.to(dtype) * float(scale), frequencies)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
