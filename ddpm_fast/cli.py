@@ -1,4 +1,4 @@
-"""The command line: `ddpm-fast` = `python -m ddpm_fast`, with train, sample, demo and info.
+"""The command line: `ddpm-fast` = `python -m ddpm_fast`, with train, sample, plot, demo and info.
 
 What the commands do is in `commands.py`, imported once the arguments are clear.
 """
@@ -54,7 +54,7 @@ An image depends on its seed and its place among the images, not on --batch.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 after an error, 130 after Ctrl-C.
+    """Runs a command; returns the exit code: 0, 2 after an error, 130 after Ctrl-C, 143 after SIGTERM.
 
     An error is one line; with DDPM_FAST_DEBUG=1 it shows its traceback.
     """
@@ -106,6 +106,7 @@ def _parser() -> ArgumentParser:
     for name, text, add_options, epilog in (
         ("train", "train a model on images", _train, TRAIN_EPILOG),
         ("sample", "draw images from a trained model", _sample, SAMPLE_EPILOG),
+        ("plot", "draw loss, gradient norm and speed of runs from their logs", _plot, None),
         ("demo", "train on real digits, draw some, and judge them, in minutes", _demo, None),
         ("info", "versions, devices, and which fast paths work here", _info, None),
     ):
@@ -132,6 +133,8 @@ def _train(parser: ArgumentParser) -> None:
     )
     add("--log-every", type=whole(0), default=50, metavar="N", help="steps between log lines, 0: none (%(default)s)")
     add("--save-every", type=whole(0), default=1000, metavar="N", help="steps between checkpoints (%(default)s)")
+    add("--keep", type=whole(0), default=0, metavar="K", help="keep the last K checkpoints, and the best (%(default)s)")
+    add("--tensorboard", action="store_true", help="write TensorBoard events too, into tensorboard/ in --out")
     add(
         "--sample-every",
         type=whole(0),
@@ -200,11 +203,13 @@ def _train_model(add: Callable[..., object]) -> None:
 def _train_recipe(add: Callable[..., object]) -> None:
     add("--steps", type=whole(1), metavar="N", help=f"optimizer steps in all {_default('steps')}")
     add("--batch", dest="batch_size", type=whole(1), metavar="N", help=f"images per step {_default('batch_size')}")
+    add("--accumulate", type=whole(1), metavar="N", help=f"parts to do a step in: less memory {_default('accumulate')}")
     add("--lr", type=real(0, 1), help=f"learning rate of Adam {_default('lr')}")
     add("--warmup", type=whole(0), metavar="N", help=f"steps over which the learning rate rises {_default('warmup')}")
     add("--clip", type=real(0), metavar="X", help=f"largest norm of the gradient, 0: none {_default('clip')}")
     add("--flip", action=BooleanOptionalAction, help="mirror images at random (no)")
     add("--bf16", action=BooleanOptionalAction, help="bfloat16 autocast: faster where the hardware has it (no)")
+    add("--holdout", type=real(0, 1), metavar="P", help="share of the images not to train on but to measure with (0)")
     add("--seed", type=whole(0, SEEDS - 1), metavar="N", help=f"of weights, data order and noise {_default('seed')}")
 
 
@@ -234,6 +239,12 @@ def _sample(parser: ArgumentParser) -> None:
     add("--columns", type=whole(1, 10**4), metavar="N", help="images per row of a grid (a class per row)")
     add("--upscale", type=whole(1, 100), metavar="N", help="side of a pixel in a grid (small images are enlarged)")
     _device(add)
+
+
+def _plot(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="folder that train wrote into, or its log.jsonl")
+    add("--out", type=png, default="plot.png", metavar="FILE.png", help="(%(default)s)")
 
 
 def _demo(parser: ArgumentParser) -> None:
@@ -283,6 +294,13 @@ def real(low: float, high: float = float("inf")) -> Callable[[str], float]:
         return number
 
     return parse
+
+
+def png(text: str) -> Path:
+    """A file whose name ends in .png."""
+    if not text.lower().endswith(".png"):
+        raise ArgumentTypeError(f"{text!r} doesn't end in .png")
+    return Path(text)
 
 
 def integers(text: str) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import platform
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from .training.extras import require
 from .training.files import check_writable
 from .training.guards import warn_where_busy
 from .training.images import Frames, grid, save_gif, save_npz, save_png, save_pngs, saved_pngs, to_uint8, upscale_for
+from .training.plot import plot_runs
 from .training.recipe import RECIPES
 from .training.trainer import Trainer
 
@@ -41,7 +43,7 @@ MODEL_OPTIONS = (
     "ema_decay",
     "ema_start",
 )
-RECIPE_OPTIONS = ("steps", "batch_size", "lr", "warmup", "clip", "flip", "bf16", "seed")
+RECIPE_OPTIONS = ("steps", "batch_size", "accumulate", "lr", "warmup", "clip", "flip", "bf16", "seed", "holdout")
 
 
 def train(args: Namespace) -> int:
@@ -68,10 +70,13 @@ def train(args: Namespace) -> int:
         print(f"classes {_mapping(trainer.images.class_names)}")
     print(f"step {trainer.step} to {trainer.recipe.steps} into {out}/; Ctrl-C saves and stops")
     trainer.run()
-    print(f"step {trainer.step}: saved {out / CHECKPOINT}")
+    if trainer.step:
+        print(f"step {trainer.step}: saved {out / CHECKPOINT}")
     if trainer.interrupted:
-        print("ddpm-fast: stopped by Ctrl-C; the same command with --resume goes on", file=sys.stderr)
-    return 130 if trainer.interrupted else 0
+        cause = "Ctrl-C" if trainer.interrupted == signal.SIGINT else signal.Signals(trainer.interrupted).name
+        advice = "the same command with --resume goes on" if trainer.step else "before the first step"
+        print(f"ddpm-fast: stopped by {cause}; {advice}", file=sys.stderr)
+    return 128 + trainer.interrupted if trainer.interrupted else 0
 
 
 def _mapping(names: tuple[str, ...]) -> str:
@@ -84,7 +89,7 @@ def _mapping(names: tuple[str, ...]) -> str:
 def _trainer(args: Namespace, out: Path, images: Images, device: torch.device) -> Trainer:
     changes = _given(args, *RECIPE_OPTIONS)
     options = {"device": device, "sample_steps": args.sample_steps, "workers": args.workers}
-    options |= _given(args, "log_every", "save_every", "sample_every")
+    options |= _given(args, "log_every", "save_every", "sample_every", "keep", "tensorboard")
     model = _given(args, *MODEL_OPTIONS)
     if args.resume:
         if model or args.preset or args.unconditional:
@@ -241,6 +246,14 @@ def _draw(diffusion: Diffusion, y: Tensor | None, num: int, args: Namespace, fra
         )
 
 
+def plot(args: Namespace) -> int:
+    """Draws the logs of runs."""
+    check_writable(args.out.parent)
+    plot_runs(args.runs, args.out)
+    print(args.out)
+    return 0
+
+
 def demo(args: Namespace) -> int:
     """Trains on the digits, draws and judges."""
     run_demo(args.out, steps=args.steps, seed=args.seed, device=_device(args.device))
@@ -271,7 +284,13 @@ def _native() -> str:
     return f"{spec.origin}" if spec else "not built: the table below says why"
 
 
-COMMANDS: dict[str, Callable[[Namespace], int]] = {"train": train, "sample": sample, "demo": demo, "info": info}
+COMMANDS: dict[str, Callable[[Namespace], int]] = {
+    "train": train,
+    "sample": sample,
+    "plot": plot,
+    "demo": demo,
+    "info": info,
+}
 
 
 def _device(name: str) -> torch.device:

@@ -1,7 +1,7 @@
 """Diffusion: the drop-in for the original DDPM code's class, over the ops and the engine."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,10 @@ from .models.presets import Config
 from .models.unet import UNet
 from .ops import NoiseState, extract
 from .ops import _checks as checks
+from .ops.noise import drawn
 from .predictions import PREDICTIONS, target_coefficients
+from .reference.diffusion_loss import losses_per_image
+from .reference.philox import PERTURB
 from .sampling import SamplingDiffusion
 from .schedules import generate_cosine_schedule, generate_linear_schedule
 
@@ -95,6 +98,8 @@ class Diffusion(SamplingDiffusion):
         self.num_classes = num_classes
         self.loss_type = loss_type
         self.rng = rng
+        # Told t [N] and the loss of each image [N] by every forward call, if set.
+        self.observer: Callable[[Tensor, Tensor], None] | None = None
 
     @classmethod
     def from_config(cls, config: Config, **options: Any) -> "Diffusion":
@@ -142,13 +147,33 @@ class Diffusion(SamplingDiffusion):
             self._trained = True
         state = self.noise_state(draw, x.device) if self.rng == "philox" else None
         noise = torch.randn(x.shape, dtype=x.dtype, device=x.device) if state is None else state
+        return self._loss(self.model, x, t, y, noise, state, self.observer)
+
+    def loss_of(self, model: nn.Module, x: Tensor, t: Tensor, y: Tensor | None, noise: Tensor | NoiseState) -> Tensor:
+        """The loss of a network at timesteps t [N] with this noise; it counts as no call, and isn't observed."""
+        self._check_x(x)
+        return self._loss(model, x, t, self._checked_y(y, x.shape[0], x.device), noise)
+
+    def _loss(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | None,
+        noise: Tensor | NoiseState,
+        state: NoiseState | None = None,
+        observer: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
         x_t = self.perturb_x(x, t, noise)
-        model_out = self._call(self.model, x_t, t, y, state)
+        model_out = self._call(model, x_t, t, y, state)
         target: dict[str, Tensor] = {}
         if self.prediction != "eps":
             a, s = self.sqrt_alphas_cumprod[t], self.sqrt_one_minus_alphas_cumprod[t]
             noise_coef, x_coef = target_coefficients(self.prediction, a, s)
             target = {"noise_coef": noise_coef, "x_coef": x_coef, "x_start": x}
+        if observer is not None:
+            noise = drawn(noise, model_out, PERTURB)  # once for the loss and the observer
+            observer(t, losses_per_image(model_out.detach(), noise, loss_type=self.loss_type, **target))
         return ops.diffusion_loss(model_out, noise, loss_type=self.loss_type, **target)
 
     def update_ema(self) -> None:

@@ -3,7 +3,13 @@
 import importlib
 from typing import Any
 
-PACKAGES = {"PIL": "Pillow", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+# module: (package, the extra that brings it)
+PACKAGES = {
+    "PIL": ("Pillow", "demo"),
+    "sklearn": ("scikit-learn", "demo"),
+    "matplotlib": ("matplotlib", "demo"),
+    "tensorboard": ("tensorboard", "tensorboard"),
+}
 
 
 def require(module: str) -> Any:
@@ -15,5 +21,5 @@ def require(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = PACKAGES[module.split(".")[0]]
-        raise ImportError(f'{package} is needed here: pip install "ddpm_fast[demo]" ({error})') from error
+        package, extra = PACKAGES[module.split(".")[0]]
+        raise ImportError(f'{package} is needed here: pip install "ddpm_fast[{extra}]" ({error})') from error

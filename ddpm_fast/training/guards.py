@@ -1,6 +1,5 @@
-"""What stops a run: images that don't fit, numbers that are no longer finite, Ctrl-C. And what slows it: other work."""
+"""What stops a run: images that don't fit, weights that are no longer finite, Ctrl-C, SIGTERM. What slows it: other work."""
 
-import math
 import os
 import signal
 import threading
@@ -10,9 +9,9 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from ..diffusion import Diffusion
+from ..engine import eval_mode
 from ..models.presets import Config
 from ..ops import _checks as checks
 from .data import Images
@@ -21,15 +20,7 @@ from .data import Images
 class Stoppable(Protocol):
     """What runs until its flag is set."""
 
-    interrupted: bool
-
-
-def finite(total: Tensor, step: int) -> float:
-    """A sum of losses as a number; FloatingPointError unless it is finite."""
-    value = float(total)
-    if not math.isfinite(value):
-        raise FloatingPointError(f"the loss is {value} at step {step}: try a lower lr, or without bf16")
-    return value
+    interrupted: int  # the number of the signal; 0: none
 
 
 def check_weights(diffusion: Diffusion, step: int) -> None:
@@ -37,6 +28,14 @@ def check_weights(diffusion: Diffusion, step: int) -> None:
     tensors = [*diffusion.model.state_dict().values(), *diffusion.ema_model.state_dict().values()]
     if not torch.stack([t.isfinite().all() for t in tensors]).all():  # one wait for the device, not one a tensor
         raise FloatingPointError(f"a weight is not finite after step {step}: try a lower lr, or without bf16")
+
+
+def try_network(diffusion: Diffusion, device: torch.device) -> None:
+    """One image through the network: what doesn't fit shows before anything is written."""
+    x = torch.zeros(1, diffusion.img_channels, *diffusion.img_size, device=device)
+    index = torch.zeros(1, dtype=torch.int64, device=device)
+    with eval_mode(diffusion.model) as model:
+        model(x, index, index if diffusion.num_classes else None)
 
 
 def check_fit(config: Config, images: Images) -> None:
@@ -60,20 +59,22 @@ def check_fit(config: Config, images: Images) -> None:
 
 @contextmanager
 def interruptible(run: Stoppable) -> Iterator[None]:
-    """The first Ctrl-C lets the step finish; the second one interrupts at once."""
+    """The first Ctrl-C or SIGTERM lets the step finish; the second one interrupts at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(*_: Any) -> None:
-        run.interrupted = True
+    def stop(number: int, _: Any) -> None:
+        run.interrupted = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    before = signal.signal(signal.SIGINT, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def warn_where_busy(device: torch.device) -> None:

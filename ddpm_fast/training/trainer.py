@@ -1,8 +1,9 @@
 """The trainer: Adam, clipping, warm-up, EMA; a log, sample grids and checkpoints on the way; resumable."""
 
-import time
+import math
 import warnings
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,31 +11,33 @@ import torch
 from torch import Tensor
 
 from ..diffusion import Diffusion
-from ..engine import eval_mode
 from ..models.presets import Config
 from ..ops import _checks as checks
 from ..progress import progress_bar
 from .checkpoint import CHECKPOINT, Checkpoint, named, read_checkpoint, save_checkpoint
 from .data import Batches, Images
+from .diagnosis import explain
 from .extras import require
-from .guards import check_fit, check_weights, finite, interruptible
-from .images import grid, save_png, to_uint8, upscale_for
-from .log import append_log, read_log, write_log
+from .files import remove_leftovers
+from .grids import draw_grid
+from .guards import check_fit, check_weights, interruptible, try_network
+from .holdout import holdout_loss, split
+from .journal import LOG, Journal
+from .keep import Keeper
 from .recipe import Recipe
+from .watch import Watch
 
-LOG = "log.jsonl"
+__all__ = ["LOG", "Trainer"]
+
+OWN = r"(model(-\d+)?|best)\.safetensors|log\.jsonl|samples-\d+\.png"  # the files a run writes
 CPU_SAMPLE_STEPS = 100  # of a grid: all thousand would take a CPU longer than the training in between
-
-
-class _Interrupted(Exception):
-    """Ctrl-C came while a grid was drawn."""
 
 
 class Trainer:
     """Trains a `Diffusion` on images held in memory.
 
-    Writes into `out`: `model.safetensors` (the latest checkpoint), `log.jsonl` (a line per log interval: step, loss
-    averaged over the interval, lr, images_per_s) and `samples-<step>.png` (always the same noise and classes).
+    Writes into `out`: `model.safetensors` (the latest checkpoint), `log.jsonl` (a line per log interval, see
+    `docs/training.md`) and `samples-<step>.png` (always the same noise and classes).
 
     Args:
         config: what to build.
@@ -44,14 +47,16 @@ class Trainer:
         device: where.
         log_every, save_every, sample_every: steps between log lines, checkpoints, sample grids; 0: never
             (a checkpoint is always written at the end).
+        keep: keep the last so many checkpoints as `model-<step>.safetensors`, and the best as `best.safetensors`.
         sample_steps: denoising steps of the grids; None: all, on a CPU at most 100.
+        tensorboard: write the log's numbers as TensorBoard events too.
         progress: show a progress bar.
         workers: processes that pick batches ahead of time; 0: this one, seldom slower (docs/data.md).
         origin: who trains, written into the checkpoint.
 
     Raises:
         ValueError, TypeError: images and model don't fit, or an argument is out of range.
-        ImportError: grids were asked for without the package that writes them.
+        ImportError: grids or events were asked for without the package that writes them.
     """
 
     def __init__(
@@ -66,6 +71,8 @@ class Trainer:
         save_every: int = 1000,
         sample_every: int = 0,
         sample_steps: int | None = None,
+        keep: int = 0,
+        tensorboard: bool = False,
         progress: bool = True,
         workers: int = 0,
         origin: str = "train",
@@ -80,13 +87,18 @@ class Trainer:
         torch.manual_seed(self.recipe.seed)
         self.diffusion = Diffusion.from_config(config, seed=self.recipe.seed).to(self.device).train()
         self.optimizer = torch.optim.Adam(self.diffusion.model.parameters(), lr=self.recipe.lr, fused=True)
-        self.batches = Batches(
-            images, seed=self.recipe.seed, flip=self.recipe.flip, device=self.device, workers=workers
-        )
+        seen, self.held_out = split(images, self.recipe.holdout, self.recipe.seed)
+        flip, seed = self.recipe.flip, self.recipe.seed
+        self.batches = Batches(seen, seed=seed, flip=flip, device=self.device, workers=workers)
         self.fingerprint = images.fingerprint()
         self.step = 0  # optimizer steps made
         self.position = 0  # images seen
-        self.interrupted = False
+        self.interrupted = 0  # the signal that stopped it
+        self.watch = Watch(config.num_timesteps, self.device)
+        self.diffusion.observer = self.watch.observe
+        keep = checks.integer("keep", keep, 0)
+        self.keeper = Keeper(self.out / CHECKPOINT, keep, best=keep > 0 or self.held_out is not None)
+        self.journal = Journal(self.out, tensorboard=checks.flag("tensorboard", tensorboard))
         if sample_steps is None and self.device.type == "cpu":
             sample_steps = min(config.num_timesteps, CPU_SAMPLE_STEPS)
         if sample_steps is not None:
@@ -94,7 +106,7 @@ class Trainer:
         self.sample_steps = len(self.diffusion.plan(num_steps=sample_steps))
         if 0 < self.sample_every <= self.recipe.steps:  # better found missing now than after hours
             require("PIL.Image")
-        self._try_network()
+        try_network(self.diffusion, self.device)
 
     @classmethod
     def resume(
@@ -104,7 +116,7 @@ class Trainer:
 
         Args:
             images: the same as before.
-            changes: fields of the recipe to change from here on; not the seed.
+            changes: fields of the recipe to change from here on; not the seed, nor what is held out.
             options: `device`, intervals and so on, as for `Trainer`.
         """
         checkpoint = read_checkpoint(Path(out) / CHECKPOINT)
@@ -114,11 +126,7 @@ class Trainer:
         with named(checkpoint.path):
             saved, data = Recipe(**training["recipe"]), training["data"]
             step, count = checks.integer("step", training["step"], 0), checks.integer("images", data["images"], 1)
-        recipe = replace(saved, **(changes or {}))
-        if recipe.seed != saved.seed:
-            raise ValueError(f"seed is {recipe.seed}, but the run to resume has {saved.seed}")
-        if recipe.steps < step:
-            raise ValueError(f"steps is {recipe.steps}, but the run to resume has made {step}: ask for more")
+        recipe = saved.resumed(step, changes or {})
         try:
             check_fit(checkpoint.config, images)
         except ValueError as error:
@@ -133,55 +141,75 @@ class Trainer:
         return trainer
 
     def run(self, steps: int | None = None) -> None:
-        """Trains until `steps` (the recipe's) are made in all, or until Ctrl-C, which sets `interrupted`; then saves.
+        """Trains until `steps` (the recipe's) are made in all, or Ctrl-C or SIGTERM sets `interrupted`; then saves.
 
-        A new run removes what an older one left in `out`, once its own first step is made.
+        A new run removes what an older one left in `out`, once its own first step is made. A checkpoint that can't be
+        written on the way is a warning, and tried again when the next one is due.
 
         Raises:
-            FloatingPointError: the loss or the weights are no longer finite; the last checkpoint stays.
+            FloatingPointError: the loss, the gradient or the weights are no longer finite; the last checkpoint stays.
+            OSError: the last checkpoint can't be written; the one before stays.
         """
         steps = self.recipe.steps if steps is None else checks.integer("steps", steps, 1)
-        total, count, clock, saved = torch.zeros((), device=self.device), 0, time.perf_counter(), self.step
+        remove_leftovers(self.out, OWN)
+        saved = self.step
+        self.journal.start()
         options = {"initial": self.step, "disable": not self.progress, "unit": "step"}
         with interruptible(self), progress_bar(steps, "training", **options) as bar:
             while self.step < steps and not self.interrupted:
-                total += self.train_step()
-                count += 1
+                self.train_step()
+                self.journal.count(self.recipe.batch_size)
                 bar.update()
                 if self.step == 1:
                     self._start_anew()
+                saving = self._due(self.save_every) or self._due(self.sample_every)
+                if saving:
+                    self._mark()
                 if self._due(self.log_every):
-                    bar.set_postfix_str(self._log(total, count, time.perf_counter() - clock), refresh=False)
-                    total, count, clock = torch.zeros_like(total), 0, time.perf_counter()
-                if self._due(self.save_every) or self._due(self.sample_every):
-                    finite(total, self.step)  # waits for the device, so that the pause is that of the rest alone
-                    pause = time.perf_counter()
-                    self.save()  # also before drawing, which may be long and end with a second Ctrl-C
-                    saved = self.step
-                    if self._due(self.sample_every):
-                        self._try_to_draw()
-                    clock += time.perf_counter() - pause
+                    bar.set_postfix_str(self._write_line(), refresh=False)
+                if saving:
+                    with self.journal.paused():
+                        saved = self._try_to_save(saved)  # also before drawing, which may be long and be interrupted
+                        if self._due(self.sample_every):
+                            self._try_to_draw()
             if saved != self.step:
-                finite(total, self.step)
+                self._check()
+                if self.step == steps and self.keeper.marked != steps:
+                    self._mark()
                 self.save()
 
     def train_step(self) -> Tensor:
-        """One optimizer step; returns the loss, still on the device: nothing here waits for it."""
-        recipe = self.recipe
-        x, y = self.batches.take(self.position, recipe.batch_size)
+        """One optimizer step; returns the loss, still on the device: nothing here waits for it.
+
+        A step whose loss or gradient isn't finite, and those after it, change no weights; `run` finds out when it logs
+        or saves.
+        """
+        recipe, parameters = self.recipe, self.diffusion.model.parameters()
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.lr * min(1.0, (self.step + 1) / max(1, recipe.warmup))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.bf16):
-            loss = self.diffusion(x, y if self.config.num_classes else None)
         self.optimizer.zero_grad()
-        loss.backward()
-        if recipe.clip:
-            torch.nn.utils.clip_grad_norm_(self.diffusion.model.parameters(), recipe.clip)
+        loss = torch.zeros((), device=self.device)
+        for part in self._losses(self.position):
+            part.backward()
+            loss += part.detach()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.clip or math.inf)
+        self.watch.add(loss, norm, self.step + 1)
+        self.optimizer.found_inf = self.watch.failed  # type: ignore[attr-defined] # as torch.amp.GradScaler sets it
         self.optimizer.step()
         self.diffusion.update_ema()
         self.step += 1
         self.position += recipe.batch_size
-        return loss.detach()
+        return loss
+
+    def _losses(self, position: int) -> Iterator[Tensor]:
+        """The loss of the step at `position`, in the parts that it is done in."""
+        parts, conditional = self.recipe.accumulate, self.config.num_classes is not None
+        x, y = self.batches.take(position, self.recipe.batch_size)
+        labels = y.chunk(parts) if y is not None and conditional else [None] * parts
+        for x_part, y_part in zip(x.chunk(parts), labels, strict=True):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
+                loss = self.diffusion(x_part, y_part)
+            yield loss if parts == 1 else loss / parts
 
     def save(self) -> None:
         """Writes the checkpoint.
@@ -197,38 +225,35 @@ class Trainer:
             "step": self.step,
             "position": self.position,
             "data": self.fingerprint,
+            "watch": self.watch.state(),
+            "keep": self.keeper.state(),
         }
         if self.config.num_classes and self.images.class_names is not None:
             training["class_names"] = list(self.images.class_names)
         save_checkpoint(self.out / CHECKPOINT, self.diffusion, self.config, optimizer=self.optimizer, training=training)
+        self.keeper.keep(self.step)
 
     def draw(self) -> Path | None:
         """Writes a grid of samples, a row per class (at most ten) where there are classes; None after Ctrl-C."""
-        rows, columns = min(self.config.num_classes or 8, 10), 8
-        y = torch.arange(rows, device=self.device).repeat_interleave(columns) if self.config.num_classes else None
-        # It stays hidden where a grid takes less than a second.
-        options = {"leave": False, "disable": not self.progress, "unit": "step", "delay": 1}
-        with progress_bar(self.sample_steps, "drawing", **options) as bar:
+        return draw_grid(
+            self.diffusion,
+            self.out / f"samples-{self.step:07d}.png",
+            num_steps=self.sample_steps,
+            seed=self.recipe.seed,
+            device=self.device,
+            stop=lambda: self.interrupted,
+            progress=self.progress,
+        )
 
-            def on_step(k: int, x: Tensor) -> None:
-                bar.update(k + 1 - bar.n)
-                if self.interrupted:
-                    raise _Interrupted
-
-            try:
-                x = self.diffusion.sample(
-                    rows * columns,
-                    self.device,
-                    y,
-                    num_steps=self.sample_steps,
-                    seed=self.recipe.seed,
-                    callback=on_step,
-                )
-            except _Interrupted:
-                return None
-        path = self.out / f"samples-{self.step:07d}.png"
-        save_png(path, grid(to_uint8(x), columns=columns, upscale=upscale_for(x.shape[2])))
-        return path
+    def _try_to_save(self, saved: int) -> int:
+        """The step of the last checkpoint: this one, or `saved` where it can't be written."""
+        try:
+            self.save()
+        except OSError as error:
+            self.keeper.unmark()
+            warnings.warn(f"no checkpoint at step {self.step}: {error}; training goes on", stacklevel=3)
+            return saved
+        return self.step
 
     def _try_to_draw(self) -> None:
         try:
@@ -236,34 +261,49 @@ class Trainer:
         except Exception as error:  # no picture is worth the end of a run that goes well
             warnings.warn(f"no sample grid at step {self.step}: {error}", stacklevel=3)
 
-    def _try_network(self) -> None:
-        """One image through the network: what doesn't fit shows before anything is written."""
-        x = torch.zeros(1, self.config.img_channels, *self.config.img_size, device=self.device)
-        index = torch.zeros(1, dtype=torch.int64, device=self.device)
-        with eval_mode(self.diffusion.model) as model:
-            model(x, index, index if self.config.num_classes else None)
-
     def _start_anew(self) -> None:
         """Removes what an older run left, so that no --resume goes on from it; starts the log."""
         for path in (self.out / CHECKPOINT, *self.out.glob("samples-" + "[0-9]" * 7 + ".png")):
             path.unlink(missing_ok=True)
-        write_log(self.out / LOG, [])
+        self.keeper.clear()
+        self.journal.clear()
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _log(self, total: Tensor, count: int, seconds: float) -> str:
-        loss, images_per_s = finite(total, self.step) / count, count * self.recipe.batch_size / seconds
-        lr = self.optimizer.param_groups[0]["lr"]
-        append_log(self.out / LOG, {"step": self.step, "loss": loss, "lr": lr, "images_per_s": round(images_per_s, 1)})
-        return f"loss {loss:.4f}, {images_per_s:.0f} images/s"
+    def _mark(self) -> None:
+        """Weighs the checkpoint that comes next."""
+        self._check()  # waits for the device, so that the pause is that of the rest alone
+        with self.journal.paused():
+            loss = float(self.watch.smooth)
+            if self.held_out is not None:
+                loss = self.watch.holdout = holdout_loss(self.diffusion, self.held_out, self.recipe, self.device)
+            self.keeper.mark(self.step, loss)
+
+    def _check(self) -> None:
+        """Raise FloatingPointError if a step since the last look wasn't finite; it is made once more to say why."""
+        failed = self.watch.first_failure(self.step)
+        if failed is not None:
+            back = self.step - failed + 1
+            position = self.position - back * self.recipe.batch_size
+            self.diffusion.calls -= back * self.recipe.accumulate
+            raise FloatingPointError(explain(self.diffusion, failed, lambda: self._losses(position)))
+
+    def _write_line(self) -> str:
+        self._check()
+        line = {"step": self.step, "lr": self.optimizer.param_groups[0]["lr"], **self.watch.line()}
+        return self.journal.write(line, self.device)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         checkpoint.load_into(self.diffusion, self.optimizer)
+        training = checkpoint.training
         with named(checkpoint.path):
             if checkpoint.rng is not None:
                 torch.set_rng_state(checkpoint.rng)
-            self.step = checks.integer("step", checkpoint.training["step"], 0)
-            self.position = checks.integer("position", checkpoint.training["position"], 0)
-        log = self.out / LOG
-        write_log(log, [line for line in read_log(log) if line["step"] <= self.step] if log.exists() else [])
+            self.step = checks.integer("step", training["step"], 0)
+            self.position = checks.integer("position", training["position"], 0)
+            if "watch" in training:  # of a file written before there was a watch, nothing is missing
+                self.watch.load(training["watch"])
+                self.keeper.load(training["keep"])
+        self.keeper.keep(self.step)
+        self.journal.cut(self.step)
