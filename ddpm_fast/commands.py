@@ -1,8 +1,6 @@
 """What the commands of `cli.py` do: each takes the parsed arguments and returns the exit code."""
 
-import importlib.util
 import math
-import platform
 import signal
 import sys
 from argparse import Namespace
@@ -11,13 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from . import __version__, ops
 from .demo import run as run_demo
 from .diffusion import Diffusion
+from .info import show
 from .models.presets import Config, preset
 from .ops import _checks as checks
 from .samplers import SAMPLERS
@@ -262,26 +259,8 @@ def demo(args: Namespace) -> int:
 
 def info(args: Namespace) -> int:
     """Prints versions, devices and op x backend."""
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    for name, value in (
-        ("ddpm_fast", f"{__version__} in {Path(__file__).parent}"),
-        ("python", f"{platform.python_version()} on {platform.platform()}"),
-        ("torch", f"{torch.__version__}, numpy {np.__version__}"),
-        ("cpu", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"),
-        ("native", _native()),
-        ("cuda", f"{torch.version.cuda}, {', '.join(names)}" if names else "no device"),
-    ):
-        print(f"{name:<10} {value}")
-    print()
-    for op, backend, reason in ops.availability():
-        print(f"{op:<20} {backend:<10} {reason or 'available'}")
+    show()
     return 0
-
-
-def _native() -> str:
-    """Where the native module lies, or how to learn why there is none."""
-    spec = importlib.util.find_spec("ddpm_fast._C")
-    return f"{spec.origin}" if spec else "not built: the table below says why"
 
 
 COMMANDS: dict[str, Callable[[Namespace], int]] = {

@@ -1,4 +1,4 @@
-"""What stops a run: images that don't fit, weights that are no longer finite, Ctrl-C, SIGTERM. What slows it: other work."""
+"""What stops a run: images that don't fit, weights that aren't finite, Ctrl-C, SIGTERM. What slows it: other work."""
 
 import os
 import signal
@@ -14,6 +14,7 @@ from ..diffusion import Diffusion
 from ..engine import eval_mode
 from ..models.presets import Config
 from ..ops import _checks as checks
+from .checkpoint import Checkpoint, named
 from .data import Images
 
 
@@ -55,6 +56,22 @@ def check_fit(config: Config, images: Images) -> None:
     if low < 0 or high >= config.num_classes:
         wrong = f"{low} is negative" if low < 0 else f"{high} is too large"
         raise ValueError(f"label {wrong} for num_classes = {config.num_classes}")
+
+
+def check_same(checkpoint: Checkpoint, images: Images) -> None:
+    """Raise ValueError unless a run can go on from this checkpoint on these images."""
+    try:
+        check_fit(checkpoint.config, images)
+    except ValueError as error:
+        raise ValueError(f"{error}: give the --data, --size and --pad of the first run") from error
+    with named(checkpoint.path):
+        data = checkpoint.training["data"]
+        count = checks.integer("images", data["images"], 1)
+    if images.fingerprint() != data:
+        raise ValueError(
+            f"{checkpoint.path} was trained on other images, {count} then and {len(images.pixels)} now: "
+            "--data, --size and --pad must be the same as in the first run"
+        )
 
 
 @contextmanager

@@ -89,6 +89,7 @@ def _curves(axes: Any, logs: dict[str, list[dict[str, Any]]], key: str, title: s
             axes.plot(steps, values, color=f"C{k}", alpha=0.25, linewidth=1)
             axes.plot(steps, _smoothed(values), color=f"C{k}", label=name)
     axes.set(xlabel="step", title=title)
+    axes.locator_params(axis="x", nbins=6)
     axes.grid(alpha=0.3, which="both")
     if len(logs) > 1:
         axes.legend()
@@ -104,6 +105,7 @@ def _by_time(axes: Any, logs: dict[str, list[dict[str, Any]]]) -> None:
         steps, values = _points([{"step": line["step"], "loss": line["loss_by_t"][k]} for line in lines], "loss")
         axes.plot(steps, _smoothed(values), color=colours[k], label=f"{100 * k // count}-{100 * (k + 1) // count} %")
     axes.set(xlabel="step", title="loss by timestep (of T)", yscale="log")
+    axes.locator_params(axis="x", nbins=6)
     axes.grid(alpha=0.3, which="both")
     if count:
         axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))

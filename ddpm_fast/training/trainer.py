@@ -20,7 +20,7 @@ from .diagnosis import explain
 from .extras import require
 from .files import remove_leftovers
 from .grids import draw_grid
-from .guards import check_fit, check_weights, interruptible, try_network
+from .guards import check_fit, check_same, check_weights, interruptible, try_network
 from .holdout import holdout_loss, split
 from .journal import LOG, Journal
 from .keep import Keeper
@@ -124,19 +124,11 @@ class Trainer:
         if "recipe" not in training:
             raise ValueError(f"{checkpoint.path} wasn't written by the trainer: it can't be resumed")
         with named(checkpoint.path):
-            saved, data = Recipe(**training["recipe"]), training["data"]
-            step, count = checks.integer("step", training["step"], 0), checks.integer("images", data["images"], 1)
+            saved = Recipe(**training["recipe"])
+            step = checks.integer("step", training["step"], 0)
         recipe = saved.resumed(step, changes or {})
-        try:
-            check_fit(checkpoint.config, images)
-        except ValueError as error:
-            raise ValueError(f"{error}: give the --data, --size and --pad of the first run") from error
+        check_same(checkpoint, images)
         trainer = cls(checkpoint.config, images, out, recipe=recipe, **options)
-        if trainer.fingerprint != data:
-            raise ValueError(
-                f"{checkpoint.path} was trained on other images, {count} then and {len(images.pixels)} now: "
-                "--data, --size and --pad must be the same as in the first run"
-            )
         trainer._restore(checkpoint)
         return trainer
 
