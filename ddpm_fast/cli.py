@@ -37,7 +37,7 @@ examples:
   ddpm-fast train --data mnist/ --pad 2 --resume --steps 50000  go on after Ctrl-C, or for longer
   ddpm-fast train --data cifar-10-python.tar.gz --flip --steps 200000 --out runs/cifar10
 
-written into --out: model.safetensors (checkpoint), log.jsonl (loss), samples-*.png
+written into --out: model.safetensors (checkpoint), log.jsonl (losses, speed), samples-*.png
 """
 
 SAMPLE_EPILOG = """\

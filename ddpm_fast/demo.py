@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,7 +74,7 @@ def run(
     start = time.perf_counter()
     trainer.run()
     if trainer.interrupted:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt if trainer.interrupted == signal.SIGINT else SystemExit(128 + trainer.interrupted)
     seconds = time.perf_counter() - start
     draw(trainer.diffusion, out, seed=seed, device=device)
     plot_loss(out)

@@ -297,6 +297,17 @@ def test_a_failed_step_and_those_after_it_change_nothing(tmp_path: Path) -> None
         t.run(10)
 
 
+def test_a_run_whose_first_step_breaks_leaves_the_old_one(tmp_path: Path) -> None:
+    trainer(tmp_path, keep=1).run(2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    t = trainer(tmp_path, log_every=100)
+    with torch.no_grad():
+        t.diffusion.model.out_conv.bias.fill_(torch.inf)
+    with pytest.raises(FloatingPointError, match=r"at step 1 \(16 of 16 .* of out_conv, and the weight out_conv.bias"):
+        t.run(4)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def broken(t: Trainer, name: str, step: int, images: slice = slice(None)) -> list[torch.Tensor]:
     """From `step` on, the output of a layer overflows for some images; returns the timesteps of each call."""
     layer, seen = t.diffusion.model.get_submodule(name), []

@@ -66,6 +66,23 @@ def test_the_observer_is_told_each_image_s_loss(loss_type: str, prediction: str)
         assert float(losses[i]) == pytest.approx(value.item(), rel=1e-4)
 
 
+def test_the_trainer_takes_plain_steps(tmp_path: Path) -> None:
+    t, plain = trainer(tmp_path), trainer(tmp_path)
+    diffusion, parameters = plain.diffusion, list(plain.diffusion.model.parameters())
+    diffusion.observer = None
+    adam = torch.optim.Adam(parameters, fused=True)
+    for step in range(6):
+        t.train_step()
+        adam.param_groups[0]["lr"] = 2e-3 * min(1.0, (step + 1) / 4)
+        adam.zero_grad()
+        diffusion(*plain.batches.take(16 * step, 16)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        adam.step()
+        diffusion.update_ema()
+    expected = diffusion.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in t.diffusion.state_dict().items())
+
+
 def test_losses_per_image_in_float64() -> None:
     out, noise, start = torch.randn(3, 4, 2, 2, 2, dtype=torch.float64).unbind()
     a, b = torch.rand(2, 4, dtype=torch.float64).unbind()

@@ -153,6 +153,7 @@ class Trainer:
                 self.journal.count(self.recipe.batch_size)
                 bar.update()
                 if self.step == 1:
+                    self._check()
                     self._start_anew()
                 saving = self._due(self.save_every) or self._due(self.sample_every)
                 if saving:
