@@ -30,6 +30,7 @@ class Journal:
         self.path, self.events = out / LOG, out / EVENTS
         self._log, self._tensorboard = Log(self.path), tensorboard
         self._writer: Any = None
+        self._first = 1  # step of the events to come
         self._clock, self._images = 0.0, 0
         if tensorboard:
             require("tensorboard")
@@ -60,7 +61,8 @@ class Journal:
         return f"loss {line['loss']:.4f}, {speed:.0f} images/s"
 
     def cut(self, step: int) -> None:
-        """Drops the lines after `step`."""
+        """Drops the lines after `step`, and hides the events."""
+        self._first = step + 1
         lines = read_log(self.path) if self.path.exists() else []
         write_log(self.path, [line for line in lines if line["step"] <= step])
 
@@ -76,8 +78,7 @@ class Journal:
             if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter
 
-                # Hides what an earlier part of the run wrote after its last checkpoint.
-                self._writer = SummaryWriter(str(self.events), purge_step=step)
+                self._writer = SummaryWriter(str(self.events), purge_step=self._first)
             for tag, number in _scalars(line):
                 self._writer.add_scalar(tag, number, step)
             self._writer.flush()

@@ -1,7 +1,8 @@
 """Checkpoints kept beside the latest one: the last few, and the best."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,16 @@ class Keeper:
         if self.best and (self.record is None or loss < self.record["loss"]):
             self.record = {"step": step, "loss": loss}
 
-    def unmark(self) -> None:
-        """After a save that failed."""
-        self.marked, self.record = 0, self._before
+    @contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Around a save: keeps what was marked, and forgets the mark where it can't be written."""
+        try:
+            yield
+            self.keep(step)
+        except OSError:
+            if self.marked == step:
+                self.marked, self.record = 0, self._before
+            raise
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: JSON."""
@@ -57,7 +65,7 @@ class Keeper:
             self.record = {"step": step, "loss": loss}
 
     def keep(self, step: int) -> None:
-        """After a save; also at a resume, for a run that was killed between the two."""
+        """After a save; and at a resume, for a run that was killed between the two."""
         if self.count and self.marked == step:
             name = self.latest.with_name(f"model-{step:07d}.safetensors")
             if not name.exists() or not name.samefile(self.latest):

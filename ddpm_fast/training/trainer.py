@@ -223,8 +223,9 @@ class Trainer:
         }
         if self.config.num_classes and self.images.class_names is not None:
             training["class_names"] = list(self.images.class_names)
-        save_checkpoint(self.out / CHECKPOINT, self.diffusion, self.config, optimizer=self.optimizer, training=training)
-        self.keeper.keep(self.step)
+        path, optimizer = self.out / CHECKPOINT, self.optimizer
+        with self.keeper.saving(self.step):
+            save_checkpoint(path, self.diffusion, self.config, optimizer=optimizer, training=training)
 
     def draw(self) -> Path | None:
         """Writes a grid of samples, a row per class (at most ten) where there are classes; None after Ctrl-C."""
@@ -243,7 +244,6 @@ class Trainer:
         try:
             self.save()
         except OSError as error:
-            self.keeper.unmark()
             warnings.warn(f"no checkpoint at step {self.step}: {error}; training goes on", stacklevel=3)
             return saved
         return self.step
