@@ -7,15 +7,16 @@ import argparse
 import os
 import sys
 import warnings
-from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction
+from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .options import integers, png, real, size, whole
 from .training.recipe import RECIPES, SEEDS
 
-MAX_SIDE, MAX_PAD = 8192, 1024  # pixels of an image, and around it
+MAX_PAD = 1024  # pixels around an image
 DEBUG = "DDPM_FAST_DEBUG"  # set it, and an error shows its traceback
 
 EPILOG = """\
@@ -262,57 +263,3 @@ def _info(parser: ArgumentParser) -> None:
 
 def _device(add: Callable[..., object]) -> None:
     add("--device", default="auto", help="cpu, cuda, cuda:1... (a GPU if there is one)")
-
-
-def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """The type of an option that takes an integer in [least, most]."""
-
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = least - 1
-        if number < least or (most is not None and number > most):
-            range_ = f"of at least {least}" if most is None else f"from {least} to {most}"
-            raise ArgumentTypeError(f"{text!r} is no integer {range_}")
-        return number
-
-    return parse
-
-
-def real(low: float, high: float = float("inf")) -> Callable[[str], float]:
-    """The type of an option that takes a finite number in [low, high]."""
-
-    def parse(text: str) -> float:
-        try:
-            number = float(text)
-        except ValueError:
-            number = float("nan")
-        if not low <= number <= high or number == float("inf"):
-            range_ = f"of at least {low}" if high == float("inf") else f"between {low} and {high}"
-            raise ArgumentTypeError(f"{text!r} is no number {range_}")
-        return number
-
-    return parse
-
-
-def png(text: str) -> Path:
-    """A file whose name ends in .png."""
-    if not text.lower().endswith(".png"):
-        raise ArgumentTypeError(f"{text!r} doesn't end in .png")
-    return Path(text)
-
-
-def integers(text: str) -> tuple[int, ...]:
-    """'3' or '0,1,4'; '' is none."""
-    return tuple(whole(0, 10**4)(part) for part in text.split(",")) if text else ()
-
-
-def size(text: str) -> tuple[int, int]:
-    """'32' or '32x48', height first."""
-    height, cross, width = text.lower().partition("x")
-    side = whole(1, MAX_SIDE)
-    try:
-        return side(height), side(width if cross else height)
-    except ArgumentTypeError as error:
-        raise ArgumentTypeError(f"{text!r} is no size: expected N or HxW, each from 1 to {MAX_SIDE}") from error

@@ -22,9 +22,10 @@ from .training.data import Images, digits, stratified, to_float
 from .training.extras import require
 from .training.files import check_writable, write_atomically
 from .training.images import Frames, grid, save_gif, save_png, to_uint8
+from .training.journal import LOG
 from .training.log import read_log
 from .training.recipe import RECIPES
-from .training.trainer import LOG, Trainer
+from .training.trainer import Trainer
 
 COLUMNS = 10
 ORIGIN = "demo"  # what its checkpoints say, so that the next demo may replace them

@@ -24,11 +24,12 @@ import torch
 
 from ddpm_fast.models.presets import Config
 from ddpm_fast.training import files
-from ddpm_fast.training.checkpoint import read_checkpoint
+from ddpm_fast.training.checkpoint import CHECKPOINT, read_checkpoint
 from ddpm_fast.training.data import Images
+from ddpm_fast.training.journal import LOG
 from ddpm_fast.training.log import read_log
 from ddpm_fast.training.recipe import Recipe
-from ddpm_fast.training.trainer import CHECKPOINT, LOG, Trainer
+from ddpm_fast.training.trainer import Trainer
 
 CONFIG = Config(
     img_size=(8, 8),
@@ -90,15 +91,15 @@ class _SlowFile:
             time.sleep(SLOW / 20)
 
 
-def part(out: Path, steps: int, slow: bool) -> None:
+def part(out: Path, steps: int, slow: bool, workers: int) -> None:
     """What is killed: a run from its checkpoint on, that says each step it makes."""
     torch.set_num_threads(1)
     if slow:
         files.open = lambda name, mode: (_SlowFile if CHECKPOINT in str(name) else lambda f: f)(open(name, mode))
-    recipe = replace(RECIPE, steps=steps)
+    recipe, options = replace(RECIPE, steps=steps), OPTIONS | {"workers": workers}
     resume = (out / CHECKPOINT).exists()
     trainer = (
-        Trainer.resume(images(), out, **OPTIONS) if resume else Trainer(CONFIG, images(), out, recipe=recipe, **OPTIONS)
+        Trainer.resume(images(), out, **options) if resume else Trainer(CONFIG, images(), out, recipe=recipe, **options)
     )
     train_step = trainer.train_step
 
@@ -111,15 +112,16 @@ def part(out: Path, steps: int, slow: bool) -> None:
     trainer.run()
 
 
-def start(out: Path, steps: int, *, slow: bool) -> subprocess.Popen:
+def start(out: Path, steps: int, *, slow: bool, workers: int) -> subprocess.Popen:
     command = [sys.executable, __file__, "--part", str(out), "--steps", str(steps), *(["--slow"] if slow else [])]
+    command += ["--workers", str(workers)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
 
 
-def kill_once(out: Path, steps: int, inside: bool, chance: random.Random) -> tuple[Kill, int]:
+def kill_once(out: Path, steps: int, inside: bool, workers: int, chance: random.Random) -> tuple[Kill, int]:
     """Starts a part, kills it, and returns what happened and the first step that part made."""
-    process = start(out, steps, slow=inside)
+    process = start(out, steps, slow=inside, workers=workers)
     first = int(process.stdout.readline())
     began, reached = time.perf_counter(), first
     for _ in range(chance.randrange(1, 2 * SAVE_EVERY)):
@@ -151,7 +153,7 @@ def differences(ours: Path, theirs: Path) -> list[str]:
     return found + ([f"{LOG}: other lines"] if logs[0] != logs[1] else [])
 
 
-def torture(folder: Path, kills: int, inside: int, seed: int) -> tuple[list[Kill], list[str]]:
+def torture(folder: Path, kills: int, inside: int, seed: int, workers: int = 0) -> tuple[list[Kill], list[str]]:
     """The kills, and what the run in the end differs by from one that was left alone.
 
     Args:
@@ -163,14 +165,14 @@ def torture(folder: Path, kills: int, inside: int, seed: int) -> tuple[list[Kill
     steps = 3 * SAVE_EVERY * (kills + 1)
     report: list[Kill] = []
     for aim in aims:
-        kill, first = kill_once(folder / "killed", steps, aim, chance)
+        kill, first = kill_once(folder / "killed", steps, aim, workers, chance)
         if report:
             report[-1] = report[-1]._replace(resumed=first == report[-1].saved + 1)
         report.append(kill)
-    last = start(folder / "killed", steps, slow=False)
+    last = start(folder / "killed", steps, slow=False, workers=workers)
     first = int(last.stdout.readline())
     report[-1] = report[-1]._replace(resumed=first == report[-1].saved + 1)
-    whole = start(folder / "whole", steps, slow=False)
+    whole = start(folder / "whole", steps, slow=False, workers=0)
     for process in (last, whole):
         process.communicate()
         assert process.returncode == 0
@@ -203,16 +205,17 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--inside", type=int, default=4, help="kills inside the write of a checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--workers", type=int, default=0, help="processes that pick the batches of the killed run")
     parser.add_argument("--json", type=Path, help="write the report there too")
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--slow", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
-        part(args.part, args.steps, args.slow)
+        part(args.part, args.steps, args.slow, args.workers)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            report, found = torture(Path(folder), args.kills, args.inside, args.seed)
+            report, found = torture(Path(folder), args.kills, args.inside, args.seed, args.workers)
         print(table(report, found))
         if args.json:
             args.json.write_text(json.dumps({"kills": [kill._asdict() for kill in report], "differences": found}))

@@ -21,7 +21,7 @@ LEVELS = (
     "engine models progress",
     "diffusion sampling",
     "editing training evaluation interop demo unet ema utils script_utils",
-    "__init__ __main__ cli commands info",
+    "__init__ __main__ cli commands info options",
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 

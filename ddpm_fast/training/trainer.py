@@ -22,12 +22,10 @@ from .files import remove_leftovers
 from .grids import draw_grid
 from .guards import check_fit, check_same, check_weights, interruptible, try_network
 from .holdout import holdout_loss, split
-from .journal import LOG, Journal
+from .journal import Journal
 from .keep import Keeper
 from .recipe import Recipe
 from .watch import Watch
-
-__all__ = ["LOG", "Trainer"]
 
 OWN = r"(model(-\d+)?|best)\.safetensors|log\.jsonl|samples-\d+\.png"  # the files a run writes
 CPU_SAMPLE_STEPS = 100  # of a grid: all thousand would take a CPU longer than the training in between
@@ -88,7 +86,7 @@ class Trainer:
         self.diffusion = Diffusion.from_config(config, seed=self.recipe.seed).to(self.device).train()
         self.optimizer = torch.optim.Adam(self.diffusion.model.parameters(), lr=self.recipe.lr, fused=True)
         seen, self.held_out = split(images, self.recipe.holdout, self.recipe.seed)
-        flip, seed = self.recipe.flip, self.recipe.seed
+        seed, flip = self.recipe.seed, self.recipe.flip
         self.batches = Batches(seen, seed=seed, flip=flip, device=self.device, workers=workers)
         self.fingerprint = images.fingerprint()
         self.step = 0  # optimizer steps made
@@ -284,15 +282,15 @@ class Trainer:
 
     def _write_line(self) -> str:
         self._check()
-        line = {"step": self.step, "lr": self.optimizer.param_groups[0]["lr"], **self.watch.line()}
-        return self.journal.write(line, self.device)
+        start = {"step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
+        return self.journal.write(start | self.watch.line(), self.device)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         checkpoint.load_into(self.diffusion, self.optimizer)
-        training = checkpoint.training
         with named(checkpoint.path):
             if checkpoint.rng is not None:
                 torch.set_rng_state(checkpoint.rng)
+            training = checkpoint.training
             self.step = checks.integer("step", training["step"], 0)
             self.position = checks.integer("position", training["position"], 0)
             if "watch" in training:  # of a file written before there was a watch, nothing is missing
