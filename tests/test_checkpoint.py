@@ -54,6 +54,7 @@ def rewrite(path: Path, change) -> None:
     """Saves the file again after `change(tensors, header)`."""
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["ddpm_fast"])
+    header.pop("crc32", None)  # or every change would be noticed there
     tensors = load_file(path)
     change(tensors, header)
     save_file(tensors, path, {"ddpm_fast": json.dumps(header)})
@@ -179,7 +180,7 @@ def test_a_damaged_bit_is_noticed(path: Path) -> None:
     whole = path.read_bytes()
     size = 8 + int.from_bytes(whole[:8], "little")
     with safe_open(path, framework="pt") as file:
-        assert "ddpm_fast.crc32" in file.metadata()
+        assert "crc32" in json.loads(file.metadata()["ddpm_fast"])
     step = whole.index(b'\\"step\\": 3')
     for at, what in ((size + 1, "is damaged"), (len(whole) - 1, "is damaged"), (step + 10, "ddpm_fast is damaged")):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])

@@ -1,8 +1,8 @@
 """Checkpoints: one safetensors file with everything a run needs to go on.
 
 Tensors: the `state_dict()` of `Diffusion` under its own names, `optimizer.<index>.<name>`, `rng.torch`.
-Header key "ddpm_fast", JSON: {format, config, extra_state, param_groups, training}. Nothing is ever unpickled.
-Header key "ddpm_fast.crc32", JSON: the checksum of that JSON and of each tensor, by which a damaged bit is noticed.
+Header key "ddpm_fast", JSON: {format, config, extra_state, param_groups, training, crc32}, the last the checksum of the
+rest of that JSON and of each tensor, by which a damaged bit is noticed. Nothing is ever unpickled.
 """
 
 import copy
@@ -25,7 +25,7 @@ from .files import write_atomically
 FORMAT = 1
 HEADER = "ddpm_fast"
 CHECKPOINT = "model.safetensors"  # in the folder of a run
-CHECKSUMS = "ddpm_fast.crc32"  # files written before there were any lack it
+CHECKSUMS = "crc32"  # files written before there were any lack it
 OPTIMIZER, RNG = "optimizer.", "rng.torch"
 
 
@@ -111,10 +111,8 @@ def save_checkpoint(
         for index, entries in state["state"].items():
             tensors |= {f"{OPTIMIZER}{index}.{name}": torch.as_tensor(value) for name, value in entries.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(header)
-    write_atomically(
-        path, save(tensors, {HEADER: text, CHECKSUMS: json.dumps(_checksums(text, tensors))}), durable=True
-    )
+    header[CHECKSUMS] = _checksums(header, tensors)
+    write_atomically(path, save(tensors, {HEADER: json.dumps(header)}), durable=True)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -145,9 +143,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if HEADER not in metadata:
         raise ValueError(f"{path} is no checkpoint of this package: {HEADER!r} is missing in its header")
     with named(path):
-        if CHECKSUMS in metadata:
-            _compare(json.loads(metadata[CHECKSUMS]), _checksums(metadata[HEADER], tensors))
         header = json.loads(metadata[HEADER])
+        if (saved := header.pop(CHECKSUMS, None)) is not None:
+            _compare(saved, _checksums(header, tensors))
         if header["format"] > FORMAT:
             raise ValueError(f"format {header['format']}, this version reads up to {FORMAT}")
         return _assemble(path, header, tensors)
@@ -160,10 +158,10 @@ def _is_pickled(path: Path) -> bool:
     return head == b"PK" or (head[:1] == b"\x80" and head[1:] in (b"\2", b"\3", b"\4", b"\5"))
 
 
-def _checksums(header: str, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The CRC-32 of the header's text, and by name of each tensor's dtype, shape and bytes."""
-    sums = {HEADER: zlib.crc32(header.encode())}
-    for name, tensor in tensors.items():
+def _checksums(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The CRC-32 of the header, and by name of each tensor's dtype, shape and bytes."""
+    sums = {HEADER: zlib.crc32(json.dumps(header).encode())}
+    for name, tensor in sorted(tensors.items()):  # or the file of a resumed run would differ
         kind = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
         sums[name] = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, kind)
     return sums
