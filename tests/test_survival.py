@@ -356,3 +356,10 @@ def test_a_gradient_that_overflows_is_named(tmp_path: Path) -> None:
     ):
         t.run(8)
     assert read_checkpoint(tmp_path / "model.safetensors").training["step"] == 2
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.interrupted = signal.SIGINT  # as the call before it left it
+    run.run(2)
+    assert run.step == 2 and not run.interrupted

@@ -142,7 +142,7 @@ class Trainer:
         """
         steps = self.recipe.steps if steps is None else checks.integer("steps", steps, 1)
         remove_leftovers(self.out, OWN)
-        saved = self.step
+        saved, self.interrupted = self.step, 0
         self.journal.start()
         options = {"initial": self.step, "disable": not self.progress, "unit": "step"}
         with interruptible(self), progress_bar(steps, "training", **options) as bar:
