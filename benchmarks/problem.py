@@ -86,7 +86,9 @@ class Problem:
         self.num_timesteps = self.num_timesteps or self.steps
         self.checked = min(self.checked, self.steps)
 
-    build = staticmethod(plain_unet)  # config -> network; a peer that brings its own overrides it
+    def build(self, config: Config) -> Any:
+        """Return a new network; a peer that brings its own overrides this."""
+        return plain_unet(config)
 
     def network(self) -> Any:
         """Return a new network with the case's weights, in eval mode: the plain one, unless a peer brings its own."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import memory, peers, sample_quality, sampling, throughput, training
+from benchmarks import checks, memory, peers, sample_quality, sampling, throughput, training
 from benchmarks.checks import check_sampling, check_training
 from benchmarks.harness import OURS, Disagreement, markdown, relative_error
 from benchmarks.peers import common, diffusers, expected, lucidrains, onnx_runtime, openvino
@@ -40,6 +40,12 @@ TRAINERS = {
     "diffusers": diffusers.trainer(NCHW),
     "denoising-diffusion-pytorch": lucidrains.trainer(CHANNELS_LAST),
 }
+
+
+@pytest.fixture(autouse=True)
+def short_chains(monkeypatch):
+    """Enough to tell a spread that is ten times too small."""
+    monkeypatch.setattr(checks, "SPREAD_ELEMENTS", 1024)
 
 
 def need(family: str) -> None:

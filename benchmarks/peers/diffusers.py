@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import original, sampling, training
+from benchmarks import sampling, training
 from benchmarks.checks import check_sampling, check_training
 from benchmarks.harness import DTYPES, check_agreement
 from benchmarks.peers.common import Fastest, flop_ratio, own, require
@@ -51,7 +51,7 @@ class Unet2D(nn.Module):
         return eps.to(x.dtype)
 
 
-def _pairs(plain: original.UNet, unet: Any) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+def _pairs(plain: Any, unet: Any) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
     """Each layer of a plain network, and those of ``UNet2DModel`` that hold its weights, in parts."""
     yield plain.init_conv, [unet.conv_in]
     for k, layer in ((1, unet.time_embedding.linear_1), (3, unet.time_embedding.linear_2)):
@@ -87,7 +87,9 @@ def _block_pairs(block: Any, resnet: Any, attention: Any) -> Iterator[tuple[nn.M
 class Unet2DProblem(Problem):
     """The case without classes, solved by ``Unet2D`` with the plain network's weights."""
 
-    build = Unet2D
+    def build(self, config: Config) -> Unet2D:
+        """Return a ``Unet2D`` with weights of its own."""
+        return Unet2D(config)
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
@@ -200,7 +202,7 @@ def sampling_contenders(compile: bool) -> dict[str, Builder]:
     layouts = {"NCHW": NCHW, "channels_last": CHANNELS_LAST}
     settings = {name: pipeline(layout) for name, layout in layouts.items()}
     low = {f"{name}, weights as activations": pipeline(layout, low=True) for name, layout in layouts.items()}
-    found = {"diffusers": _by_precision(settings, settings | low)}
+    found: dict[str, Builder] = {"diffusers": _by_precision(settings, settings | low)}
     if compile:
         found["diffusers torch.compile"] = pipeline(CHANNELS_LAST, max_autotune=True)
     return found
@@ -213,7 +215,7 @@ def _by_precision(float32: dict[str, Builder], bf16: dict[str, Builder]) -> Buil
 def training_contenders(compile: bool) -> dict[str, Builder]:
     """Eager in the best layout, and compiled."""
     settings = {"NCHW": trainer(NCHW), "channels_last": trainer(CHANNELS_LAST)}
-    found = {"diffusers": Fastest(settings, check_training)}
+    found: dict[str, Builder] = {"diffusers": Fastest(settings, check_training)}
     if compile:
         found["diffusers torch.compile"] = trainer(CHANNELS_LAST, {})
     return found

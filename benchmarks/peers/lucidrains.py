@@ -63,7 +63,9 @@ def unet(config: Config) -> nn.Module:
 class UnetProblem(Problem):
     """Ancestral sampling by the clipped posterior mean and variance, under the cosine schedule, with its ``Unet``."""
 
-    build = staticmethod(unet)
+    def build(self, config: Config) -> nn.Module:
+        """Return its ``Unet``."""
+        return unet(config)
 
     @cached_property
     def betas(self) -> np.ndarray:
@@ -192,7 +194,7 @@ def sampling_contenders(compile: bool) -> dict[str, Builder]:
         for layout, memory_format in (("NCHW", NCHW), ("channels_last", CHANNELS_LAST))
         for flash in (False, True)
     }
-    found = {NAME: Fastest(settings, check_sampling)}
+    found: dict[str, Builder] = {NAME: Fastest(settings, check_sampling)}
     if compile:
         found[f"{NAME} torch.compile"] = sampler(CHANNELS_LAST, False, max_autotune=True)
     return found
@@ -201,7 +203,7 @@ def sampling_contenders(compile: bool) -> dict[str, Builder]:
 def training_contenders(compile: bool) -> dict[str, Builder]:
     """Eager in the best layout, and compiled."""
     settings = {"NCHW": trainer(NCHW), "channels_last": trainer(CHANNELS_LAST)}
-    found = {NAME: Fastest(settings, check_training)}
+    found: dict[str, Builder] = {NAME: Fastest(settings, check_training)}
     if compile:
         found[f"{NAME} torch.compile"] = trainer(CHANNELS_LAST, {})
     return found
