@@ -105,19 +105,25 @@ class Judge:
         }
 
     def real(self) -> Row:
-        """Return the class agreement of the held-out images, and the distance of two sets drawn from all real ones.
+        """Return the class agreement of the held-out images, and the distance of two disjoint sets of all real ones.
 
-        From training to held-out images it would be larger: the classifier knows the former.
+        Each set has as many images of each class as were drawn: their shares alone would move the distance. Between
+        training and held-out images it would be larger: the classifier knows the former.
         """
         pixels = torch.cat([self.train.pixels, self.all_held_out.pixels])
-        order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-        halves = [to_float(pixels[part]) for part in order[: 2 * len(self.features)].chunk(2)]
-        (a, _), (b, _) = (judge(self.classifier, x) for x in halves)
+        labels = torch.cat([self.train.classes, self.all_held_out.classes])
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        sets: tuple[list[Tensor], list[Tensor]] = [], []
+        for label, number in zip(*self.held_out.classes.unique(return_counts=True), strict=True):
+            members = order[labels[order] == label]
+            for k, chosen in enumerate(sets):
+                chosen.append(members[k * number : (k + 1) * number])
+        (a, _), (b, _) = (judge(self.classifier, to_float(pixels[torch.cat(chosen)])) for chosen in sets)
         return {
             "frechet": frechet_distance(a, b),
             "agreement": agreement(self.logits, self.held_out.classes),
             "features": NAME_OF_FEATURES,
-            "note": "distance between two random sets of all real images",
+            "note": "distance between two sets of all real images",
         }
 
 
