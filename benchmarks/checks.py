@@ -18,6 +18,7 @@ MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last)
 @torch.no_grad()
 def check_sampling(problem: Problem, name: str, contender: Contender) -> None:
     """Raise Disagreement unless the last reverse steps without noise, and the spread of whole runs, are right."""
+    problem = contender.problem or problem
     plain, truth, floor = _sampling_reference(problem)
     got = _moved(problem, contender.predict())
     check_agreement(name, got, plain, truth, DTYPES[problem.precision], floor=floor)
@@ -64,6 +65,7 @@ def _sampling_reference(problem: Problem) -> tuple[list[Tensor], Tensor, float]:
 
 def check_training(problem: Problem, name: str, contender: Contender) -> None:
     """Raise Disagreement unless an iteration leaves the right gradients and training gives a finite loss."""
+    problem = contender.problem or problem
     plain, truth = _training_reference(problem, contender.draws or problem.draws)
     check_agreement(name, contender.predict(), plain, truth, DTYPES[problem.precision], factor=3)
     if not contender.run().isfinite().all():

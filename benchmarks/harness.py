@@ -32,6 +32,8 @@ LEGEND = (
     "matrix product (for ops the copy, too) allows, over its time"
 )
 
+PEER_PACKAGES = ("diffusers", "denoising-diffusion-pytorch", "onnxruntime", "openvino")
+
 Row = dict[str, Any]
 
 
@@ -68,7 +70,7 @@ def header(device: torch.device) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
-            **{name: _version(name) for name in ("triton", "ddpm_fast")},
+            **{name: _version(name) for name in ("triton", "ddpm_fast", *PEER_PACKAGES)},
         },
         "commit": _commit(),
         "command": shlex.join([Path(sys.executable).name, *_script(), *sys.argv[1:]]),
@@ -229,11 +231,13 @@ def summarise(times: Sequence[float], per: int = 1) -> Row:
 
 
 def add_ratios(rows: list[Row]) -> None:
-    """Give each row of one case ``ratio``: its time over ours."""
+    """Give each row of one case ``ratio``: its time over ours; per FLOP too where its network has more or fewer."""
     ours = next((row["ms"] for row in rows if row["name"] == OURS and "ms" in row), None)
     for row in rows:
         if ours is not None and "ms" in row:
             row["ratio"] = row["ms"] / ours
+            if "flop_ratio" in row:
+                row["ratio_per_flop"] = row["ratio"] / row["flop_ratio"]
 
 
 COLUMNS = {
@@ -241,13 +245,24 @@ COLUMNS = {
     "precision": "precision",
     "batch": "batch",
     "name": "contender",
+    "num_steps": "steps",
     "ms": "ms",
     "iqr_ms": "IQR",
     "ratio": "over ours",
+    "flop_ratio": "FLOP over ours",
+    "ratio_per_flop": "over ours, per FLOP",
     "images_per_s": "images/s",
     "gbytes_per_s": "GB/s",
     "tflops": "TFLOP/s",
     "share": "of ceiling",
+    "peak_mib": "peak MiB",
+    "saved_mib": "kept for backward MiB",
+    "seconds": "seconds",
+    "frechet": "Frechet distance",
+    "agreement": "class agreement",
+    "features": "in the features",
+    "setting": "fastest setting",
+    "note": "note",
     "error": "error",
 }
 
@@ -263,10 +278,12 @@ def markdown(rows: Sequence[Row]) -> str:
 def _cell(key: str, value: Any) -> str:
     if value is None:
         return ""
-    if key == "share":
+    if key in ("share", "agreement"):
         return f"{value:.0%}"
-    if key == "ratio":
+    if key in ("ratio", "flop_ratio", "ratio_per_flop"):
         return f"{value:.2f}"
+    if key in ("peak_mib", "saved_mib"):
+        return f"{value:.1f}"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,10 +45,10 @@ def plain_unet(config: Config) -> UNet:
     )
 
 
-def flops_per_image(config: Config, training: bool = False) -> int:
-    """Count the FLOP (2 per multiply-add) of one image through the plain network, with its backward if training."""
+def flops_per_image(config: Config, training: bool = False, build: Callable[[Config], nn.Module] = plain_unet) -> int:
+    """Count the FLOP (2 per multiply-add) of one image through a network, with its backward if training."""
     with torch.device("meta"):
-        net = plain_unet(config)
+        net = build(config)
         x = torch.empty(1, config.img_channels, *config.img_size)
         index = torch.zeros(1, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
@@ -85,9 +86,13 @@ class Problem:
         self.num_timesteps = self.num_timesteps or self.steps
         self.checked = min(self.checked, self.steps)
 
-    def network(self) -> UNet:
-        """Return a new plain network with the case's weights, in eval mode."""
-        net = plain_unet(self.config).to(self.device)
+    def build(self, config: Config) -> Any:
+        """Return a new network; a peer that brings its own overrides this."""
+        return plain_unet(config)
+
+    def network(self) -> Any:
+        """Return a new network with the case's weights, in eval mode: the plain one, unless a peer brings its own."""
+        net = self.build(self.config).to(self.device)
         net.load_state_dict(self.weights)
         return net.eval()
 
@@ -96,7 +101,7 @@ class Problem:
         """The state of a freshly initialised network."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return plain_unet(self.config).to(self.device).state_dict()
+            return self.build(self.config).to(self.device).state_dict()
 
     @cached_property
     def betas(self) -> np.ndarray:
@@ -183,12 +188,15 @@ class Contender:
     Sampling: ``run`` returns samples, and ``predict`` what the problem's x becomes in the last ``checked`` reverse
     steps without their noise. Training: ``run`` returns the last loss, and ``predict`` the gradients that one iteration
     without dropout leaves, concatenated in the parameters' order; ``draws`` are its random numbers, the problem's if
-    None.
+    None. ``problem`` is what a peer with a network of its own solves instead of the case's, and is checked against;
+    ``row`` is what stands on its row beside the times.
     """
 
     run: Callable[[], Tensor]
     predict: Callable[[], Tensor]
     draws: Draws | None = None
+    problem: Problem | None = None
+    row: Row = field(default_factory=dict)
 
 
 Builder = Callable[[Problem], Contender]
@@ -235,10 +243,10 @@ def measure(
         if name in errors:
             row["error"] = errors[name]
         else:
-            row |= summarise(times[name], per=problem.steps)
+            row |= summarise(times[name], per=problem.steps) | built[name].row
             rate = problem.batch / (row["ms"] * 1e-3)
-            row |= {"steps": problem.steps, "images_per_s": rate, "tflops": rate * flops * 1e-12}
-            row["share"] = rate * flops / ceiling
+            done = rate * flops * row.get("flop_ratio", 1.0)
+            row |= {"steps": problem.steps, "images_per_s": rate, "tflops": done * 1e-12, "share": done / ceiling}
         rows.append(row)
     add_ratios(rows)
     return rows

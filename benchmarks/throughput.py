@@ -1,9 +1,10 @@
 """The command line that ``sample_throughput.py`` and ``train_throughput.py`` share."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
-from benchmarks import ceilings
+from benchmarks import ceilings, memory, peers
 from benchmarks.harness import (
     DTYPES,
     OURS,
@@ -15,6 +16,7 @@ from benchmarks.harness import (
     write_json,
 )
 from benchmarks.options import Parser, count, device, output_file
+from benchmarks.peers import expected
 from benchmarks.problem import Builder, Check, Problem, flops_per_image, measure
 from ddpm_fast.models.presets import preset
 
@@ -34,7 +36,27 @@ def parser(description: str, unit: str) -> Parser:
     p.add_argument("--json", type=output_file, metavar="FILE", help="also write the header and the rows there")
     p.add_argument("--quick", action="store_true", help="one small batch, few runs, no torch.compile: minutes on a CPU")
     p.add_argument("--compile", action="store_true", help="time torch.compile too (always so without --quick)")
+    p.add_argument(
+        "--peers",
+        nargs="+",
+        choices=("all", "none", *peers.FAMILIES),
+        help="packages of others to time; one that isn't installed says so on its row (default: none if --quick, "
+        "else all)",
+    )
     return p
+
+
+def families(args: argparse.Namespace) -> tuple[str, ...]:
+    """Return the families of peers that the options ask for."""
+    asked = args.peers or (["none"] if args.quick else ["all"])
+    return tuple(family for family in peers.FAMILIES if "all" in asked or family in asked)
+
+
+def with_peers(
+    contenders: Callable[[bool], dict[str, Builder]], training: bool, compile: bool, families: Sequence[str]
+) -> dict[str, Builder]:
+    """Return PyTorch's contenders and those of the peers."""
+    return contenders(compile) | peers.contenders(training, compile, families)
 
 
 def usual_steps(model: str, training: bool, on_gpu: bool) -> int:
@@ -54,6 +76,7 @@ def run(args: argparse.Namespace, case: str, contenders: Callable[[bool], dict[s
     repetitions = args.repetitions or (5 if args.quick else 15)
     config = preset(args.model)
     flops = flops_per_image(config, training)
+    make = partial(with_peers, contenders, training, args.compile or not args.quick, families(args))
     head = header(args.device)
     print(f"{markdown_header(head)}\n- {flops * 1e-9:.3f} GFLOP per image and step, {steps} steps per timed run\n")
     rows: list[Row] = []
@@ -63,14 +86,16 @@ def run(args: argparse.Namespace, case: str, contenders: Callable[[bool], dict[s
         for batch in batches:
             num_timesteps = NUM_TIMESTEPS if training else steps
             problem = Problem(config, args.device, batch, steps, precision, num_timesteps=num_timesteps)
-            builders = contenders(args.compile or not args.quick)
-            group = measure(f"{case} {args.model}", problem, builders, check, repetitions, flops, ceiling * 1e12)
+            group = measure(f"{case} {args.model}", problem, make(), check, repetitions, flops, ceiling * 1e12)
+            if training and not args.quick:
+                memory.measure(make, problem, group)
             # Again, as the first one may have met a busy moment: the best of all is the ceiling.
             ceiling = max(ceiling, ceilings.matmul(args.device, DTYPES[precision])["tflops"])
             head[f"matrix product {precision} TFLOP/s"] = ceiling
             for row in group:
                 if "tflops" in row:
                     row["share"] = row["tflops"] / ceiling
+            expected.annotate(group, rows + group)
             print(f"- matrix product, {precision}: {ceiling:.3g} TFLOP/s\n\n{markdown(group)}\n", flush=True)
             rows += group
             if args.json:

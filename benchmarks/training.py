@@ -59,6 +59,7 @@ class PlainTrainer:
         memory_format: of the network.
         compile_options: for ``torch.compile``; None for eager.
         capturable: keep the optimizer's state on the device, for a CUDA graph.
+        loss: builds the loss from the network and the problem: a module of (x, t, noise, y).
     """
 
     def __init__(
@@ -67,12 +68,13 @@ class PlainTrainer:
         memory_format: torch.memory_format,
         compile_options: dict[str, Any] | None = None,
         capturable: bool = False,
+        loss: Callable[[nn.Module, Problem], nn.Module] = Loss,
     ) -> None:
         self.problem = problem
         self.net = problem.network().to(memory_format=memory_format)
         self.parameters = list(self.net.parameters())
         self.ema = [p.detach().clone() for p in self.parameters]
-        self.loss_of: Callable[..., Tensor] = Loss(self.net, problem).to(problem.device)
+        self.loss_of: Callable[..., Tensor] = loss(self.net, problem).to(problem.device)
         if compile_options is not None or memory_format is CHANNELS_LAST:  # see sampling.eager
             with_sdpa(self.net)
         if compile_options is not None:
@@ -115,10 +117,10 @@ def left_gradients(parameters: Iterable[nn.Parameter]) -> Tensor:
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
 
 
-def _replace_upsampling(net: original.UNet) -> None:
-    for layer in net.ups:
-        if isinstance(layer, original.Upsample):
-            layer.upsample[0] = ExpandUpsample()
+def _replace_upsampling(net: nn.Module) -> None:
+    for layer in net.modules():
+        if isinstance(layer, nn.Sequential) and len(layer) and isinstance(layer[0], nn.Upsample):
+            layer[0] = ExpandUpsample()
 
 
 def plain(memory_format: torch.memory_format, compile_options: dict[str, Any] | None = None) -> Builder:
@@ -196,4 +198,9 @@ def contenders(compile: bool) -> dict[str, Builder]:
         "torch eager NCHW": plain(NCHW),
         "torch eager channels_last": plain(CHANNELS_LAST),
     }
-    return eagerly | {"torch.compile": plain(CHANNELS_LAST, {})} if compile else eagerly
+    if not compile:
+        return eagerly
+    return eagerly | {
+        "torch.compile": plain(CHANNELS_LAST, {}),
+        "torch.compile max-autotune": plain(CHANNELS_LAST, {"max_autotune": True}),
+    }
