@@ -107,7 +107,7 @@ def group_norm_silu(
             raise ValueError(f"add must have shape [{channels}] or [{n}, {channels}], got {_checks.text(add)}")
     _checks.choice("activation", activation, tuple(ACTIVATIONS))
     if dropout is not None:
-        check_dropout(dropout, x)
+        dropout = check_dropout(dropout, x)
     return OP(
         x,
         weight,

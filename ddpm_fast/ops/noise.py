@@ -172,21 +172,22 @@ def drawn_dropout(dropout: Dropout | None, shape: Sequence[int]) -> Dropout | Te
 def apply_dropout(x: Tensor, dropout: Dropout) -> Tensor:
     """x [N, C, H, W] times dropout factors, where the norm is not `group_norm_silu`. Errors as in `noise`."""
     _checks.tensor("x", x, ndim=4)
-    check_dropout(dropout, x)
+    dropout = check_dropout(dropout, x)
     factors = drawn_dropout(dropout, x.shape)
     return reference.apply_dropout(x, dropout if factors is None else factors)
 
 
-def check_dropout(dropout: object, like: Tensor) -> None:
-    """Raise unless `dropout` is a Dropout for data like `like`."""
+def check_dropout(dropout: object, like: Tensor) -> Dropout:
+    """The dropout with plain numbers; raise TypeError or ValueError unless it is a Dropout for data like `like`."""
     if not isinstance(dropout, Dropout):
         raise TypeError(f"dropout must be a Dropout, got {_checks.text(dropout)}")
-    _checks.number("dropout.p", dropout.p, 0, 1)
-    _checks.integer("dropout.stream", dropout.stream, 0, MAX_STREAM)
+    p = _checks.number("dropout.p", dropout.p, 0, 1)
+    stream = _checks.integer("dropout.stream", dropout.stream, 0, MAX_STREAM)
     if dropout.state is not None:
         _check_state(dropout.state, "dropout.state")
         if dropout.state.seed.device != like.device:
             raise ValueError(f"dropout: the state is on {dropout.state.seed.device}, the data on {like.device}")
+    return Dropout(p, dropout.state, stream)
 
 
 def check_source(source: Tensor | NoiseState, like: Tensor) -> None:

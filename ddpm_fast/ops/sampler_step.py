@@ -119,7 +119,8 @@ def sampler_step(
                 raise ValueError(f"{name} must have memory for each element, got an expanded tensor: .contiguous() it")
     if noise is not None:
         check_source(noise, x)
-    if clip is not None and not _checks.number("clip", clip) > 0:
+    clip = None if clip is None else _checks.number("clip", clip)
+    if clip is not None and clip <= 0:
         raise ValueError(f"clip must be positive, got {clip}: None is for no clipping")
     if x0_out is not None and x0_out is out:
         raise ValueError("x0_out must be another tensor than out: each receives a result of its own")

@@ -75,6 +75,8 @@ def save_pngs(folder: str | Path, pixels: Tensor, labels: Tensor | None = None, 
     """Writes uint8 [N, C, H, W] as `folder/000000.png`..., or `000000-class-7.png` with labels."""
     _check_pixels(pixels, labels)
     first_index = checks.integer("first_index", first_index, 0)
+    if 0 in pixels.shape[1:]:
+        raise ValueError(f"pixels must hold images of at least 1x1, got {checks.text(pixels)}")
     for i, image in enumerate(pixels):
         suffix = "" if labels is None else f"-class-{int(labels[i])}"
         save_png(Path(folder) / f"{first_index + i:06d}{suffix}.png", image.permute(1, 2, 0).numpy())

@@ -51,13 +51,16 @@ def matches(module: nn.Module, inputs: dict[str, Any]) -> bool:
         assert "more than 1" in str(error) or "index 0" in str(error)
         return True
     assert result.shape == truth.shape and result.dtype == own.dtype
-    if not all(bool((v.abs() < 1e9).all()) for v in inputs.values() if isinstance(v, Tensor)):
+    if not all(bool((v.abs() < 1e9).all()) for v in exact.values() if isinstance(v, Tensor) and v.dtype != torch.bool):
         return True  # it overflows, sooner in one order of the sums than in another
     known = truth.isfinite() & own.isfinite()
     assert bool(result[truth.isnan() & own.isnan()].isnan().all())
     if known.any():
         top = float(truth[known].abs().max())
-        allowed = 4 * float((own[known] - truth[known]).abs().max()) + 64 * torch.finfo(own.dtype).eps * max(top, 1e-3)
+        eps = torch.finfo(own.dtype).eps
+        # What one rounding of x does to the result: a norm over two pixels multiplies it by hundreds.
+        shaken = float((plain(module).double()(**exact | {"x": exact["x"] * (1 + eps)}) - truth)[known].abs().max())
+        allowed = 4 * float((own[known] - truth[known]).abs().max()) + 64 * (eps * max(top, 1e-3) + shaken)
         assert float((result[known] - truth[known]).abs().max()) <= allowed
     return True
 

@@ -38,7 +38,7 @@ def run(function: Callable[..., Any], args: dict[str, Any], seed: int, different
     if out is REFUSED:
         return REFUSED
     outs = [o for o in tree_leaves(out) if isinstance(o, Tensor)]
-    if not floats or not any(o.requires_grad for o in outs):
+    if not floats or not any(o.requires_grad for o in outs) or any(t.is_meta for t in [*outs, *floats]):
         return [o.detach() for o in outs], []
     generator = torch.Generator().manual_seed(seed)
     cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outs]
