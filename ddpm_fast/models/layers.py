@@ -208,8 +208,9 @@ class ResidualBlock(TakesNoiseState):
             if time_emb is None:
                 raise ValueError("time_emb is required: this block was built with time_emb_dim")
             checks.tensor("time_emb", time_emb, shape=(num_images, cast(int, self.time_emb_dim)))
-            if type(self.time_bias) is nn.Linear and not torch.is_autocast_enabled(time_emb.device.type):
-                checks.tensor("time_emb", time_emb, dtype=self.time_bias.weight.dtype)
+            dtype = self.time_bias.weight.dtype if type(self.time_bias) is nn.Linear else time_emb.dtype
+            if time_emb.dtype != dtype and not torch.is_autocast_enabled(time_emb.device.type):
+                checks.tensor("time_emb", time_emb, dtype=dtype)
             time = self.time_bias(self.activation(time_emb))
             bias = time if bias is None else bias + time
         if self.class_bias is not None:
