@@ -70,16 +70,18 @@ def trained(out: Path, device: torch.device) -> Path:
 
 
 def real_images(data: str, config: Config) -> tuple[Images, Images]:
-    """Return the training images and those held out, padded to the model's size; FileNotFoundError without them."""
+    """Return the training images and those held out, in the model's size; FileNotFoundError without them.
+
+    Smaller ones are padded as by ``ddpm-fast train --pad``, larger ones scaled as by ``--size``.
+    """
     if data == "digits":
         return digits("train"), digits("held_out")
     test = next(iter(sorted(Path(data).glob(TEST_IMAGES))), None)
     if test is None:
         raise FileNotFoundError(f"no {TEST_IMAGES} in {data!r}")
-    sets = [load_images(source) for source in (data, test)]
-    pad = (config.img_size[0] - sets[0].pixels.shape[2]) // 2
-    train, held_out = (images._replace(pixels=torch.nn.functional.pad(images.pixels, [pad] * 4)) for images in sets)
-    return train, held_out
+    missing = config.img_size[0] - load_images(test).pixels.shape[2]
+    fit: dict[str, Any] = {"pad": missing // 2} if missing >= 0 else {"size": config.img_size}
+    return load_images(data, **fit), load_images(test, **fit)
 
 
 class Judge:

@@ -43,7 +43,7 @@ class Loss(nn.Module):
 class ExpandUpsample(nn.Module):
     """Nearest-neighbour doubling by expansion: [N, C, H, W] -> [N, C, 2H, 2W].
 
-    torch 2.13's compiler on the CPU returns zero gradients, silently, through ``nn.Upsample`` in bf16.
+    torch 2.13's compiler on the CPU returns zero gradients, silently, through ``nn.Upsample`` in some networks.
     """
 
     def forward(self, x: Tensor) -> Tensor:

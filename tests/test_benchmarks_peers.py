@@ -8,9 +8,11 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from toys import idx_bytes
 
 from benchmarks import checks, memory, peers, sample_quality, sampling, throughput, training
 from benchmarks.checks import check_sampling, check_training
@@ -19,6 +21,7 @@ from benchmarks.peers import common, diffusers, expected, lucidrains, onnx_runti
 from benchmarks.problem import Contender, Problem, flops_per_image, measure
 from benchmarks.sampling import CHANNELS_LAST, NCHW
 from ddpm_fast import Diffusion, preset
+from ddpm_fast.training import readers
 from ddpm_fast.training.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -251,6 +254,23 @@ def test_sample_quality_of_an_untrained_model(tmp_path, monkeypatch, capsys):
     assert "Frechet distance" in capsys.readouterr().out
     assert sample_quality.main([*argv, "--data", str(tmp_path / "nowhere")]) == 0
     assert "skipped: no t10k-images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((4, 4), lambda x: x),
+        ((6, 6), lambda x: nn.functional.pad(x, (1, 1, 1, 1))),
+        ((2, 2), lambda x: readers.resize(x, (2, 2))),
+    ],
+)
+def test_real_images_come_in_the_models_size(tmp_path, size, expected):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 4), dtype=np.uint8)
+    for name in ("train", "t10k"):
+        (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(idx_bytes(pixels))
+        (tmp_path / f"{name}-labels-idx1-ubyte").write_bytes(idx_bytes(np.arange(3, dtype=np.uint8)))
+    for images in sample_quality.real_images(str(tmp_path), replace(TINY, img_size=size)):
+        assert torch.equal(images.pixels, expected(torch.from_numpy(pixels[:, None])))
 
 
 def test_scripts_take_peers(tmp_path):

@@ -2,7 +2,6 @@
 
 import gzip
 import os
-import struct
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -11,12 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toys import idx_bytes
 
 from ddpm_fast.training.data import Batches, Images, digits, load_images, read_idx, stratified, to_float
-
-
-def idx_bytes(array: np.ndarray) -> bytes:
-    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
 @pytest.fixture

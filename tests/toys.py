@@ -1,7 +1,9 @@
-"""Small diffusions that tests share."""
+"""Small diffusions and files that tests share."""
 
+import struct
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,3 +35,8 @@ def small(num_classes: int | None = None, **options: Any) -> Diffusion:
     torch.manual_seed(0)
     net = UNet(1, 8, (1, 2), 1, time_emb_dim=8, num_classes=num_classes, num_groups=4, dropout=0.2)
     return Diffusion(net, (8, 8), 1, num_classes, BETAS, **options)
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    """A file of MNIST's format."""
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()

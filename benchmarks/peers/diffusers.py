@@ -186,12 +186,34 @@ class Loss(nn.Module):
         return F.mse_loss(self.net(self.scheduler.add_noise(x, noise, t), t), noise)
 
 
+class Upsample(nn.Module):
+    """``Upsample2D`` for a compiler: see ``training.ExpandUpsample``."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.double, self.conv = training.ExpandUpsample(), conv
+
+    def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
+        return self.conv(self.double(x))
+
+
+class CompiledLoss(Loss):
+    """The loss for a compiler."""
+
+    def __init__(self, net: nn.Module, problem: Problem) -> None:
+        for block in net.unet.up_blocks:
+            for k, scaling in enumerate(block.upsamplers or ()):
+                block.upsamplers[k] = Upsample(scaling.conv)
+        super().__init__(net, problem)
+
+
 def trainer(memory_format: torch.memory_format, compile_options: dict[str, Any] | None = None) -> Builder:
     """Its loss, with the fused optimizer and EMA of the plain loops."""
 
     def build(problem: Problem) -> Contender:
         solved = _solved(problem)
-        made = training.PlainTrainer(solved, memory_format, compile_options, loss=Loss)
+        loss = Loss if compile_options is None else CompiledLoss
+        made = training.PlainTrainer(solved, memory_format, compile_options, loss=loss)
         return Contender(made.run, made.predict, problem=solved, row=_row(solved, problem, training=True))
 
     return build
