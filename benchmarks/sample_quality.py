@@ -142,6 +142,7 @@ def draw(diffusion: Diffusion, labels: Tensor, args: argparse.Namespace, sampler
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Write the figures over steps and over seconds as a PNG, with the real images' as lines."""
+    ticker = require("matplotlib.ticker")
     figure = require("matplotlib.figure").Figure(figsize=(9, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharey="row", sharex="col")
     drawn, real = [row for row in rows if row["name"] != REAL], next(row for row in rows if row["name"] == REAL)
@@ -152,8 +153,14 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 of = [row for row in drawn if row["name"] == name]
                 axis.plot([row[x] for row in of], [row[key] for row in of], "o-", label=name)
             axis.axhline(real[key], color="grey", linestyle="--", label=REAL)
-            axis.set(xscale="log", yscale="log" if key == "frechet" else "linear")
-            axis.grid(alpha=0.3)
+            axis.set_xscale("log")
+            axis.grid(alpha=0.3, which="both")
+            if key == "frechet":
+                axis.set_yscale("log")
+            for logarithmic in (axis.xaxis, axis.yaxis)[: 2 if key == "frechet" else 1]:
+                logarithmic.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+                logarithmic.set_major_formatter(ticker.ScalarFormatter())
+                logarithmic.set_minor_locator(ticker.NullLocator())
         line[0].set_ylabel(label)
     axes[1][0].set_xlabel("steps")
     axes[1][1].set_xlabel(f"seconds for {drawn[0]['batch']} images")

@@ -15,6 +15,10 @@ from ddpm_fast.models.layers import AttentionBlock, ResidualBlock
 
 NODES = torch.ops.ddpm_fast
 SEED, DRAW = torch.tensor(5), torch.tensor(3)
+SMALL = {"channel_mults": (1,), "attention_resolutions": ()}  # for the inductor, which compiles for long
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler for the inductor"
+)
 X, Y, T = (
     torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
     torch.tensor([0, 2]),
@@ -146,12 +150,10 @@ def test_a_graph_dispatches_noise_when_it_runs() -> None:
     [
         ("aot_eager", 1, {}),
         ("aot_eager", None, {}),
-        ("inductor", 1, {"channel_mults": (1,), "attention_resolutions": ()}),  # small: it compiles for long
+        pytest.param("inductor", 1, SMALL, marks=needs_compiler),
     ],
 )
 def test_a_compiled_forward_trains_as_an_eager_one(backend: str, seed: int | None, options: dict[str, Any]) -> None:
-    if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("no C++ compiler for the inductor")
     ours, eager = diffusion(seed=seed, **options), diffusion(seed=seed, **options)
     compiled = torch.compile(ours, fullgraph=True, backend=backend)
     for _ in range(3):
@@ -165,6 +167,24 @@ def test_a_compiled_forward_trains_as_an_eager_one(backend: str, seed: int | Non
         for p, q in zip(ours.model.parameters(), eager.model.parameters(), strict=True):
             assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-5)
     assert ours.calls == eager.calls == 3
+
+
+@needs_compiler
+def test_compiled_upsampling_keeps_its_gradients_in_bf16() -> None:
+    net = unet(num_res_blocks=0, channel_mults=(1, 1), attention_resolutions=(), time_emb_dim=None, dropout=0.0)
+
+    def gradients(run: Callable[..., Tensor], x: Tensor, bf16: bool) -> Tensor:
+        net.to(x.dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = run(x, T, Y).float().square().sum()
+        found = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True, materialize_grads=True)
+        return torch.cat([g.flatten() for g in found]).double()
+
+    truth = gradients(net, X.double(), bf16=False)
+    eager = gradients(net, X, bf16=True)
+    compiled = gradients(torch.compile(net, fullgraph=True), X, bf16=True)
+    allowed = 3 * (eager - truth).norm() + torch.finfo(torch.bfloat16).eps * truth.norm()
+    assert (compiled - truth).norm() < allowed
 
 
 def test_compiled_models_draw_seeds_of_their_own() -> None:

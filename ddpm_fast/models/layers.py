@@ -91,15 +91,24 @@ class Downsample(nn.Module):
         return self.downsample(x)
 
 
+class NearestUpsample(nn.Module):
+    """Doubles height and width by repetition: [N, C, H, W] -> [N, C, 2H, 2W]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+        # The inductor of torch 2.13 loses the gradients of interpolate on CPUs, in silence.
+        n, c, h, w = x.shape
+        return x[:, :, :, None, :, None].expand(n, c, h, 2, w, 2).reshape(n, c, 2 * h, 2 * w)
+
+
 class Upsample(nn.Module):
     """Doubles height and width: nearest neighbour, then a 3x3 convolution."""
 
     def __init__(self, in_channels: int):
         super().__init__()
         self.in_channels = in_channels = checks.integer("in_channels", in_channels, 1)
-        self.upsample = nn.Sequential(
-            nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(in_channels, in_channels, 3, padding=1)
-        )
+        self.upsample = nn.Sequential(NearestUpsample(), nn.Conv2d(in_channels, in_channels, 3, padding=1))
 
     def forward(self, x: Tensor, time_emb: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         check_input(x, self.in_channels, self.upsample[-1])
