@@ -158,7 +158,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             if key == "frechet":
                 axis.set_yscale("log")
             for logarithmic in (axis.xaxis, axis.yaxis)[: 2 if key == "frechet" else 1]:
-                logarithmic.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+                logarithmic.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
                 logarithmic.set_major_formatter(ticker.ScalarFormatter())
                 logarithmic.set_minor_locator(ticker.NullLocator())
         line[0].set_ylabel(label)

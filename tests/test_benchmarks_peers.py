@@ -102,6 +102,14 @@ def test_a_trainer_that_computes_something_else_is_refused(family, precision, mo
         check_training(p, family, TRAINERS[family](p))
 
 
+@pytest.mark.parametrize("family", TRAINERS)
+def test_a_compiler_takes_a_trainer(family):
+    need(family)
+    p = make_problem(num_timesteps=1000, compiler="eager")
+    build = {"diffusers": diffusers.trainer, "denoising-diffusion-pytorch": lucidrains.trainer}[family]
+    check_training(p, family, build(CHANNELS_LAST, {})(p))
+
+
 def test_diffusers_network_is_ours():
     """Weight by weight: a swapped one is found, and no FLOP is missing."""
     need("diffusers")

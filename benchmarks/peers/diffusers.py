@@ -191,10 +191,10 @@ class Upsample(nn.Module):
 
     def __init__(self, conv: nn.Module) -> None:
         super().__init__()
-        self.double, self.conv = training.ExpandUpsample(), conv
+        self.upsample, self.conv = training.ExpandUpsample(), conv
 
     def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
-        return self.conv(self.double(x))
+        return self.conv(self.upsample(x))
 
 
 class CompiledLoss(Loss):
