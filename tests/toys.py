@@ -12,6 +12,11 @@ from ddpm_fast import Diffusion, UNet, generate_linear_schedule
 BETAS = generate_linear_schedule(12, 1e-2, 0.3)
 
 
+def condition(y: Tensor) -> Tensor:
+    """A number for each image, [N]: its class, or the sum of whatever else it is given."""
+    return y if y.ndim == 1 else y.flatten(1).sum(1)
+
+
 class Pixelwise(nn.Module):
     """A network whose result for an image depends on that image alone, bit for bit, in any batch."""
 
@@ -23,7 +28,7 @@ class Pixelwise(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         self.times.append(t)
         shape = (-1, *[1] * (x.ndim - 1))
-        shift = 0 if y is None else y.view(shape) * 0.01
+        shift = 0 if y is None else condition(y).view(shape) * 0.01
         return self.gain * x + 0.001 * t.view(shape) + shift
 
 

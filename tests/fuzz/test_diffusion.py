@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from toys import Pixelwise
+from toys import Pixelwise, condition
 
 from ddpm_fast import Diffusion, ops, reference
 from ddpm_fast.reference.samplers import ddpm_loop
@@ -64,7 +64,7 @@ def test_forward(draw: Draw) -> bool:
     column = (-1, *[1] * (x.ndim - 1))
     abar = torch.tensor(np.cumprod(1 - BETAS))[t].view(column)
     a, s = abar.sqrt(), (1 - abar).sqrt()
-    shift = 0 if args["y"] is None else torch.as_tensor(args["y"]).view(column) * 0.01
+    shift = 0 if args["y"] is None else condition(torch.as_tensor(args["y"])).view(column) * 0.01
     out = 0.3 * (a * x + s * z) + 0.001 * t.view(column) + shift
     distance = out - {"eps": z, "x0": x, "v": a * z - s * x}[d.prediction]
     expected = distance.abs().mean() if d.loss_type == "l1" else distance.square().mean()
@@ -101,7 +101,7 @@ def test_remove_noise(draw: Draw) -> bool:
     x, t = args["x"].double(), args["t"]
     column = (-1, *[1] * (x.ndim - 1))
     beta, abar = (torch.tensor(v)[t].view(column) for v in (BETAS, np.cumprod(1 - BETAS)))
-    shift = 0 if args["y"] is None else torch.as_tensor(args["y"]).view(column) * 0.01
+    shift = 0 if args["y"] is None else condition(torch.as_tensor(args["y"])).view(column) * 0.01
     out = 0.3 * x + 0.001 * t.view(column) + shift
     expected = (x - beta / (1 - abar).sqrt() * out) / (1 - beta).sqrt()
     known = x.abs() < 1e3
