@@ -351,3 +351,13 @@ def test_a_zip_of_an_unknown_version_is_named(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"new\.zip .*: zip file version 15\.2"):
         load_images(path)
+
+
+def test_damaged_pixels_of_a_png_are_found_by_their_checksum(photos: Path) -> None:
+    """Pillow alone would decode them to other pixels, in silence."""
+    path = sorted((photos / "dog").glob("*.png"))[0]
+    data = bytearray(path.read_bytes())
+    data[data.index(b"IDAT") + 4 + 6] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{path.name} can't be read: .*checksum"):
+        load_images(photos)

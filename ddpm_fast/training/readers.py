@@ -183,6 +183,8 @@ def decode(name: str, data: bytes) -> Tensor:
         if not data:
             raise ValueError("it is empty")
         opened = pil.open(io.BytesIO(data))
+        if opened.format == "PNG":  # Pillow decodes pixels without a look at their checksum
+            pil.open(io.BytesIO(data)).verify()
         image = ops.exif_transpose(opened)
         image.load()
         array = _eight_bits(pil, image, opened.format)
