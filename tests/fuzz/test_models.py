@@ -33,6 +33,25 @@ def plain(module: nn.Module) -> nn.Module:
     return module
 
 
+SHAKES = 8  # with two pixels every second one moves both alike, and a norm doesn't see it
+
+
+def shaken_result(module: nn.Module, inputs: dict[str, Any], eps: float, seed: int) -> Tensor:
+    """The result where what every layer takes is one rounding off: a norm over few pixels multiplies that."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def shaken(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return value * (1 + eps * (2 * torch.randint(0, 2, value.shape, generator=generator) - 1))
+
+    net = plain(module).double()
+    for layer in net.modules():
+        layer.register_forward_pre_hook(lambda _, taken: tuple(map(shaken, taken)))
+    result: Tensor = net(**inputs)
+    return result
+
+
 def matches(module: nn.Module, inputs: dict[str, Any]) -> bool:
     """Whether forward took its arguments; then its result is that of the plain path in float64, up to rounding.
 
@@ -58,10 +77,12 @@ def matches(module: nn.Module, inputs: dict[str, Any]) -> bool:
     if known.any():
         top = float(truth[known].abs().max())
         eps = torch.finfo(own.dtype).eps
-        # What one rounding of x does to the result: a norm over two pixels multiplies it by hundreds.
-        shaken = float((plain(module).double()(**exact | {"x": exact["x"] * (1 + eps)}) - truth)[known].abs().max())
-        allowed = 4 * float((own[known] - truth[known]).abs().max()) + 64 * (eps * max(top, 1e-3) + shaken)
-        assert float((result[known] - truth[known]).abs().max()) <= allowed
+        error = float((result[known] - truth[known]).abs().max())
+        allowed = 4 * float((own[known] - truth[known]).abs().max()) + 64 * eps * max(top, 1e-3)
+        if error > allowed:
+            shaken = torch.stack([shaken_result(module, exact, eps, seed) for seed in range(SHAKES)])
+            allowed += 64 * float((shaken - truth)[:, known].abs().max())
+        assert error <= allowed
     return True
 
 
