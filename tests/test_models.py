@@ -205,6 +205,7 @@ BAD = [
     (lambda: unet()(X), ValueError, "time is required"),
     (lambda: unet()(X, T[:1]), ValueError, r"time must have shape \[2\]"),
     (lambda: unet()(X, 5), ValueError, r"time must have shape \[2\], got 5 \(int\)"),
+    (lambda: unet()(X, T * 1j), TypeError, "time must hold real numbers"),
     (lambda: unet(num_classes=3)(X, T), ValueError, "y is required"),
     (lambda: unet(num_classes=3)(X, T, T), ValueError, r"y must lie in \[0, 3\)"),
     (lambda: unet(num_classes=3)(X, T, T.float()), TypeError, "y must have dtype"),

@@ -190,6 +190,8 @@ class UNet(TakesNoiseState):
                 raise ValueError("time is required: this network was built with time_emb_dim")
             if not isinstance(time, Tensor) or time.shape != x.shape[:1]:
                 raise ValueError(f"time must have shape [{x.shape[0]}], got {checks.text(time)}")
+            if time.is_complex():
+                raise TypeError(f"time must hold real numbers, got {checks.text(time)}")
         if self.num_classes is not None:
             if y is None:
                 raise ValueError(f"y is required: this network was built with num_classes={self.num_classes}")
