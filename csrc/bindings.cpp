@@ -1,15 +1,25 @@
 // The Python module ddpm_fast._C. Tensors come as addresses with sizes, so no torch header is needed and one build serves
 // every torch version; ddpm_fast/ops checks dtypes, devices and strides, the checks here guard what C++ relies on.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#include <stdexcept>
 #include <string>
 
-#include "cpu/noise.h"
+#include "dispatch.h"
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 
 namespace py = pybind11;
+using ddpm::cpu::kernels;
 
 namespace {
+
+bool forked = false;
+
+// A forked child has none of its parent's threads, and OpenMP would wait for them.
+int allowed(int threads) { return forked || threads < 1 ? 1 : threads; }
 
 template <class T>
 T* pointer(uintptr_t address, int64_t count, const char* name) {
@@ -33,11 +43,12 @@ ddpm::Counter counter(uintptr_t seed, uintptr_t draw, uint64_t first_sample, int
 }
 
 void noise(uintptr_t out, int64_t num_samples, int64_t size, uintptr_t seed, uintptr_t draw, uint64_t first_sample,
-           int stream) {
+           int stream, int threads) {
   auto* data = pointer<float>(out, count(num_samples, size), "out");
   const auto at = counter(seed, draw, first_sample, stream);
+  const auto run = kernels().noise;
   py::gil_scoped_release unlocked;
-  ddpm::cpu::noise(data, num_samples, size, at);
+  run(data, num_samples, size, at, allowed(threads));
 }
 
 void timesteps(uintptr_t out, int64_t num_samples, int64_t num_timesteps, uintptr_t seed, uintptr_t draw,
@@ -46,25 +57,33 @@ void timesteps(uintptr_t out, int64_t num_samples, int64_t num_timesteps, uintpt
     throw py::value_error("num_timesteps must be in [1, 2^32], got " + std::to_string(num_timesteps));
   }
   auto* data = pointer<int64_t>(out, count(num_samples, 1), "out");
-  ddpm::cpu::timesteps(data, num_samples, num_timesteps, counter(seed, draw, first_sample, stream));
+  kernels().timesteps(data, num_samples, num_timesteps, counter(seed, draw, first_sample, stream));
 }
 
 void dropout_mask(uintptr_t out, int64_t num_samples, int64_t size, uint32_t threshold, float scale, uintptr_t seed,
-                  uintptr_t draw, uint64_t first_sample, int stream) {
+                  uintptr_t draw, uint64_t first_sample, int stream, int threads) {
   auto* data = pointer<float>(out, count(num_samples, size), "out");
   const auto at = counter(seed, draw, first_sample, stream);
+  const auto run = kernels().dropout_mask;
   py::gil_scoped_release unlocked;
-  ddpm::cpu::dropout_mask(data, num_samples, size, threshold, scale, at);
+  run(data, num_samples, size, threshold, scale, at, allowed(threads));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native operations of ddpm_fast; called by ddpm_fast.ops, which checks and allocates.";
+#if defined(__unix__) || defined(__APPLE__)
+  pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
   using namespace py::literals;
-  m.def("noise", &noise, "out"_a, "num_samples"_a, "size"_a, "seed"_a, "draw"_a, "first_sample"_a, "stream"_a);
+  m.def("isa", [] { return kernels().isa; }, "The instruction set whose kernels run.");
+  m.def("isas", &ddpm::cpu::available, "Those that this processor has, the best one last.");
+  m.def("force_isa", &ddpm::cpu::force_isa, "name"_a);
+  m.def("noise", &noise, "out"_a, "num_samples"_a, "size"_a, "seed"_a, "draw"_a, "first_sample"_a, "stream"_a,
+        "threads"_a);
   m.def("timesteps", &timesteps, "out"_a, "num_samples"_a, "num_timesteps"_a, "seed"_a, "draw"_a, "first_sample"_a,
         "stream"_a);
   m.def("dropout_mask", &dropout_mask, "out"_a, "num_samples"_a, "size"_a, "threshold"_a, "scale"_a, "seed"_a, "draw"_a,
-        "first_sample"_a, "stream"_a);
+        "first_sample"_a, "stream"_a, "threads"_a);
 }

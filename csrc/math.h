@@ -2,7 +2,6 @@
 // operation: multiplication, addition and square root in float32, never contracted, so that all backends agree in bits.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -46,7 +45,7 @@ DDPM_INLINE float radius(uint32_t k) {
   q = q * f + -0x1.ffffd6p-2f;
   const float log1p = f + f * f * q;
   const float log_u = e * 0x1.62e4p-1f + (log1p + e * 0x1.7f7d1cp-20f);
-  return std::sqrt(-2.0f * log_u);
+  return __builtin_sqrtf(-2.0f * log_u);
 }
 
 // Cosine and sine of 2 pi (j + 1/2) / 2^32: the nearest quarter turn and what is left of it.

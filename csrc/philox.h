@@ -7,7 +7,8 @@
 #if defined(__CUDACC__)
 #define DDPM_INLINE __host__ __device__ __forceinline__
 #else
-#define DDPM_INLINE inline
+// Internal to each object: the linker must not give one instruction set's copy to another.
+#define DDPM_INLINE static inline
 #endif
 
 namespace ddpm {

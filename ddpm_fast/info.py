@@ -28,6 +28,11 @@ def show() -> None:
 
 
 def _native() -> str:
-    """Where the native module lies, or how to learn why there is none."""
-    spec = importlib.util.find_spec("ddpm_fast._C")
-    return f"{spec.origin}" if spec else "not built: the table below says why"
+    """Where the native module lies and which instruction set it runs, or how to learn why there is none."""
+    if importlib.util.find_spec("ddpm_fast._C") is None:
+        return "not built: the table below says why"
+    try:
+        module = importlib.import_module("ddpm_fast._C")
+        return f"{module.isa()} (of {', '.join(module.isas())}) in {module.__file__}"
+    except (ImportError, ValueError) as error:
+        return str(error)

@@ -183,12 +183,12 @@ def test_native_checks_its_arguments() -> None:
     out = torch.empty(4)
     where = STATE.seed.data_ptr(), STATE.draw.data_ptr(), 0
     for arguments, text in (
-        ((0, 1, 4, *where, 1), "out: null"),
-        ((out.data_ptr() + 1, 1, 4, *where, 1), "out: address is not aligned"),
-        ((out.data_ptr(), -1, 4, *where, 1), "negative"),
-        ((out.data_ptr(), 2**40, 2**40, *where, 1), "overflows"),
-        ((out.data_ptr(), 1, 4, *where, 300), "stream"),
-        ((out.data_ptr(), 1, 4, 0, *where[1:], 1), "seed: null"),
+        ((0, 1, 4, *where, 1, 1), "out: null"),
+        ((out.data_ptr() + 1, 1, 4, *where, 1, 1), "out: address is not aligned"),
+        ((out.data_ptr(), -1, 4, *where, 1, 1), "negative"),
+        ((out.data_ptr(), 2**40, 2**40, *where, 1, 1), "overflows"),
+        ((out.data_ptr(), 1, 4, *where, 300, 1), "stream"),
+        ((out.data_ptr(), 1, 4, 0, *where[1:], 1, 1), "seed: null"),
     ):
         with pytest.raises(ValueError, match=text):
             _C.noise(*arguments)

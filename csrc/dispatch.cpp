@@ -1,0 +1,73 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace ddpm::cpu {
+
+#if defined(__x86_64__)
+#define DDPM_EXTERN(isa)          \
+  namespace isa {                 \
+  extern const Kernels kernels;   \
+  }
+DDPM_EXTERN(avx2)
+DDPM_EXTERN(avx512)
+DDPM_EXTERN(avx512bf16)
+#undef DDPM_EXTERN
+#endif
+namespace baseline {
+extern const Kernels kernels;
+}
+
+namespace {
+
+std::vector<const Kernels*> tables() {
+  std::vector<const Kernels*> found = {&baseline::kernels};
+#if defined(__x86_64__)
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return found;
+  found.push_back(&avx2::kernels);
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq"))) {
+    return found;
+  }
+  found.push_back(&avx512::kernels);
+  if (__builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16::kernels);
+#endif
+  return found;
+}
+
+const Kernels* chosen = nullptr;  // under the interpreter's lock
+
+}  // namespace
+
+std::vector<std::string> available() {
+  std::vector<std::string> names;
+  for (const Kernels* each : tables()) names.push_back(each->isa);
+  return names;
+}
+
+void force_isa(const std::string& name) {
+  for (const Kernels* each : tables()) {
+    if (name == each->isa) {
+      chosen = each;
+      return;
+    }
+  }
+  std::string known;
+  for (const std::string& each : available()) known += (known.empty() ? "" : ", ") + each;
+  throw std::invalid_argument("DDPM_FAST_ISA=" + name + ": this build and processor have " + known);
+}
+
+const Kernels& kernels() {
+  if (chosen == nullptr) {
+    const char* name = std::getenv("DDPM_FAST_ISA");
+    if (name != nullptr && *name != '\0') {
+      force_isa(name);
+    } else {
+      chosen = tables().back();
+    }
+  }
+  return *chosen;
+}
+
+}  // namespace ddpm::cpu

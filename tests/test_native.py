@@ -1,0 +1,88 @@
+"""The native module: every instruction set gives the same bits, on any number of threads, and in a forked child."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm_fast import ops
+from ddpm_fast.ops import DROPOUT, PERTURB, NoiseState
+from ddpm_fast.reference import noise as reference
+
+_C = pytest.importorskip("ddpm_fast._C", reason="the native module is not built here")
+SETS = _C.isas()
+STATE = NoiseState.at(2**63 - 25, 3, 2**33 + 1)
+BUILD = Path(__file__).resolve().parents[1] / "build"
+
+
+@pytest.fixture
+def isa() -> Iterator[None]:
+    """Whatever a test forces, the best set is back after it."""
+    yield
+    _C.force_isa(SETS[-1])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("name", SETS)
+def test_bits_of_every_instruction_set(name: str, threads: int, isa: None) -> None:
+    _C.force_isa(name)
+    assert _C.isa() == name
+    torch.set_num_threads(threads)
+    with ops.use_backend("native"):
+        # many small samples; one in several pieces, with an end that fills no vector
+        for shape in ((2000, 3, 5), (3, 40_003)):
+            got, expected = ops.noise(shape, STATE, PERTURB), reference.noise(shape, STATE, PERTURB)
+            assert torch.equal(got.view(torch.int32), expected.view(torch.int32))
+        mask = ops.dropout_mask((3, 24, 41, 19), 0.3, STATE, DROPOUT)
+        assert torch.equal(mask, reference.dropout_mask((3, 24, 41, 19), 0.3, STATE, DROPOUT))
+        assert torch.equal(ops.timesteps(50, 1000, STATE), reference.timesteps(50, 1000, STATE))
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ | environment
+    )
+
+
+def test_the_environment_forces_an_instruction_set() -> None:
+    code = "import torch; from ddpm_fast import _C; print(_C.isa())"
+    assert run(code, DDPM_FAST_ISA="baseline").stdout == "baseline\n"
+    wrong = run(code, DDPM_FAST_ISA="avx9")
+    assert wrong.returncode and f"DDPM_FAST_ISA=avx9: this build and processor have {', '.join(SETS)}" in wrong.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_does_not_wait_for_its_parents_threads() -> None:
+    """Two threads have run, and are not there in the child; torch's own operations would wait for them."""
+    code = """
+import os, numpy, torch
+from ddpm_fast import ops
+torch.set_num_threads(2)
+draw = lambda: ops.noise((4, 100_000), ops.NoiseState.at(1, 1), ops.PERTURB).numpy()
+before = draw()
+child = os.fork()
+if not child:
+    os._exit(0 if numpy.array_equal(draw(), before) else 3)
+print(os.waitpid(child, 0)[1])
+"""
+    assert run(code).stdout == "0\n"
+
+
+@pytest.mark.skipif(shutil.which("nm") is None or sys.platform != "linux", reason="reads ELF objects with nm")
+def test_no_set_lends_its_code_to_another() -> None:
+    """A function that the linker may share would run one set's instructions on a processor that has another."""
+    objects = [p for name in SETS for p in BUILD.glob(f"**/cpu_{name}.dir/**/*.o")]
+    if not objects:
+        pytest.skip("the build folder is gone")
+    listing = subprocess.run(["nm", "-C", "--defined-only", *objects], capture_output=True, text=True, check=True)
+    lines = [line.split(maxsplit=2) for line in listing.stdout.splitlines()]
+    shared = [parts[2] for parts in lines if len(parts) == 3 and parts[1] in "WVuw"]
+    outside = [
+        p[2] for p in lines if len(p) == 3 and p[1] == "T" and not any(f"cpu::{name}::" in p[2] for name in SETS)
+    ]
+    assert lines and not shared and not outside
