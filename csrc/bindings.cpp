@@ -7,19 +7,10 @@
 
 #include "dispatch.h"
 
-#if defined(__unix__) || defined(__APPLE__)
-#include <pthread.h>
-#endif
-
 namespace py = pybind11;
 using ddpm::cpu::kernels;
 
 namespace {
-
-bool forked = false;
-
-// A forked child has none of its parent's threads, and OpenMP would wait for them.
-int allowed(int threads) { return forked || threads < 1 ? 1 : threads; }
 
 template <class T>
 T* pointer(uintptr_t address, int64_t count, const char* name) {
@@ -48,7 +39,7 @@ void noise(uintptr_t out, int64_t num_samples, int64_t size, uintptr_t seed, uin
   const auto at = counter(seed, draw, first_sample, stream);
   const auto run = kernels().noise;
   py::gil_scoped_release unlocked;
-  run(data, num_samples, size, at, allowed(threads));
+  run(data, num_samples, size, at, threads);
 }
 
 void timesteps(uintptr_t out, int64_t num_samples, int64_t num_timesteps, uintptr_t seed, uintptr_t draw,
@@ -66,16 +57,13 @@ void dropout_mask(uintptr_t out, int64_t num_samples, int64_t size, uint32_t thr
   const auto at = counter(seed, draw, first_sample, stream);
   const auto run = kernels().dropout_mask;
   py::gil_scoped_release unlocked;
-  run(data, num_samples, size, threshold, scale, at, allowed(threads));
+  run(data, num_samples, size, threshold, scale, at, threads);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native operations of ddpm_fast; called by ddpm_fast.ops, which checks and allocates.";
-#if defined(__unix__) || defined(__APPLE__)
-  pthread_atfork(nullptr, nullptr, [] { forked = true; });
-#endif
   using namespace py::literals;
   m.def("isa", [] { return kernels().isa; }, "The instruction set whose kernels run.");
   m.def("isas", &ddpm::cpu::available, "Those that this processor has, the best one last.");

@@ -5,33 +5,32 @@
 
 namespace ddpm::cpu {
 
-#if defined(__x86_64__)
-#define DDPM_EXTERN(isa)          \
-  namespace isa {                 \
-  extern const Kernels kernels;   \
+// CMake defines DDPM_HAS_<set> for each set that it builds; one above another needs that too.
+#define DDPM_SET(set)            \
+  namespace set {                \
+  extern const Kernels kernels;  \
   }
-DDPM_EXTERN(avx2)
-DDPM_EXTERN(avx512)
-DDPM_EXTERN(avx512bf16)
-#undef DDPM_EXTERN
-#endif
-namespace baseline {
-extern const Kernels kernels;
-}
+DDPM_SET(baseline)
+DDPM_SET(avx2)
+DDPM_SET(avx512)
+DDPM_SET(avx512bf16)
+#undef DDPM_SET
 
 namespace {
 
 std::vector<const Kernels*> tables() {
   std::vector<const Kernels*> found = {&baseline::kernels};
-#if defined(__x86_64__)
-  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return found;
-  found.push_back(&avx2::kernels);
-  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq"))) {
-    return found;
-  }
-  found.push_back(&avx512::kernels);
-  if (__builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16::kernels);
+#if defined(DDPM_HAS_avx2)
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (has_avx2) found.push_back(&avx2::kernels);
+#if defined(DDPM_HAS_avx512)
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  if (has_avx512) found.push_back(&avx512::kernels);
+#if defined(DDPM_HAS_avx512bf16)
+  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16::kernels);
+#endif
+#endif
 #endif
   return found;
 }

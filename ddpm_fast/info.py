@@ -34,5 +34,5 @@ def _native() -> str:
     try:
         module = importlib.import_module("ddpm_fast._C")
         return f"{module.isa()} (of {', '.join(module.isas())}) in {module.__file__}"
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, AttributeError) as error:
         return str(error)

@@ -2,10 +2,29 @@
 
 import functools
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ._dispatch import Unavailable
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def threads() -> int:
+    """How many a kernel may use: torch's number; one in a forked child, where OpenMP would wait for its parent's."""
+    return 1 if _forked else torch.get_num_threads()
 
 
 @functools.cache

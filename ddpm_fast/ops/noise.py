@@ -31,7 +31,7 @@ def _load_noise() -> Callable[..., Tensor]:
 
     def run(shape: Sequence[int], state: NoiseState, stream: int, *, dtype: torch.dtype) -> Tensor:
         out = torch.empty(shape, dtype=torch.float32, device="cpu")
-        native(out.data_ptr(), shape[0], math.prod(shape[1:]), *_state(state), stream, torch.get_num_threads())
+        native(out.data_ptr(), shape[0], math.prod(shape[1:]), *_state(state), stream, _native.threads())
         return out.to(dtype)
 
     return run
@@ -55,7 +55,7 @@ def _load_dropout_mask() -> Callable[..., Tensor]:
         n, c, h, w = shape
         out = torch.empty(n, h, w, c, dtype=torch.float32, device="cpu")
         threshold, scale = reference.dropout_threshold(p)
-        native(out.data_ptr(), n, c * h * w, threshold, scale, *_state(state), stream, torch.get_num_threads())
+        native(out.data_ptr(), n, c * h * w, threshold, scale, *_state(state), stream, _native.threads())
         return out.permute(0, 3, 1, 2)
 
     return run

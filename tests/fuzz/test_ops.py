@@ -55,6 +55,8 @@ def held(draw: Draw, op: Callable[..., Any], oracle: Callable[..., Any], args: d
     if any(o.is_meta for o in fast[0]):
         return True  # no numbers
     args = {k: v for k, v in unwrapped(args).items() if k not in drop}
+    if isinstance(args.get("groups"), Tensor):
+        args["groups"] = int(args["groups"])
     plain = run(oracle, args, seed, differentiate)
     exact = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, args)
     truth = run(oracle, exact, seed, differentiate)

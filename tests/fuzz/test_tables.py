@@ -60,6 +60,11 @@ def as_any(draw: Draw, values: list[float]) -> Any:
     return kind(values)
 
 
+def doubles(values: Any) -> np.ndarray:
+    """The numbers as float64; numpy has no bfloat16."""
+    return np.asarray(values.double() if isinstance(values, torch.Tensor) else values, dtype=np.float64)
+
+
 @fuzz(200)
 def test_betas(draw: Draw) -> bool:
     values = draw(BETAS if often(draw) else st.lists(NUMBERS | st.sampled_from((0.0, 1.0, 1e-20)), max_size=4))
@@ -68,7 +73,7 @@ def test_betas(draw: Draw) -> bool:
     betas = attempt(check_betas, **args)
     if betas is REFUSED:
         return False
-    assert betas.dtype == np.float64 and np.array_equal(betas, np.asarray(args["betas"], dtype=np.float64))
+    assert betas.dtype == np.float64 and np.array_equal(betas, doubles(args["betas"]))
     made, alphas_cumprod = tables(betas), [math.prod(1 - betas[: i + 1]) for i in range(len(betas))]
     close(made["alphas_cumprod"], alphas_cumprod)
     close(made["sqrt_one_minus_alphas_cumprod"], [math.sqrt(1 - a) for a in alphas_cumprod])
@@ -85,7 +90,7 @@ def test_plan(draw: Draw) -> bool:
     plan = attempt(Plan, **args)
     if plan is REFUSED:
         return False
-    expected = np.asarray(args["rows"], dtype=np.float64)
+    expected = doubles(args["rows"])
     assert np.array_equal(plan.rows.numpy(), expected) and len(plan) == len(expected)
     column = attempt(plan.column, one(draw, *COLUMNS, *JUNK))
     assert column is REFUSED or column.shape == (len(plan),)
