@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ddpm_fast.models.presets import Config
 from ddpm_fast.training import files
 from ddpm_fast.training.checkpoint import CHECKPOINT, read_checkpoint
 from ddpm_fast.training.data import Images
@@ -30,22 +29,9 @@ from ddpm_fast.training.journal import LOG
 from ddpm_fast.training.log import read_log
 from ddpm_fast.training.recipe import Recipe
 from ddpm_fast.training.trainer import Trainer
+from tests.toys import TINY
 
-CONFIG = Config(
-    img_size=(8, 8),
-    img_channels=1,
-    num_classes=5,
-    base_channels=8,
-    channel_mults=(1, 2),
-    num_res_blocks=1,
-    time_emb_dim=16,
-    num_groups=4,
-    dropout=0.1,
-    num_timesteps=20,
-    schedule="cosine",
-    ema_decay=0.9,
-    ema_start=6,
-)
+CONFIG = replace(TINY, ema_start=6)
 RECIPE = Recipe(batch_size=16, accumulate=2, lr=2e-3, warmup=9, clip=0.5, flip=True, holdout=0.1, seed=3)
 SAVE_EVERY, LOG_EVERY = 5, 3  # checkpoints fall into the middle of log intervals and, with 63 images, of epochs
 OPTIONS: dict[str, Any] = {"save_every": SAVE_EVERY, "log_every": LOG_EVERY, "keep": 2, "progress": False}

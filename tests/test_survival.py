@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from toys import TINY
 
 from ddpm_fast import Diffusion
 from ddpm_fast.models.presets import Config
@@ -25,21 +26,6 @@ from ddpm_fast.training.log import read_log
 from ddpm_fast.training.recipe import Recipe
 from ddpm_fast.training.trainer import Trainer
 
-TINY = Config(
-    img_size=(8, 8),
-    img_channels=1,
-    num_classes=5,
-    base_channels=8,
-    channel_mults=(1, 2),
-    num_res_blocks=1,
-    time_emb_dim=16,
-    num_groups=4,
-    dropout=0.1,
-    num_timesteps=20,
-    schedule="cosine",
-    ema_decay=0.9,
-    ema_start=3,
-)
 RECIPE = Recipe(batch_size=16, lr=2e-3, warmup=4, flip=True, seed=1)
 TRAIN = (
     "train --preset digits --base-channels 8 --num-timesteps 20 --batch 8 --log-every 1 --sample-every 0 --device cpu"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toys import TINY as FIVE_CLASSES
 
 from ddpm_fast.models.presets import Config
 from ddpm_fast.training import journal as journal_module
@@ -21,20 +22,7 @@ from ddpm_fast.training.log import read_log
 from ddpm_fast.training.recipe import Recipe
 from ddpm_fast.training.trainer import Trainer
 
-TINY = Config(
-    img_size=(8, 8),
-    img_channels=1,
-    num_classes=10,
-    base_channels=8,
-    channel_mults=(1, 2),
-    num_res_blocks=1,
-    time_emb_dim=16,
-    num_groups=4,
-    num_timesteps=20,
-    schedule="cosine",
-    ema_decay=0.9,
-    ema_start=3,
-)
+TINY = replace(FIVE_CLASSES, num_classes=10)
 RECIPE = Recipe(batch_size=16, lr=2e-3, warmup=4, flip=True, seed=1)
 
 

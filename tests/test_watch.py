@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toys import TINY
 
 from ddpm_fast import Diffusion
 from ddpm_fast.cli import main
@@ -21,21 +22,6 @@ from ddpm_fast.training.log import read_log
 from ddpm_fast.training.recipe import Recipe
 from ddpm_fast.training.trainer import Trainer
 from ddpm_fast.training.watch import BUCKETS, Watch
-
-TINY = Config(
-    img_size=(8, 8),
-    img_channels=1,
-    num_classes=5,
-    base_channels=8,
-    channel_mults=(1, 2),
-    num_res_blocks=1,
-    time_emb_dim=16,
-    num_groups=4,
-    num_timesteps=20,
-    schedule="cosine",
-    ema_decay=0.9,
-    ema_start=3,
-)
 
 
 def trainer(out: Path, config: Config = TINY, **options) -> Trainer:

@@ -7,8 +7,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddpm_fast import Diffusion, UNet, generate_linear_schedule
+from ddpm_fast import Config, Diffusion, UNet, generate_linear_schedule
 
+# For training that takes a second.
+TINY = Config(
+    img_size=(8, 8),
+    img_channels=1,
+    num_classes=5,
+    base_channels=8,
+    channel_mults=(1, 2),
+    num_res_blocks=1,
+    time_emb_dim=16,
+    num_groups=4,
+    dropout=0.1,
+    num_timesteps=20,
+    schedule="cosine",
+    ema_decay=0.9,
+    ema_start=3,
+)
 BETAS = generate_linear_schedule(12, 1e-2, 0.3)
 
 

@@ -1,5 +1,6 @@
 """One step of any sampler: the reverse step that a row of a plan describes."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,58 +17,38 @@ from .noise import check_source, drawn
 NUM_COLUMNS = 8
 
 
-def _reference(
-    x: Tensor,
-    model_out: Tensor,
-    rows: Tensor,
-    k: Tensor,
-    *,
-    noise: Tensor | NoiseState | None,
-    out: Tensor | None,
-    x0_out: Tensor | None,
-    return_x0: bool,
-    **rest: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
-    z = None if noise is None else drawn(noise, x, REVERSE)
-    results = reference.sampler_step(x, model_out, rows, k, noise=z, return_x0=True, **rest)
-    return _delivered(results, out, x0_out, return_x0)
+def _delivering(step: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+    """`step`, which returns x' and x0_hat, with the noise drawn and the results where the caller asked for them."""
+
+    def run(
+        x: Tensor,
+        model_out: Tensor,
+        rows: Tensor,
+        k: Tensor,
+        *,
+        noise: Tensor | NoiseState | None,
+        out: Tensor | None,
+        x0_out: Tensor | None,
+        return_x0: bool,
+        **rest: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        z = None if noise is None else drawn(noise, x, REVERSE)
+        x_next, x0_hat = step(x, model_out, rows, k, noise=z, **rest)
+        x_next = x_next if out is None else out.copy_(x_next)
+        if not return_x0:
+            return x_next
+        return x_next, x0_hat if x0_out is None else x0_out.copy_(x0_hat)
+
+    return run
 
 
-def _delivered(
-    results: Tensor | tuple[Tensor, Tensor], out: Tensor | None, x0_out: Tensor | None, return_x0: bool
-) -> Tensor | tuple[Tensor, Tensor]:
-    """What the caller asked for, where the caller asked for it."""
-    x_next, x0_hat = results
-    x_next = x_next if out is None else out.copy_(x_next)
-    if not return_x0:
-        return x_next
-    return x_next, x0_hat if x0_out is None else x0_out.copy_(x0_hat)
-
-
+_plain: Callable[..., Any] = partial(reference.sampler_step, return_x0=True)
 _NODE = composition(
     "sampler_step(Tensor x, Tensor model_out, Tensor rows, Tensor k, *, Tensor? noise=None, Tensor? hist=None, "
     "float? clip=None) -> (Tensor, Tensor)",
-    partial(reference.sampler_step, return_x0=True),
+    _plain,
 )
-
-
-def _traced(
-    x: Tensor,
-    model_out: Tensor,
-    rows: Tensor,
-    k: Tensor,
-    *,
-    noise: Tensor | NoiseState | None,
-    out: Tensor | None,
-    x0_out: Tensor | None,
-    return_x0: bool,
-    **rest: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
-    results = _NODE(x, model_out, rows, k, noise=None if noise is None else drawn(noise, x, REVERSE), **rest)
-    return _delivered(results, out, x0_out, return_x0)
-
-
-OP = Op("sampler_step", Impl("reference", lambda: _reference), traced=_traced)
+OP = Op("sampler_step", Impl("reference", lambda: _delivering(_plain)), traced=_delivering(_NODE))
 
 
 def sampler_step(
