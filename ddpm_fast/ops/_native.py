@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from ._dispatch import Unavailable
 
@@ -48,3 +51,18 @@ def load() -> Any:
     if module is None:
         raise Unavailable(reason)
     return module
+
+
+def unfit(*values: Any) -> str | None:
+    """Why the native module can't run on these arguments (those that are tensors), or in torch's present state."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if type(value) is not Tensor and type(value) is not Parameter:
+                return f"needs plain tensors, got a {type(value).__name__}"
+            if value.device.type != "cpu":
+                return f"runs on the CPU, the data is on {value.device}"
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return "a dispatch mode or tracer wants to see torch's own operators"
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return "has no transforms of torch.func and no forward-mode gradient"
+    return None

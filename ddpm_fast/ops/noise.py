@@ -17,9 +17,7 @@ from ._library import opaque
 
 def _rejects(*args: Any, **kwargs: Any) -> str | None:
     state = next(a for a in args if isinstance(a, NoiseState))
-    if type(state.seed) is not Tensor or type(state.draw) is not Tensor:
-        return f"needs plain tensors, the state holds {type(state.seed).__name__}"
-    return None if state.seed.device.type == "cpu" else f"runs on the CPU, the data is on {state.seed.device}"
+    return _native.unfit(state.seed, state.draw)
 
 
 def _state(state: NoiseState) -> tuple[int, int, int]:
