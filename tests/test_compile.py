@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ddpm_fast import Diffusion, UNet, generate_linear_schedule, ops
 from ddpm_fast.models.layers import AttentionBlock, ResidualBlock
+from ddpm_fast.ops import _group_norm
 
 NODES = torch.ops.ddpm_fast
 SEED, DRAW = torch.tensor(5), torch.tensor(3)
@@ -80,6 +81,36 @@ SAMPLES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
 }
 
 
+NATIVE = {(n, b): r for n, b, r in ops.availability()}["group_norm_silu", "native"] is None
+NORM = "group_norm_silu_fused" if NATIVE else "group_norm_silu"  # without a native module one that compilers look into
+if NATIVE:
+    images = [
+        leaf(*s).detach().to(memory_format=torch.channels_last).requires_grad_() for s in ((2, 8, 3, 5), (2, 4, 3, 5))
+    ]
+    rest = (4, 1e-5, "silu")
+    SAMPLES["group_norm_silu_fused"] = [
+        ((images[0], None, None, leaf(8), leaf(8), None, None, None, *rest, 0.0, 0, 0, None, None), {}),
+        (
+            (
+                *images,
+                leaf(2, 12, 3, 5),
+                None,
+                None,
+                leaf(12),
+                leaf(2, 12),
+                None,
+                *rest,
+                0.2,
+                1,
+                ops.DROPOUT,
+                SEED,
+                DRAW,
+            ),
+            {},
+        ),
+    ]
+
+
 def test_every_op_is_a_node() -> None:
     assert set(ops.OPS) <= set(SAMPLES)
 
@@ -110,15 +141,20 @@ def fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
+def norms_of(net: UNet) -> int:
+    """How many norms there are: two in a residual block, one in an attention block and one at the end."""
+    kinds = Counter(type(m) for m in net.modules())
+    return 2 * kinds[ResidualBlock] + kinds[AttentionBlock] + 1
+
+
 def test_the_graph_of_a_unet_holds_the_ops() -> None:
     net, recorder = unet(dropout=0.0), Recorder()
     out = torch.compile(net, fullgraph=True, backend=recorder)(X, T, Y)
     assert torch.equal(out, net(X, T, Y))
     nodes = recorder.nodes()
-    blocks = [m for m in net.modules() if isinstance(m, ResidualBlock)]
-    norms = 2 * len(blocks) + sum(isinstance(m, AttentionBlock) for m in net.modules()) + 1
-    assert (nodes["conv3x3"], nodes["group_norm_silu"], nodes["timestep_embedding"]) == (2 * len(blocks), norms, 1)
-    assert not [name for name in nodes if "group_norm" in name and name != "group_norm_silu"]
+    blocks = sum(isinstance(m, ResidualBlock) for m in net.modules())
+    assert (nodes["conv3x3"], nodes[NORM], nodes["timestep_embedding"]) == (2 * blocks, norms_of(net), 1)
+    assert not [name for name in nodes if "group_norm" in name and name != NORM]
 
 
 def test_the_graph_of_a_forward_holds_the_ops() -> None:
@@ -126,7 +162,8 @@ def test_the_graph_of_a_forward_holds_the_ops() -> None:
     torch.compile(ours, fullgraph=True, backend=recorder)(X, Y)
     nodes = recorder.nodes()
     blocks = [m for m in ours.model.modules() if isinstance(m, ResidualBlock)]
-    expected = {"timesteps": 1, "noise": 2, "q_sample": 1, "diffusion_loss": 1, "dropout_mask": len(blocks)}
+    expected = {"timesteps": 1, "noise": 2, "q_sample": 1, "diffusion_loss": 1}
+    expected["dropout_mask"] = 0 if NATIVE else len(blocks)  # the norm draws it
     assert {name: nodes[name] for name in expected} == expected
 
 
@@ -143,6 +180,34 @@ def test_a_graph_dispatches_noise_when_it_runs() -> None:
             assert torch.equal(compiled(SEED, DRAW), expected)
     with ops.use_backend("cuda"), pytest.raises(RuntimeError, match="the forced backend 'cuda' can't run"):
         compiled(SEED, DRAW)
+
+
+@pytest.mark.skipif(not NATIVE, reason="the native module is not built here")
+def test_a_compiled_unet_runs_the_native_norm_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Counter[str] = Counter()
+
+    def counted(name: str) -> Callable[..., Any]:
+        run = getattr(_group_norm, name)
+
+        def count(*args: Any) -> Any:
+            calls[name] += 1
+            return run(*args)
+
+        return count
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(_group_norm, name, counted(name))
+    net = unet()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for step in (1, 2):
+        compiled(X, T, Y).square().sum().backward()
+        assert calls == {"forward": step * norms_of(net), "backward": step * norms_of(net)}
+    with ops.use_backend("reference"), pytest.raises(RuntimeError, match="compiled for native, 'reference' is forced"):
+        compiled(X, T, Y)
+    torch._dynamo.reset()
+    with ops.use_backend("reference"):
+        torch.compile(net, fullgraph=True, backend="aot_eager")(X, T, Y)
+    assert calls["forward"] == 2 * norms_of(net)
 
 
 @pytest.mark.parametrize(

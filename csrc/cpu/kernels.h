@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../philox.h"
+#include "group_norm_silu.h"
 
 // Outputs are dense arrays of num_samples rows; `at.sample` is the first row's sample; `threads` is the most to use.
 //   noise          standard normals, [num_samples, size]
@@ -13,7 +14,10 @@
 #define DDPM_KERNELS(KERNEL)                                                                              \
   KERNEL(noise, (float* out, int64_t num_samples, int64_t size, Counter at, int threads))                 \
   KERNEL(timesteps, (int64_t* out, int64_t num_samples, int64_t num_timesteps, Counter at))               \
-  KERNEL(dropout_mask, (float* out, int64_t num_samples, int64_t size, uint32_t threshold, float scale, Counter at, int threads))
+  KERNEL(dropout_mask, (float* out, int64_t num_samples, int64_t size, uint32_t threshold, float scale,   \
+                        Counter at, int threads))                                                         \
+  KERNEL(group_norm_silu, (const GroupNorm& g, const GroupNormForward& f, int threads))                   \
+  KERNEL(group_norm_silu_backward, (const GroupNorm& g, const GroupNormBackward& b, int threads))
 
 namespace ddpm::cpu {
 

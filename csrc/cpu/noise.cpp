@@ -1,5 +1,6 @@
 #include <cstring>
 
+#include "factors.h"
 #include "kernels.h"
 #include "normals.h"
 #include "parallel.h"
@@ -47,13 +48,7 @@ void timesteps(int64_t* out, int64_t num_samples, int64_t num_timesteps, Counter
 void dropout_mask(float* out, int64_t num_samples, int64_t size, uint32_t threshold, float scale, Counter at,
                   int threads) {
   fill<8>(out, num_samples, size, at, threads, [=](const Counter& mine, uint32_t first, float* chunk) {
-    const Block b = block_of_words(mine, first);
-    for (int l = 0; l < kLanes; ++l) {
-      for (int i = 0; i < 4; ++i) {
-        chunk[8 * l + 2 * i] = (b.w[i][l] & 0xFFFFu) >= threshold ? scale : 0.0f;
-        chunk[8 * l + 2 * i + 1] = (b.w[i][l] >> 16) >= threshold ? scale : 0.0f;
-      }
-    }
+    factor_batch(mine, first, threshold, scale, chunk);
   });
 }
 

@@ -15,9 +15,9 @@ static inline int worth(int threads, int64_t work, int64_t grain) {
   return most < threads ? (most < 1 ? 1 : int(most)) : threads;
 }
 
-// Calls body(task) for every task in [0, tasks); each thread gets a contiguous range of them.
+// Calls body(task, rank) for every task in [0, tasks); each thread, of that rank, gets a contiguous range of them.
 template <class Body>
-static inline void parallel(int64_t tasks, int threads, const Body& body) {
+static inline void parallel_ranked(int64_t tasks, int threads, const Body& body) {
 #if defined(_OPENMP)
   if (threads > 1 && tasks > 1) {
 #pragma omp parallel num_threads(threads)
@@ -25,12 +25,17 @@ static inline void parallel(int64_t tasks, int threads, const Body& body) {
       const int64_t members = omp_get_num_threads(), rank = omp_get_thread_num();
       const int64_t share = tasks / members, more = tasks % members;
       const int64_t first = rank * share + (rank < more ? rank : more), last = first + share + (rank < more);
-      for (int64_t task = first; task < last; ++task) body(task);
+      for (int64_t task = first; task < last; ++task) body(task, int(rank));
     }
     return;
   }
 #endif
-  for (int64_t task = 0; task < tasks; ++task) body(task);
+  for (int64_t task = 0; task < tasks; ++task) body(task, 0);
+}
+
+template <class Body>
+static inline void parallel(int64_t tasks, int threads, const Body& body) {
+  parallel_ranked(tasks, threads, [&](int64_t task, int) { body(task); });
 }
 
 }  // namespace ddpm::cpu

@@ -83,45 +83,72 @@ static inline Floats fma(Floats a, Floats b, Floats c) {
 #endif
 }
 
-// 1 / x to 2 ulp, for x in [1, inf].
+// The smaller and the larger one; b where one of them is NaN.
+static inline Floats smaller(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_min_ps(0xFFFF, (__m512)a, (__m512)b);  // the plain forms warn in gcc 12
+#elif defined(__AVX2__)
+  return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+static inline Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_max_ps(0xFFFF, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// How exactly a function is computed: to 3 ulp of float32, or to a twentieth of an ulp of bf16.
+enum class Precision { fine, coarse };
+
+// 1 / x for x in [1, 2^126].
+template <Precision P>
 static inline Floats reciprocal(Floats x) {
 #if defined(__AVX512F__)
-  const Floats r = (Floats)_mm512_maskz_rcp14_ps(0xFFFF, (__m512)x);  // the plain form warns in gcc 12
-  const Floats error = fma(-x, r, broadcast(1.0f));
-  return error == error ? fma(r, error, r) : r;  // inf: inf * 0
+  const Floats r = (Floats)_mm512_maskz_rcp14_ps(0xFFFF, (__m512)x);
+  return P == Precision::fine ? fma(r, fma(-x, r, broadcast(1.0f)), r) : r;
 #else
   return 1.0f / x;
 #endif
 }
 
-// e^x to 2 ulp; inf above 88.4, 0 below -87.3.
-static inline Floats exp(Floats x) {
-  const Floats low = broadcast(-87.33654f), high = broadcast(89.0f);
-  x = x > high ? high : x;  // NaN stays
-  const Floats clamped = x < low ? low : x;
+// 2^u for u at most 126; at the least 2^-126, or 0. The polynomials are minimax for 2^f / f's own value on [0, 1].
+template <Precision P>
+static inline Floats exp2(Floats u) {
+#if defined(__AVX512F__)
+  const Floats f = (Floats)_mm512_maskz_reduce_ps(0xFFFF, (__m512)u, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#else
+  u = larger(broadcast(-126.0f), u);  // NaN stays
   const Floats magic = broadcast(0x1.8p23f);
-  const Floats shifted = fma(clamped, broadcast(0x1.715476p+0f), magic);
-  const Floats n = shifted - magic;
-  Floats r = fma(n, broadcast(-0x1.62e400p-1f), clamped);
-  r = fma(n, broadcast(-0x1.7f7d1cp-20f), r);
-  Floats p = broadcast(0x1.6a1f38p-10f);
-  p = fma(p, r, broadcast(0x1.1239e0p-7f));
-  p = fma(p, r, broadcast(0x1.5555f0p-5f));
-  p = fma(p, r, broadcast(0x1.55547ap-3f));
-  p = fma(p, r, broadcast(0x1.fffffep-2f));
-  p = fma(p * r, r, r) + 1.0f;
-  const Ints power = ((Ints)shifted - (Ints)magic + 127) << 23;
-  const Floats result = p * (Floats)power;
-  return x < low ? Floats{} : result;
+  const Floats shifted = (u - 0.5f) + magic;  // the floor of u is in its low bits
+  const Floats f = u - (shifted - magic);
+#endif
+  Floats p;
+  if constexpr (P == Precision::fine) {
+    p = fma(broadcast(0x1.c72118p-13f), f, broadcast(0x1.461954p-10f));
+    p = fma(p, f, broadcast(0x1.3d2800p-7f));
+    p = fma(p, f, broadcast(0x1.c68500p-5f));
+    p = fma(p, f, broadcast(0x1.ebfd9ep-3f));
+    p = fma(p, f, broadcast(0x1.62e42ap-1f));
+    p = fma(p, f, broadcast(1.0f));
+  } else {
+    p = fma(broadcast(0x1.3f96a4p-4f), f, broadcast(0x1.cefc4cp-3f));
+    p = fma(p, f, broadcast(0x1.64444cp-1f));
+    p = fma(p, f, broadcast(0x1.fff632p-1f));
+  }
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_scalef_ps(0xFFFF, (__m512)p, (__m512)u);
+#else
+  return (Floats)((Ints)p + ((Ints)shifted << 23));
+#endif
 }
 
-static inline Floats silu(Floats z) { return z * reciprocal(1.0f + exp(-z)); }
-
-// z tanh(log(1 + e^z)) = z (u - 1) / (u + 1) with u = (1 + e^z)^2, and z itself where e^z is beyond float.
-static inline Floats mish(Floats z) {
-  const Floats e = exp(z > 20.0f ? broadcast(20.0f) : z);
-  const Floats u = e * (e + 2.0f);  // (1 + e^z)^2 - 1
-  return z * (u / (u + 2.0f));
-}
+constexpr float kLog2E = 0x1.715476p+0f;
 
 }  // namespace ddpm::cpu

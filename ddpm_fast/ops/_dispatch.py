@@ -42,6 +42,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced() -> str | None:
+    """The backend that is forced here, or None."""
+    return _forced.get()
+
+
 class Impl:
     """One implementation of an op.
 

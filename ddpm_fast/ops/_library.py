@@ -32,6 +32,19 @@ def opaque(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> An
     return op
 
 
+def differentiable(
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any],
+    save: Callable[..., Any],
+) -> Any:
+    """Define an opaque op with a gradient: `backward`, and `save` as its set-up, as torch.library.register_autograd."""
+    op = opaque(schema, run, fake)
+    torch.library.register_autograd(f"ddpm_fast::{_name(schema)}", backward, setup_context=save, lib=_LIBRARY)
+    return op
+
+
 def _name(schema: str) -> str:
     return schema.partition("(")[0]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from ._dispatch import Unavailable
+from ._dispatch import Unavailable, forced
 
 _forked = False
 
@@ -53,16 +53,37 @@ def load() -> Any:
     return module
 
 
-def unfit(*values: Any) -> str | None:
-    """Why the native module can't run on these arguments (those that are tensors), or in torch's present state."""
+def unfit(*values: Tensor | None) -> str | None:
+    """Why the native module can't run on these tensors, or in torch's present state."""
     for value in values:
-        if isinstance(value, Tensor):
-            if type(value) is not Tensor and type(value) is not Parameter:
-                return f"needs plain tensors, got a {type(value).__name__}"
-            if value.device.type != "cpu":
+        if value is not None:
+            kind = type(value)
+            if kind is not Tensor and kind is not Parameter:
+                return f"needs plain tensors, got a {kind.__name__}"
+            if not value.is_cpu:
                 return f"runs on the CPU, the data is on {value.device}"
-    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling():
+        return None  # the rest is of the moment, and compilers can't follow it
+    if _C._len_torch_dispatch_stack() or _C._get_tracing_state() is not None:
         return "a dispatch mode or tracer wants to see torch's own operators"
-    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+    if _C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
         return "has no transforms of torch.func and no forward-mode gradient"
     return None
+
+
+def refuse_double_backward(op: str) -> None:
+    """Raise where a backward is to be differentiated itself."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: the native backend has no second derivative; ops.use_backend('reference') has one")
+
+
+@torch.compiler.assume_constant_result  # where a compiler asks
+def wanted() -> bool:
+    """Whether the module can be loaded, and no other backend is forced."""
+    return forced() in (None, "native") and _load()[0] is not None
+
+
+def check_not_forced_away(op: str) -> None:
+    """Raise where another backend is forced than the one that a graph was compiled for."""
+    if forced() not in (None, "native"):
+        raise RuntimeError(f"{op}: the graph was compiled for native, {forced()!r} is forced: compile it there")

@@ -1,5 +1,6 @@
 """Group normalisation fused with what stands around it in a residual block."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from ..reference import group_norm_silu as reference
 from ..reference.group_norm_silu import ACTIVATIONS
 from ..reference.philox import Dropout
-from . import _checks
+from . import _checks, _group_norm, _native
 from ._dispatch import Impl, Op
 from ._library import composition
 from .noise import check_dropout, drawn_dropout
@@ -42,13 +43,103 @@ _NODE = composition(
 
 
 def _traced(x: Tensor, *args: Any, dropout: Dropout | None = None, **rest: Any) -> Any:
+    if not torch.compiler.is_exporting() and _native.wanted() and _rejects(x, *args, dropout=dropout, **rest) is None:
+        return _traced_native(x, *args, dropout=dropout, **rest)
     factors = _drawn(dropout, x, rest.get("x2"))
     drop = {"p": factors.p} if isinstance(factors, Dropout) else {"mask": factors}
     y, h = _NODE(x, *args, **rest, **drop)
     return y if rest.get("residual") is None else (y, h)
 
 
-OP = Op("group_norm_silu", Impl("reference", lambda: _reference), traced=_traced)
+def _rejects(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    *,
+    x2: Tensor | None = None,
+    add: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    dropout: Dropout | None = None,
+    **rest: Any,
+) -> str | None:
+    if x.dtype is not torch.float32 and x.dtype is not torch.bfloat16:
+        return f"takes float32 and bfloat16, x is {x.dtype}"
+    for image in (x2, residual):
+        if image is not None and image.dtype is not x.dtype:
+            return f"takes images of one dtype, got {x.dtype} and {image.dtype}"
+    for value in (weight, bias, add, scale, shift):
+        if value is not None and value.dtype is torch.float64:
+            return "computes in float32, a parameter is float64"
+    if x.numel() == 0:
+        return "x is empty"
+    if dropout is None:
+        return _native.unfit(x, weight, bias, x2, add, residual, scale, shift)
+    if dropout.state is None:
+        return "draws no dropout from torch's generator"
+    return _native.unfit(x, weight, bias, x2, add, residual, scale, shift, dropout.state.seed, dropout.state.draw)
+
+
+def _traced_native(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    *,
+    eps: float = 1e-5,
+    x2: Tensor | None = None,
+    add: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str = "silu",
+    dropout: Dropout | None = None,
+) -> Any:
+    p, state, stream = dropout if dropout is not None else (0.0, None, 0)
+    seed, draw, first_sample = state if state is not None else (None, None, 0)
+    parameters = weight, bias, add, scale, shift
+    rest = groups, eps, activation, p, first_sample, stream, seed, draw
+    y, h, *_ = _group_norm.NODE(x, x2, residual, *parameters, *rest)
+    return y if residual is None else (y, h)
+
+
+def _load_native() -> Callable[..., Any]:
+    _native.load()
+
+    def run(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        groups: int,
+        *,
+        eps: float = 1e-5,
+        x2: Tensor | None = None,
+        add: Tensor | None = None,
+        residual: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        activation: str = "silu",
+        dropout: Dropout | None = None,
+    ) -> Any:
+        parameters = weight, bias, add, scale, shift
+        if torch.is_grad_enabled():
+            tensors = x, x2, residual, *parameters
+            if any(v is not None and v.requires_grad for v in tensors):
+                return _group_norm.Differentiable.apply(dropout, (groups, eps, activation), *tensors)
+        y, h = _group_norm.forward(x, x2, residual, parameters, None, groups, eps, activation, dropout)
+        return y if h is None else (y, h)
+
+    return run
+
+
+OP = Op(
+    "group_norm_silu",
+    Impl("native", _load_native, _rejects),
+    Impl("reference", lambda: _reference),
+    traced=_traced,
+)
 
 
 def group_norm_silu(

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import DTYPES, LAYOUTS, backends, check
+from oracle import LAYOUTS, backends, check, typed_backends
 from torch import Tensor
 
 from ddpm_fast import ops
@@ -44,8 +44,7 @@ def arguments(shape: tuple[int, ...]) -> dict[str, Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("backend", backends("group_norm_silu"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), typed_backends("group_norm_silu"), ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_reference(backend, dtype, layout, shape, poison_empty) -> None:

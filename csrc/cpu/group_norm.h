@@ -1,0 +1,243 @@
+// What forward and backward of group_norm_silu share. A task is one image's slab of channels, small enough for the second
+// cache. In channels_last a vector holds neighbouring channels of a pixel, else neighbouring pixels of a channel.
+#pragma once
+
+#include <cstdlib>
+
+#if defined(__unix__)
+#include <unistd.h>
+#endif
+
+#include "factors.h"
+#include "group_norm_silu.h"
+#include "parallel.h"
+#include "vec.h"
+
+namespace ddpm::cpu::DDPM_ISA {
+namespace {
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// Calls body(first, Count<vectors>, last) over the channels in tiles of `Tile` vectors, and then in single ones; `last`
+// are the numbers in use of the last, partial vector, kVec elsewhere.
+template <int Tile, class Body>
+inline void tiles(int64_t channels, const Body& body) {
+  int64_t c = 0;
+  for (; c + Tile * kVec <= channels; c += Tile * kVec) body(c, Count<Tile>{}, int64_t{kVec});
+  for (; c < channels; c += kVec) body(c, Count<1>{}, channels - c < kVec ? channels - c : int64_t{kVec});
+}
+
+// Calls body(first, count) for blocks of pixels: few enough to stay in the first cache from one tile to the next.
+template <class Body>
+inline void blocks(int64_t pixels, const Body& body) {
+  constexpr int64_t kBlock = 32;
+  for (int64_t p = 0; p < pixels; p += kBlock) body(p, pixels - p < kBlock ? pixels - p : kBlock);
+}
+
+// Calls body(first, k, last) for each vector of `count` numbers; k goes round four accumulators.
+template <class Body>
+inline void vectors(int64_t count, const Body& body) {
+  int64_t p = 0;
+  for (; p + 4 * kVec <= count; p += 4 * kVec) {
+    for (int k = 0; k < 4; ++k) body(p + k * kVec, k, int64_t{kVec});
+  }
+  for (; p < count; p += kVec) body(p, 0, count - p < kVec ? count - p : int64_t{kVec});
+}
+
+template <class T>
+inline Floats load_some(const T* p, int64_t last) {
+  return last < kVec ? load_part(p, last) : load(p);
+}
+
+template <class T>
+inline void store_some(T* p, Floats v, int64_t last) {
+  last < kVec ? store_part(p, v, last) : store(p, v);
+}
+
+template <int V, class T>
+inline void load_tile(Floats (&v)[V], const T* p, int64_t last) {
+  for (int i = 0; i < V; ++i) v[i] = load_some(p + i * kVec, V == 1 ? last : kVec);
+}
+
+template <int V, class T>
+inline void store_tile(T* p, const Floats (&v)[V], int64_t last) {
+  for (int i = 0; i < V; ++i) store_some(p + i * kVec, v[i], V == 1 ? last : kVec);
+}
+
+inline Floats zeroed(Floats v, int64_t last) {
+  for (int64_t i = last; i < kVec; ++i) v[i] = 0;
+  return v;
+}
+
+inline float total(const Floats (&sums)[4]) {
+  const Floats all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  float sum = 0;
+  for (int i = 0; i < kVec; ++i) sum += all[i];
+  return sum;
+}
+
+// e^-z, held where 1 + e^-z has a reciprocal; NaN stays.
+template <Precision P>
+inline Floats exp_minus(Floats z) {
+  return exp2<P>(smaller(broadcast(126.0f), z * -kLog2E));
+}
+
+// e^z, held where (1 + e^z)^2 is finite: with u = (1 + e^z)^2 - 1, mish is z u / (u + 2).
+template <Precision P>
+inline Floats mish_exp(Floats z) {
+  return exp2<P>(smaller(broadcast(30.0f), z * kLog2E));
+}
+
+template <Activation A, Precision P>
+inline Floats activate(Floats z) {
+  if constexpr (A == Activation::silu) return z * reciprocal<P>(1.0f + exp_minus<P>(z));
+  if constexpr (A == Activation::relu) return larger(Floats{}, z);
+  if constexpr (A == Activation::mish) {
+    const Floats e = mish_exp<P>(z), u = e * (e + 2.0f);
+    return z * (u / (u + 2.0f));
+  }
+  return z;
+}
+
+// dy times the activation's derivative at z.
+template <Activation A>
+inline Floats through(Floats dy, Floats z) {
+  if constexpr (A == Activation::silu) {
+    const Floats e = exp_minus<Precision::fine>(z), s = reciprocal<Precision::fine>(1.0f + e);
+    return dy * s * fma(z, e * s, broadcast(1.0f));  // 1 - s = e s, without its cancellation
+  }
+  if constexpr (A == Activation::relu) return z <= 0.0f ? Floats{} : dy;
+  if constexpr (A == Activation::mish) {
+    const Floats e = mish_exp<Precision::fine>(z), u = e * (e + 2.0f), v = u + 2.0f;
+    return dy * ((u + z * (4.0f * e * (e + 1.0f) / v)) / v);
+  }
+  return dy;
+}
+
+inline int64_t second_cache() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (size > 0) return size;
+#endif
+  return int64_t{1} << 20;
+}
+
+// Numbers for the length of a call. The memory is the allocator's; what doesn't fit it ends the process, as elsewhere.
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : data_(static_cast<float*>(std::malloc(size_t(count) * sizeof(float)))) {
+    if (data_ == nullptr) std::abort();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  float* get() const { return data_; }
+
+ private:
+  float* data_;
+};
+
+// How the channels of an image are cut: so that a slab of `bytes` an element fits the second cache, in whole groups, and
+// there is one for each thread.
+struct Slabs {
+  int64_t width, count;
+};
+
+inline Slabs slabs_of(const GroupNorm& g, int64_t bytes, int threads) {
+  const int64_t per_group = g.channels / g.groups;
+  int64_t least = per_group;  // whole vectors, if that can be
+  while (g.channels_last && least % kVec != 0 && least < g.channels) least += per_group;
+  const int64_t of_image = g.channels * g.pixels * bytes, room = second_cache() / 4 * 3;
+  const int64_t for_cache = (of_image + room - 1) / room, for_threads = (threads + g.images - 1) / g.images;
+  const int64_t wanted = for_cache > for_threads ? for_cache : for_threads;
+  const int64_t width = (g.channels + wanted * least - 1) / (wanted * least) * least;
+  return {width, (g.channels + width - 1) / width};
+}
+
+// The part of a slab that is in x, or in x2.
+struct Part {
+  int64_t first, count;  // channels of the whole
+  int64_t begin;         // the first one's place in the slab
+  int64_t inside;        // and in its tensor
+};
+
+// Calls body(part, whether it is in x2) for the parts of the slab [first, first + count).
+template <class Body>
+inline void parts(const GroupNorm& g, int64_t first, int64_t count, const Body& body) {
+  const int64_t left = g.channels_1 - first, in_x = left < 0 ? 0 : left < count ? left : count;
+  if (in_x > 0) body(Part{first, in_x, 0, first}, false);
+  if (in_x < count) body(Part{first + in_x, count - in_x, in_x, first + in_x - g.channels_1}, true);
+}
+
+template <class T>
+inline T* at(const Image& image, int64_t n, int64_t c) {
+  return static_cast<T*>(image.data) + n * image.image + c * image.channel;
+}
+
+// y = (x - centre) gain + offset, of each channel of a slab.
+struct Affine {
+  float *centre, *gain, *offset;
+};
+
+// From a group's mean (of x + add, where `add` isn't in x already) and 1 / deviation its channels' affine maps.
+inline void affine(const GroupNorm& g, int64_t n, int64_t channel, bool added, double mean, double rstd,
+                          float& centre, float& gain, float& offset) {
+  const int64_t both = n * g.channels + channel;
+  const double factor = g.scale == nullptr ? 1.0 : 1.0 + double(g.scale[both]);
+  const double slope = (g.weight == nullptr ? rstd : rstd * double(g.weight[channel])) * factor;
+  const double middle = g.add == nullptr || added ? mean : mean - double(g.add[n * g.add_stride + channel]);
+  double shift = g.bias == nullptr ? 0.0 : double(g.bias[channel]) * factor;
+  if (g.shift != nullptr) shift += double(g.shift[both]);
+  centre = float(middle);
+  gain = float(slope);
+  offset = float(shift - (middle - double(centre)) * slope);  // with what rounding the centre lost
+}
+
+// to = from times the factors of dropout, for channels [first, first + count) of image n. `to` may be `from`.
+template <class From, class To>
+inline void drop(const GroupNorm& g, int64_t n, int64_t first, int64_t count, const From* from, Image from_at,
+                        To* to, Image to_at) {
+  constexpr int64_t kRoom = 1 << 13;
+  float factors[kRoom];
+  Counter mine = g.at;
+  mine.sample += uint64_t(n);
+  const int64_t width = count < kRoom ? count : kRoom, rows = kRoom / width;
+  for (int64_t c = 0; c < count; c += width) {
+    const int64_t channels = count - c < width ? count - c : width;
+    for (int64_t p = 0; p < g.pixels; p += rows) {
+      const int64_t in_block = g.pixels - p < rows ? g.pixels - p : rows;
+      if (channels == g.channels) {
+        dropout_factors(mine, p * g.channels, in_block * channels, g.threshold, g.factor, factors);
+      } else {
+        for (int64_t i = 0; i < in_block; ++i) {
+          dropout_factors(mine, (p + i) * g.channels + first + c, channels, g.threshold, g.factor, factors + i * width);
+        }
+      }
+      const From* source = from + c * from_at.channel + p * from_at.pixel;
+      To* target = to + c * to_at.channel + p * to_at.pixel;
+      if (g.channels_last) {
+        for (int64_t i = 0; i < in_block; ++i) {
+          vectors(channels, [&](int64_t k, int, int64_t last) {
+            const Floats v = load_some(source + i * from_at.pixel + k, last);
+            store_some(target + i * to_at.pixel + k, v * load_some(factors + i * width + k, last), last);
+          });
+        }
+      } else {
+        for (int64_t k = 0; k < channels; ++k) {
+          vectors(in_block, [&](int64_t i, int, int64_t last) {
+            float across[kVec] = {};
+            for (int64_t l = 0; l < last; ++l) across[l] = factors[(i + l) * width + k];
+            const Floats v = load_some(source + k * from_at.channel + i, last);
+            store_some(target + k * to_at.channel + i, v * load(across), last);
+          });
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ddpm::cpu::DDPM_ISA

@@ -1,0 +1,271 @@
+// The gradient of group_norm_silu, from x and the groups' mean and deviation: all else is computed again. A slab is passed
+// over twice. First dz, the gradient of the affine map's output, goes to memory in the cache, and into three sums of each
+// channel: of dz, of dz (x - mean) and of x - mean. All gradients of parameters are linear in them, and so are the
+// coefficients of the second pass, dx = k dz + l (x - mean) + m.
+#include "group_norm.h"
+#include "kernels.h"
+
+namespace ddpm::cpu::DDPM_ISA {
+namespace {
+
+constexpr int kTile = kVec >= 16 ? 4 : 2;  // vectors of each sum in registers
+
+struct Sums {
+  float *dz, *product, *x;
+};
+
+// Of a slab: what the forward's map was, the sums, and the coefficients of the second pass.
+struct Slab {
+  Affine map;
+  Sums sums;
+  float *k, *l, *m;
+};
+
+constexpr int kRows = 9;  // of a slab's numbers
+
+Slab slab_in(float* scratch, int64_t channels) {
+  const auto row = [=](int i) { return scratch + i * channels; };
+  return {{row(0), row(1), row(2)}, {row(3), row(4), row(5)}, row(6), row(7), row(8)};
+}
+
+template <Activation A, class T, class From>
+void sum_pixels(const T* x, int64_t stride, const From* dy, int64_t dy_stride, Affine of, float* dz, int64_t dz_stride,
+                Sums sums, int64_t pixels, int64_t channels) {
+  blocks(pixels, [=](int64_t first, int64_t in_block) {
+    for (int64_t p = first; p < first + in_block; ++p) {
+      vectors(channels, [=](int64_t c, int, int64_t last) {
+        const Floats d = load_some(x + p * stride + c, last) - load_some(of.centre + c, last);
+        const Floats z = fma(d, load_some(of.gain + c, last), load_some(of.offset + c, last));
+        store_some(dz + p * dz_stride + c, through<A>(load_some(dy + p * dy_stride + c, last), z), last);
+      });
+    }
+    tiles<kTile>(channels, [=](int64_t c, auto tile, int64_t last) {
+      constexpr int V = decltype(tile)::value;
+      Floats m[V], v[V], g[V], of_dz[V] = {}, of_product[V] = {}, of_x[V] = {};
+      load_tile(m, of.centre + c, last);
+      for (int64_t p = first; p < first + in_block; ++p) {
+        load_tile(v, x + p * stride + c, last);
+        load_tile(g, dz + p * dz_stride + c, last);
+        for (int i = 0; i < V; ++i) {
+          const Floats d = v[i] - m[i];
+          of_dz[i] += g[i];
+          of_product[i] = fma(g[i], d, of_product[i]);
+          of_x[i] += d;
+        }
+      }
+      const auto join = [&](float* all, const Floats (&block)[V]) {
+        Floats before[V] = {};
+        if (first != 0) load_tile(before, all + c, last);
+        for (int i = 0; i < V; ++i) before[i] += block[i];
+        store_tile(all + c, before, last);
+      };
+      join(sums.dz, of_dz);
+      join(sums.product, of_product);
+      join(sums.x, of_x);
+    });
+  });
+}
+
+template <Activation A, class T, class From>
+void sum_rows(const T* x, int64_t stride, const From* dy, int64_t dy_stride, Affine of, float* dz, int64_t dz_stride,
+              Sums sums, int64_t pixels, int64_t channels) {
+  for (int64_t c = 0; c < channels; ++c) {
+    const float m = of.centre[c];
+    const Floats a = broadcast(of.gain[c]), b = broadcast(of.offset[c]);
+    Floats all[3][4] = {};
+    vectors(pixels, [&](int64_t p, int k, int64_t last) {
+      const Floats d = zeroed(load_some(x + c * stride + p, last) - m, last);
+      const Floats g = through<A>(load_some(dy + c * dy_stride + p, last), fma(d, a, b));
+      store_some(dz + c * dz_stride + p, g, last);
+      all[0][k] += g;
+      all[1][k] = fma(g, d, all[1][k]);
+      all[2][k] += d;
+    });
+    sums.dz[c] = total(all[0]);
+    sums.product[c] = total(all[1]);
+    sums.x[c] = total(all[2]);
+  }
+}
+
+// dx = k dz + l (x - centre) + m [+ dh]
+template <class T>
+void combine_pixels(const T* x, int64_t stride, const float* dz, int64_t dz_stride, const T* dh, int64_t dh_stride,
+                    const Slab& of, int64_t begin, T* dx, int64_t dx_stride, int64_t pixels, int64_t channels) {
+  const float *centre = of.map.centre + begin, *k = of.k + begin, *l = of.l + begin, *m = of.m + begin;
+  for (int64_t p = 0; p < pixels; ++p) {
+    vectors(channels, [=](int64_t c, int, int64_t last) {
+      const Floats v = load_some(x + p * stride + c, last) - load_some(centre + c, last);
+      const Floats g = load_some(dz + p * dz_stride + c, last);
+      const Floats h = dh == nullptr ? Floats{} : load_some(dh + p * dh_stride + c, last);
+      const Floats rest = fma(load_some(l + c, last), v, load_some(m + c, last));
+      store_some(dx + p * dx_stride + c, fma(load_some(k + c, last), g, rest) + h, last);
+    });
+  }
+}
+
+template <class T>
+void combine_rows(const T* x, int64_t stride, const float* dz, int64_t dz_stride, const T* dh, int64_t dh_stride,
+                  const Slab& of, int64_t begin, T* dx, int64_t dx_stride, int64_t pixels, int64_t channels) {
+  for (int64_t c = 0; c < channels; ++c) {
+    const float centre = of.map.centre[begin + c];
+    const Floats k = broadcast(of.k[begin + c]), l = broadcast(of.l[begin + c]), m = broadcast(of.m[begin + c]);
+    vectors(pixels, [=](int64_t p, int, int64_t last) {
+      const Floats v = load_some(x + c * stride + p, last) - centre, g = load_some(dz + c * dz_stride + p, last);
+      const Floats h = dh == nullptr ? Floats{} : load_some(dh + c * dh_stride + p, last);
+      store_some(dx + c * dx_stride + p, fma(k, g, fma(l, v, m)) + h, last);
+    });
+  }
+}
+
+// Gradients of image n's parameters, in rows of all channels; those that all images share are added up at the end.
+struct Rows {
+  float *dweight, *dbias, *dadd, *dscale, *dshift;  // [N, C]
+};
+
+// From a slab's sums the gradients of its parameters and the coefficients of dx.
+void coefficients(const GroupNorm& g, int64_t n, int64_t first, int64_t channels, const Slab& of, const Rows& rows) {
+  const int64_t per_group = g.channels / g.groups;
+  const double pixels = double(g.pixels), count = double(per_group) * pixels;
+  for (int64_t begin = 0; begin < channels; begin += per_group) {
+    const double* statistics = g.statistics + 2 * (n * g.groups + (first + begin) / per_group);
+    const double mean = statistics[0], rstd = statistics[1];
+    // The sums are around the centre as float32 has it: `lost` is what that rounded away.
+    const auto lost = [&](int64_t c) {
+      const double add = g.add == nullptr ? 0.0 : double(g.add[n * g.add_stride + first + c]);
+      return mean - add - double(of.map.centre[c]);
+    };
+    const auto product = [&](int64_t c) { return double(of.sums.product[c]) - lost(c) * double(of.sums.dz[c]); };
+    const auto factor = [&](int64_t c) {
+      return g.scale == nullptr ? 1.0 : 1.0 + double(g.scale[n * g.channels + first + c]);
+    };
+    const auto weight = [&](int64_t c) { return g.weight == nullptr ? 1.0 : double(g.weight[first + c]); };
+    double sum = 0, sum_of_products = 0;
+    for (int64_t c = begin; c < begin + per_group; ++c) {
+      sum += factor(c) * weight(c) * double(of.sums.dz[c]);
+      sum_of_products += factor(c) * weight(c) * product(c);
+    }
+    const double l = -rstd * rstd * rstd * sum_of_products / count, m = -rstd * sum / count;
+    for (int64_t c = begin; c < begin + per_group; ++c) {
+      const int64_t both = n * g.channels + first + c;
+      const double k = rstd * factor(c) * weight(c), dz = double(of.sums.dz[c]), normal = rstd * product(c);
+      const double bias = g.bias == nullptr ? 0.0 : double(g.bias[first + c]);
+      of.k[c] = float(k);
+      of.l[c] = float(l);
+      of.m[c] = float(m - l * lost(c));
+      if (rows.dweight != nullptr) rows.dweight[both] = float(factor(c) * normal);
+      if (rows.dbias != nullptr) rows.dbias[both] = float(factor(c) * dz);
+      if (rows.dadd != nullptr) {
+        rows.dadd[both] = float(k * dz + l * (double(of.sums.x[c]) - pixels * lost(c)) + pixels * m);
+      }
+      if (rows.dscale != nullptr) rows.dscale[both] = float(weight(c) * normal + bias * dz);
+      if (rows.dshift != nullptr) rows.dshift[both] = float(dz);
+    }
+  }
+}
+
+template <Activation A, class T>
+void slab_gradient(const GroupNorm& g, const GroupNormBackward& b, int64_t n, int64_t first, int64_t channels,
+                   float* scratch, const Rows& rows) {
+  const Slab slab = slab_in(scratch, channels);
+  float* room = scratch + kRows * channels;
+  const int64_t per_group = g.channels / g.groups;
+  for (int64_t c = 0; c < channels; ++c) {
+    const double* statistics = g.statistics + 2 * (n * g.groups + (first + c) / per_group);
+    affine(g, n, first + c, false, statistics[0], statistics[1], slab.map.centre[c], slab.map.gain[c],
+           slab.map.offset[c]);
+  }
+  // Where a part's dz is: float32 gradients are made in their own memory, others in scratch.
+  const auto dz_of = [&](const Part& part, bool second) {
+    Image image = second ? b.dx2 : b.dx;
+    if (sizeof(T) == sizeof(float)) {
+      image.data = at<float>(image, n, part.inside);
+      return image;
+    }
+    // Rows of pixels, or of channels, one after the other.
+    float* of_part = room + part.begin * g.pixels;
+    return g.channels_last ? Image{of_part, 0, 1, part.count} : Image{of_part, 0, g.pixels, 1};
+  };
+  parts(g, first, channels, [&](const Part& part, bool second) {
+    const Image &image = second ? g.x2 : g.x, dz = dz_of(part, second);
+    const T *x = at<T>(image, n, part.inside), *dy = at<T>(b.dy, n, part.first);
+    float* to = static_cast<float*>(dz.data);
+    const Affine map = {slab.map.centre + part.begin, slab.map.gain + part.begin, slab.map.offset + part.begin};
+    const Sums sums = {slab.sums.dz + part.begin, slab.sums.product + part.begin, slab.sums.x + part.begin};
+    const auto sum = [&](const auto* from, const Image& from_at) {
+      if (g.channels_last) {
+        sum_pixels<A>(x, image.pixel, from, from_at.pixel, map, to, dz.pixel, sums, g.pixels, part.count);
+      } else {
+        sum_rows<A>(x, image.channel, from, from_at.channel, map, to, dz.channel, sums, g.pixels, part.count);
+      }
+    };
+    if (g.threshold != 0) {
+      drop(g, n, part.first, part.count, dy, b.dy, to, dz);
+      sum(to, dz);
+    } else {
+      sum(dy, b.dy);
+    }
+  });
+  coefficients(g, n, first, channels, slab, rows);
+  parts(g, first, channels, [&](const Part& part, bool second) {
+    const Image &image = second ? g.x2 : g.x, &target = second ? b.dx2 : b.dx, dz = dz_of(part, second);
+    const float* from = static_cast<const float*>(dz.data);
+    const T *x = at<T>(image, n, part.inside), *dh = b.dh.data == nullptr ? nullptr : at<T>(b.dh, n, part.first);
+    T* dx = at<T>(target, n, part.inside);
+    if (g.channels_last) {
+      combine_pixels(x, image.pixel, from, dz.pixel, dh, b.dh.pixel, slab, part.begin, dx, target.pixel, g.pixels,
+                     part.count);
+    } else {
+      combine_rows(x, image.channel, from, dz.channel, dh, b.dh.channel, slab, part.begin, dx, target.channel,
+                   g.pixels, part.count);
+    }
+  });
+}
+
+// to[c] = the sum over the images, in their order.
+void add_up(const float* rows, int64_t images, int64_t channels, float* to) {
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = 0;
+    for (int64_t n = 0; n < images; ++n) sum += double(rows[n * channels + c]);
+    to[c] = float(sum);
+  }
+}
+
+template <Activation A, class T>
+void backward(const GroupNorm& g, const GroupNormBackward& b, int threads) {
+  // dx is written beside x and dy: less of each fits.
+  const Slabs slabs = slabs_of(g, 2 * sizeof(T) + sizeof(float), threads);
+  const int most = worth(threads, g.images * g.pixels * g.channels, 1 << 12);
+  const int64_t each = slabs.width * (kRows + (sizeof(T) == sizeof(float) ? 0 : g.pixels));
+  const int64_t all = g.images * g.channels;
+  const bool shared_add = b.dadd != nullptr && g.add_stride == 0;
+  const Scratch scratch(most * each + 3 * all);
+  float* shared = scratch.get() + most * each;
+  const Rows rows = {b.dweight == nullptr ? nullptr : shared, b.dbias == nullptr ? nullptr : shared + all,
+                     shared_add ? shared + 2 * all : b.dadd, b.dscale, b.dshift};
+  parallel_ranked(g.images * slabs.count, most, [=, &g, &b, &scratch](int64_t task, int rank) {
+    const int64_t first = task % slabs.count * slabs.width, left = g.channels - first;
+    slab_gradient<A, T>(g, b, task / slabs.count, first, left < slabs.width ? left : slabs.width,
+                        scratch.get() + rank * each, rows);
+  });
+  if (b.dweight != nullptr) add_up(rows.dweight, g.images, g.channels, b.dweight);
+  if (b.dbias != nullptr) add_up(rows.dbias, g.images, g.channels, b.dbias);
+  if (shared_add) add_up(rows.dadd, g.images, g.channels, b.dadd);
+}
+
+template <class T>
+void backward(const GroupNorm& g, const GroupNormBackward& b, int threads) {
+  switch (g.activation) {
+    case Activation::none: return backward<Activation::none, T>(g, b, threads);
+    case Activation::silu: return backward<Activation::silu, T>(g, b, threads);
+    case Activation::relu: return backward<Activation::relu, T>(g, b, threads);
+    case Activation::mish: return backward<Activation::mish, T>(g, b, threads);
+  }
+}
+
+}  // namespace
+
+void group_norm_silu_backward(const GroupNorm& g, const GroupNormBackward& b, int threads) {
+  g.half ? backward<bf16>(g, b, threads) : backward<float>(g, b, threads);
+}
+
+}  // namespace ddpm::cpu::DDPM_ISA

@@ -1,0 +1,236 @@
+"""group_norm_silu on the native module: its arguments, its gradient, and its node in compiled graphs."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..reference.group_norm_silu import ACTIVATIONS
+from ..reference.noise import dropout_threshold
+from ..reference.philox import Dropout, NoiseState
+from . import _native
+from ._library import differentiable, opaque
+
+Parameters = Sequence[Tensor | None]  # weight, bias, add, scale, shift
+_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # as csrc/cpu/group_norm_silu.h numbers them
+_NO_DROPOUT = 0, 1.0, None, None, 0, 0
+
+
+def _image(x: Tensor, layout: torch.memory_format) -> Tensor:
+    """x in a layout whose rows are as far apart as their pixels; a slice of a larger tensor stays where it is."""
+    if x.is_contiguous(memory_format=layout):
+        return x
+    _, channels, height, width = x.shape
+    _, channel, row, pixel = x.stride()
+    if width == 1:
+        pixel = row
+    adjacent = channels == 1 or channel == 1 if layout is torch.channels_last else height * width == 1 or pixel == 1
+    return x if adjacent and (height == 1 or row == width * pixel) else x.contiguous(memory_format=layout)
+
+
+def _vector(v: Tensor | None) -> Tensor | None:
+    return v if v is None or v.dtype is torch.float32 and v.is_contiguous() else v.float().contiguous()
+
+
+def _placed(x: Tensor, x2: Tensor | None) -> tuple[Tensor, Tensor | None, torch.memory_format]:
+    """The images in one layout that the kernels take, and that layout: channels_last if x's channels are adjacent."""
+    layout = torch.channels_last if x.stride(1) == 1 and x.shape[1] > 1 else torch.contiguous_format
+    return _image(x, layout), x2 if x2 is None else _image(x2, layout), layout
+
+
+def _empty(x: Tensor, x2: Tensor | None, layout: torch.memory_format) -> Tensor:
+    """Room for cat(x, x2)."""
+    if x2 is None:
+        return torch.empty_like(x)
+    n, channels, height, width = x.shape
+    shape = n, channels + x2.shape[1], height, width
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def _norm(
+    x: Tensor,
+    x2: Tensor | None,
+    layout: torch.memory_format,
+    parameters: Parameters,
+    statistics: Tensor | None,
+    groups: int,
+    eps: float,
+    activation: str,
+    dropout: Dropout | None,
+) -> tuple[Any, ...]:
+    """What both kernels take first."""
+    return (
+        x,
+        x2,
+        tuple(map(_vector, parameters)),
+        statistics,
+        groups,
+        eps,
+        _CODES[activation],
+        x.dtype is torch.bfloat16,
+        layout is torch.channels_last,
+        _NO_DROPOUT
+        if dropout is None
+        else (*dropout_threshold(dropout.p), *cast(NoiseState, dropout.state), dropout.stream),
+    )
+
+
+def forward(
+    x: Tensor, x2: Tensor | None, residual: Tensor | None, parameters: Parameters, statistics: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor | None]:
+    """y, and h where there is a residual; `rest` are groups, eps, activation and dropout."""
+    x, x2, layout = _placed(x, x2)
+    y, h = _empty(x, x2, layout), None
+    if residual is not None:
+        residual, h = _image(residual, layout), torch.empty_like(y)
+    norm = _norm(x, x2, layout, parameters, statistics, *rest)
+    _native.load().group_norm_silu(norm, residual, y, h, _native.threads())
+    return y, h
+
+
+def backward(
+    dy: Tensor | None,
+    dh: Tensor | None,
+    x: Tensor,
+    x2: Tensor | None,
+    parameters: Parameters,
+    statistics: Tensor,
+    summed: bool,
+    needed: Sequence[bool],
+    *rest: Any,
+) -> list[Tensor | None]:
+    """Gradients of x, x2 and the parameters that are `needed`.
+
+    Args:
+        dy, dh: gradients of the outputs, None where there is none.
+        x, x2: the forward's; if `summed` the sum with the residual, whose gradient is x's too, and None.
+        rest: groups, eps, activation and dropout.
+    """
+    weight, bias, add, scale, shift = parameters
+    given = weight, bias, None if summed else add, scale, shift  # the sum has `add` in it
+    x, x2, layout = _placed(x, x2)
+    dx, dx2 = torch.empty_like(x), None if x2 is None else torch.empty_like(x2)
+    dy = torch.zeros_like(x) if dy is None else _image(dy, layout)
+    dh = dh if dh is None else _image(dh, layout)
+    rooms = [
+        torch.empty(v.shape, dtype=torch.float32) if v is not None and need else None
+        for v, need in zip(given, needed, strict=True)
+    ]
+    norm = _norm(x, x2, layout, given, statistics, *rest)
+    _native.load().group_norm_silu_backward(norm, dy, dh, dx, dx2, tuple(rooms), _native.threads())
+    if summed and add is not None and needed[2]:
+        rooms[2] = dx.sum((0, 2, 3) if add.ndim == 1 else (2, 3), dtype=torch.float32)
+    typed = [None if g is None else g.to(cast(Tensor, v).dtype) for g, v in zip(rooms, parameters, strict=True)]
+    return [dx, dx2, *typed]
+
+
+def _spread(parts: int | None, dx: Tensor, dx2: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
+    """From the gradients of `backward` those of x, x2, the residual and the parameters; `parts` are x's channels."""
+    if parts is None:
+        return dx, dx2, None, *rest
+    return (dx, None, dx, *rest) if parts == dx.shape[1] else (dx[:, :parts], dx[:, parts:], dx, *rest)
+
+
+class Differentiable(torch.autograd.Function):
+    """group_norm_silu with a gradient; saves x and its groups' statistics, and computes the rest again."""
+
+    @staticmethod
+    def forward(ctx: Any, dropout: Dropout | None, rest: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+        x, x2, residual, *parameters = tensors
+        x = cast(Tensor, x)
+        statistics = torch.empty((x.shape[0], rest[0], 2), dtype=torch.float64)
+        y, h = forward(x, x2, residual, parameters, statistics, *rest, dropout)
+        if dropout is not None:  # whose owner may advance the state before the backward
+            seed, draw, first = cast(NoiseState, dropout.state)
+            dropout = dropout._replace(state=NoiseState(seed.clone(), draw.clone(), first))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*((x, x2) if h is None else (h, None)), *parameters, statistics)
+        ctx.rest, ctx.parts = (*rest, dropout), None if h is None else x.shape[1]
+        return y if h is None else (y, h)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> Any:
+        _native.refuse_double_backward("group_norm_silu")
+        x, x2, *parameters, statistics = ctx.saved_tensors
+        needed = ctx.needs_input_grad[5:]
+        found = backward(dy, dh, x, x2, parameters, statistics, ctx.parts is not None, needed, *ctx.rest)
+        return None, None, *_spread(ctx.parts, *cast(list[Any], found))
+
+
+# The same as a node of compiled graphs. Results that the arguments leave out are empty.
+_REST = "int groups, float eps, str activation, float p, SymInt first_sample, int stream"
+_PARAMETERS = "Tensor? weight, Tensor? bias, Tensor? add, Tensor? scale, Tensor? shift"
+
+
+def _source(p: float, first_sample: int, stream: int, seed: Tensor, draw: Tensor) -> Dropout:
+    return Dropout(p, NoiseState(seed, draw, first_sample), stream)
+
+
+def _node_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    x, x2, residual, *parameters, groups, eps, activation, p, first_sample, stream, seed, draw = arguments
+    _native.check_not_forced_away("group_norm_silu")
+    statistics = torch.empty((x.shape[0], groups, 2), dtype=torch.float64)
+    dropout = None if seed is None else _source(p, first_sample, stream, seed, draw)
+    y, h = forward(x, x2, residual, parameters, statistics, groups, eps, activation, dropout)
+    state = statistics.new_empty(0, dtype=torch.int64) if seed is None else torch.stack((seed, draw))
+    return y, y.new_empty(0) if h is None else h, statistics, state
+
+
+def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    x, x2, residual, *_, seed, draw = arguments
+    y = _empty(*_placed(x, x2))
+    statistics = x.new_empty((x.shape[0], arguments[8], 2), dtype=torch.float64)
+    state = x.new_empty(0 if seed is None else 2, dtype=torch.int64)
+    return y, y.new_empty(0) if residual is None else torch.empty_like(y), statistics, state
+
+
+def _node_backward(*arguments: Any) -> list[Tensor]:
+    dy, dh, x, x2, *parameters, statistics, state, summed, needed, groups, eps, activation, p, first, stream = arguments
+    dropout = _source(p, first, stream, *state) if state.numel() else None
+    found = backward(dy, dh, x, x2, parameters, statistics, summed, needed, groups, eps, activation, dropout)
+    return [g for g in found if g is not None]
+
+
+def _fake_backward(*arguments: Any) -> list[Tensor]:
+    _, _, x, x2, *parameters = arguments[:9]
+    needed = arguments[12]
+    x, x2, _ = _placed(x, x2)
+    images = [torch.empty_like(v) for v in (x, x2) if v is not None]
+    return images + [v.new_empty(v.shape) for v, need in zip(parameters, needed, strict=True) if v is not None and need]
+
+
+_BACKWARD = opaque(
+    f"group_norm_silu_fused_backward(Tensor? dy, Tensor? dh, Tensor x, Tensor? x2, {_PARAMETERS}, Tensor statistics, "
+    f"Tensor state, bool summed, bool[] needed, {_REST}) -> Tensor[]",
+    _node_backward,
+    _fake_backward,
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, x2, residual, *parameters = inputs[:8]
+    _, h, statistics, state = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(statistics, state)
+    ctx.save_for_backward(*((x, x2) if residual is None else (h, None)), *parameters, statistics, state)
+    ctx.rest, ctx.parts = inputs[8:14], None if residual is None else x.shape[1]
+
+
+def _formula(ctx: Any, dy: Tensor | None, dh: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    summed, needed = ctx.parts is not None, list(ctx.needs_input_grad[3:8])
+    found = iter(_BACKWARD(dy, dh if summed else None, *saved, summed, needed, *ctx.rest))
+    dx, dx2 = next(found), None if saved[1] is None else next(found)
+    typed = [next(found) if v is not None and need else None for v, need in zip(saved[2:7], needed, strict=True)]
+    return *_spread(ctx.parts, dx, dx2, *typed), *[None] * 8
+
+
+NODE = differentiable(
+    f"group_norm_silu_fused(Tensor x, Tensor? x2, Tensor? residual, {_PARAMETERS}, {_REST}, Tensor? seed, "
+    "Tensor? draw) -> (Tensor, Tensor, Tensor, Tensor)",
+    _node_forward,
+    _fake_forward,
+    _formula,
+    _save,
+)

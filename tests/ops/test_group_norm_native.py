@@ -1,0 +1,215 @@
+"""What the native group_norm_silu promises beyond the rule of every op (test_group_norm_silu.py)."""
+
+import threading
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from oracle import error
+from torch import Tensor
+
+from ddpm_fast import ops
+from ddpm_fast.ops import DROPOUT, Dropout, NoiseState
+from ddpm_fast.reference import group_norm_silu as reference
+
+if find_spec("ddpm_fast._C") is None:
+    pytest.skip("the native module is not built here", allow_module_level=True)
+from ddpm_fast import _C
+
+CHANNELS_LAST, NCHW = torch.channels_last, torch.contiguous_format
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    """The instruction set and the number of threads that were there before are back after a test."""
+    isa, threads = _C.isa(), torch.get_num_threads()
+    yield
+    _C.force_isa(isa)
+    torch.set_num_threads(threads)
+
+
+def arguments(n: int, c1: int, c2: int, size: int, dtype: torch.dtype, layout: torch.memory_format) -> Tensors:
+    shapes = {"x": (n, c1, size, size), "x2": (n, c2, size, size), "residual": (n, c1 + c2, size, size)}
+    images = {k: torch.randn(s).to(dtype).contiguous(memory_format=layout) for k, s in shapes.items()}
+    c = c1 + c2
+    rows = {"weight": (c,), "bias": (c,), "add": (n, c), "scale": (n, c), "shift": (n, c)}
+    return images | {k: torch.randn(s) for k, s in rows.items()}
+
+
+def run(tensors: Tensors, backend: str = "native", **options: Any) -> list[Tensor]:
+    """Outputs, then gradients of all tensors, for cotangents that depend on the shapes alone."""
+    leaves = {k: v.detach().requires_grad_() for k, v in tensors.items()}
+    with ops.use_backend(backend):
+        out = ops.group_norm_silu(**leaves, **options)
+        outs = list(out) if isinstance(out, tuple) else [out]
+        generator = torch.Generator().manual_seed(1)
+        cotangents = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outs]
+        return [o.detach() for o in outs] + list(torch.autograd.grad(outs, list(leaves.values()), cotangents))
+
+
+@pytest.mark.parametrize("layout", [CHANNELS_LAST, NCHW], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# More channels than a tile, an image of more pixels than a block, and ends that fill neither.
+@pytest.mark.parametrize(("n", "c1", "c2", "size", "groups"), [(3, 152, 40, 7, 8), (1, 144, 0, 19, 12)])
+@pytest.mark.parametrize("activation", ["silu", "none"])
+def test_every_instruction_set_and_number_of_threads(n, c1, c2, size, groups, dtype, layout, activation) -> None:
+    """Each set is within the rule; threads change no bit, because they share out whole channels and images."""
+    tensors = arguments(n, c1, c2, size, dtype, layout)
+    if not c2:
+        del tensors["x2"], tensors["residual"]
+    options = {
+        "groups": groups,
+        "activation": activation,
+        "dropout": Dropout(0.2, NoiseState.at(2**40 + 3, 5, 2**33), DROPOUT + 3),
+    }
+    truth = run({k: v.double() for k, v in tensors.items()}, "reference", **options)
+    plain = run(tensors, "reference", **options)
+    for isa in _C.isas():
+        _C.force_isa(isa)
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run(tensors, **options))
+        for i, (one, two, three) in enumerate(zip(*results, strict=True)):
+            assert torch.equal(one, two) and torch.equal(one, three), (isa, i)
+            bound = 3 * error(plain[i], truth[i]) + torch.finfo(one.dtype).eps
+            assert error(one, truth[i]) <= bound, (isa, i, error(one, truth[i]), bound)
+
+
+@pytest.mark.parametrize("layout", [CHANNELS_LAST, NCHW], ids=str)
+@pytest.mark.parametrize("offset", [1e2, 1e4, 1e6])
+def test_an_offset_costs_no_accuracy(offset: float, layout: torch.memory_format) -> None:
+    """None beyond the data's own; torch in channels_last loses it even in float64, so the truth is NCHW."""
+    x = (torch.randn(2, 32, 16, 16) + offset).contiguous(memory_format=layout)
+    truth = reference.group_norm_silu(x.double().contiguous(), None, None, 8)
+    with ops.use_backend("native"):
+        assert error(ops.group_norm_silu(x, None, None, 8), truth) < 1e-6
+    leaf, exact = x.clone().requires_grad_(), x.double().contiguous().requires_grad_()
+    cotangent = torch.randn(x.shape)
+    with ops.use_backend("native"):
+        (got,) = torch.autograd.grad(ops.group_norm_silu(leaf, None, None, 8), leaf, cotangent)
+    (expected,) = torch.autograd.grad(reference.group_norm_silu(exact, None, None, 8), exact, cotangent.double())
+    assert error(got, expected) < 2e-6
+
+
+@pytest.mark.parametrize("outlier", [1e5, -3e3])
+def test_a_first_pixel_far_off_is_no_bad_pivot(outlier: float) -> None:
+    x = torch.randn(2, 16, 24, 24)
+    x[..., 0, 0] = outlier
+    truth = reference.group_norm_silu(x.double(), None, None, 16, activation="none")
+    for layout in (CHANNELS_LAST, NCHW):
+        with ops.use_backend("native"):
+            y = ops.group_norm_silu(x.contiguous(memory_format=layout), None, None, 16, activation="none")
+        assert error(y, truth) < 5e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_around_a_slice_is_read_or_written(dtype: torch.dtype) -> None:
+    """Channels 1 to 9 of 12, at an address that no vector is aligned to, with NaN on both sides."""
+    for layout in (CHANNELS_LAST, NCHW):
+        larger = torch.full((2, 12, 5, 5), float("nan")).to(dtype).contiguous(memory_format=layout)
+        part = larger[:, 1:9]
+        part.copy_(torch.randn(2, 8, 5, 5))
+        leaf = part.detach().requires_grad_()
+        with ops.use_backend("native"):
+            y = ops.group_norm_silu(leaf, None, None, 2)
+            (gradient,) = torch.autograd.grad(y, leaf, part.expand(2, 8, 5, 5))
+            again = ops.group_norm_silu(part.contiguous(), None, None, 2)
+        assert y.isfinite().all() and gradient.isfinite().all() and error(y, again.double()) < 2e-2
+        assert larger[:, 0].isnan().all() and larger[:, 9:].isnan().all()
+
+
+def test_a_gradient_that_is_expanded_or_in_another_layout() -> None:
+    x = torch.randn(2, 8, 4, 4).contiguous(memory_format=CHANNELS_LAST)
+    for cotangent in (torch.ones(()).expand(2, 8, 4, 4), torch.randn(2, 8, 4, 4), torch.randn(2, 8, 4, 1).expand_as(x)):
+        grads = []
+        for backend in ("native", "reference"):
+            leaf = x.detach().requires_grad_()
+            with ops.use_backend(backend):
+                grads += torch.autograd.grad(ops.group_norm_silu(leaf, None, None, 2), leaf, cotangent)
+        assert torch.allclose(*grads, atol=1e-6)
+
+
+def test_each_output_may_be_used_alone() -> None:
+    x, residual = torch.randn(2, 8, 4, 4), torch.randn(2, 8, 4, 4)
+    add = torch.randn(8)
+    for used in (0, 1):
+        grads = []
+        for backend in ("native", "reference"):
+            leaves = [v.detach().requires_grad_() for v in (x, residual, add)]
+            with ops.use_backend(backend):
+                out = ops.group_norm_silu(leaves[0], None, None, 2, residual=leaves[1], add=leaves[2])
+                grads.append(torch.autograd.grad(out[used].square().sum(), leaves))
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads, strict=True))
+
+
+def test_dropout_is_drawn_again_from_where_it_was() -> None:
+    """The owner of the state counts on between forward and backward."""
+    x = torch.randn(2, 8, 4, 4, requires_grad=True)
+    grads = []
+    for counted in (0, 1):
+        state = NoiseState.at(3, 1)
+        with ops.use_backend("native"):
+            y = ops.group_norm_silu(x, None, None, 2, dropout=Dropout(0.5, state))
+        state.draw.add_(counted)
+        grads += torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(*grads)
+
+
+def test_second_derivatives_raise_and_the_reference_has_them() -> None:
+    x = torch.randn(2, 8, 4, 4, requires_grad=True)
+    with ops.use_backend("native"):
+        y = ops.group_norm_silu(x, None, None, 2)
+        with pytest.raises(RuntimeError, match="native backend has no second derivative"):
+            torch.autograd.grad(y.sum(), x, create_graph=True)
+    with ops.use_backend("reference"):
+        (gradient,) = torch.autograd.grad(ops.group_norm_silu(x, None, None, 2).sum(), x, create_graph=True)
+    assert torch.autograd.grad(gradient.square().sum(), x)[0].isfinite().all()
+
+
+def test_what_native_rejects_goes_to_the_reference() -> None:
+    x = torch.randn(2, 8, 4, 4)
+    assert ops.group_norm_silu(x.double(), None, None, 2).dtype == torch.float64
+    assert ops.group_norm_silu(x[:0], None, None, 2).shape == (0, 8, 4, 4)
+    assert torch.func.jvp(lambda v: ops.group_norm_silu(v, None, None, 2), (x,), (x,))[1].isfinite().all()
+    assert torch.func.vmap(lambda v: ops.group_norm_silu(v[None], None, None, 2))(x).shape == (2, 1, 8, 4, 4)
+    for wrong, reason in (
+        (x.double(), "takes float32 and bfloat16, x is torch.float64"),
+        (x[:0], "x is empty"),
+    ):
+        with ops.use_backend("native"), pytest.raises(RuntimeError, match=reason):
+            ops.group_norm_silu(wrong, None, None, 2)
+
+
+def test_two_threads_at_once() -> None:
+    x = torch.randn(4, 64, 16, 16).contiguous(memory_format=CHANNELS_LAST)
+    alone = ops.group_norm_silu(x, None, None, 8)
+    wrong = []
+
+    def work() -> None:
+        wrong.extend(i for i in range(50) if not torch.equal(ops.group_norm_silu(x, None, None, 8), alone))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_autocast_keeps_bf16() -> None:
+    x, w = torch.randn(2, 8, 4, 4).bfloat16(), torch.ones(8)
+    with torch.autocast("cpu", torch.bfloat16), ops.use_backend("native"):
+        assert ops.group_norm_silu(x, w, w, 2).dtype == torch.bfloat16
+
+
+def test_the_native_boundary_refuses_what_it_can_not_address() -> None:
+    x = torch.randn(2, 8, 4, 4)
+    norm = (x[..., :2], None, (None,) * 5, None, 2, 1e-5, 1, False, False, (0, 1.0, None, None, 0, 0))
+    with pytest.raises(ValueError, match="x: rows are not adjacent"):
+        _C.group_norm_silu(norm, None, x, None, 1)
+    with pytest.raises(ValueError, match="groups must divide the channels"):
+        _C.group_norm_silu((x, None, (None,) * 5, None, 3, *norm[5:]), None, x, None, 1)
