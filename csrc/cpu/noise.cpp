@@ -9,10 +9,10 @@ namespace {
 
 constexpr int64_t kPiece = 1 << 14;  // numbers of a task
 
-// Fills [num_samples, size] in chunks of kLanes counters; `make(at, first, chunk)` writes PerCounter numbers for each.
+// Fills [num_samples, size]; `make(at, first, chunk)` writes a chunk: PerCounter numbers of each of its counters.
 template <int PerCounter, class Make>
 void fill(float* out, int64_t num_samples, int64_t size, Counter at, int threads, Make make) {
-  constexpr int64_t kChunk = int64_t{kLanes} * PerCounter;
+  constexpr int64_t kChunk = int64_t{kNormals} / 4 * PerCounter;
   const int64_t pieces = (size + kPiece - 1) / kPiece;
   parallel(num_samples * pieces, worth(threads, num_samples * size, kPiece), [=](int64_t task) {
     const int64_t n = task / pieces, first = task % pieces * kPiece;
@@ -20,12 +20,11 @@ void fill(float* out, int64_t num_samples, int64_t size, Counter at, int threads
     Counter mine = at;
     mine.sample += uint64_t(n);
     float* row = out + n * size;
-    int64_t e = first;
-    for (; e + kChunk <= last; e += kChunk) make(mine, uint32_t(e / PerCounter), row + e);
-    if (e < last) {
-      float chunk[kChunk];
-      make(mine, uint32_t(e / PerCounter), chunk);
-      std::memcpy(row + e, chunk, size_t(last - e) * sizeof(float));
+    float end[kChunk];
+    for (int64_t e = first; e < last; e += kChunk) {
+      const bool whole = e + kChunk <= last;
+      make(mine, uint32_t(e / PerCounter), whole ? row + e : end);
+      if (!whole) std::memcpy(row + e, end, size_t(last - e) * sizeof(float));
     }
   });
 }
@@ -40,19 +39,18 @@ void noise(float* out, int64_t num_samples, int64_t size, Counter at, int thread
 
 void timesteps(int64_t* out, int64_t num_samples, int64_t num_timesteps, Counter at) {
   for (int64_t n = 0; n < num_samples; ++n, ++at.sample) {
-    out[n] = int64_t(uint64_t(words(at, 0).w[0]) * uint64_t(num_timesteps) >> 32);
+    out[n] = int64_t(uint64_t(uint32_t(words(at, 0).w[0])) * uint64_t(num_timesteps) >> 32);
   }
 }
 
 void dropout_mask(float* out, int64_t num_samples, int64_t size, uint32_t threshold, float scale, Counter at,
                   int threads) {
   fill<8>(out, num_samples, size, at, threads, [=](const Counter& mine, uint32_t first, float* chunk) {
-    const Block b = block_of_words(mine, first);
-    for (int l = 0; l < kLanes; ++l) {
-      for (int i = 0; i < 4; ++i) {
-        chunk[8 * l + 2 * i] = (b.w[i][l] & 0xFFFFu) >= threshold ? scale : 0.0f;
-        chunk[8 * l + 2 * i + 1] = (b.w[i][l] >> 16) >= threshold ? scale : 0.0f;
-      }
+    uint32_t w[kNormals];
+    random_words(mine, first, w);
+    for (int i = 0; i < kNormals; ++i) {
+      chunk[2 * i] = (w[i] & 0xFFFFu) >= threshold ? scale : 0.0f;
+      chunk[2 * i + 1] = (w[i] >> 16) >= threshold ? scale : 0.0f;
     }
   });
 }

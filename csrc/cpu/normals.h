@@ -8,29 +8,36 @@
 
 namespace ddpm::cpu {
 
-constexpr int kNormals = 64;  // normals of a batch
+// Normals of a batch: enough independent vectors to hide how long each operation takes.
+constexpr int kNormals = kVec == 16 ? 128 : 64;
 
 typedef uint64_t Words64 __attribute__((vector_size(kVecBytes)));
 
-// What the formulas need of a vector.
+// The numbers of the formulas, a vector of each kind.
 struct Vector {
   using Float = Floats;
   using Int = Ints;
   using Word = Words32;
   using Wide = Words64;
-  static DDPM_INLINE Wide product(Wide a, uint32_t b) {
+
+  static DDPM_INLINE Wide product(Wide a, uint32_t factor) {
+    const Wide b = Wide{} + factor;
 #if defined(__AVX512F__)
-    return (Wide)_mm512_maskz_mul_epu32(0xFF, (__m512i)a, (__m512i)(Wide{} + b));
+    return (Wide)_mm512_maskz_mul_epu32(0xFF, (__m512i)a, (__m512i)b);  // the plain form warns in gcc 12
 #elif defined(__AVX2__)
-    return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)(Wide{} + b));
+    return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)
-    return (Wide)_mm_mul_epu32((__m128i)a, (__m128i)(Wide{} + b));
+    return (Wide)_mm_mul_epu32((__m128i)a, (__m128i)b);
 #else
-    return (a & 0xFFFFFFFFu) * uint64_t{b};
+    return (a & 0xFFFFFFFFu) * b;
 #endif
   }
-  static DDPM_INLINE Float to_float(Int x) { return __builtin_convertvector(x, Float); }
-  static DDPM_INLINE Float to_float(Word x) { return __builtin_convertvector(x, Float); }
+
+  template <class T>
+  static DDPM_INLINE Float to_float(T x) {
+    return __builtin_convertvector(x, Float);
+  }
+
   static DDPM_INLINE Float root(Float x) {
 #if defined(__AVX512F__)
     return (Float)_mm512_maskz_sqrt_ps(0xFFFF, (__m512)x);
@@ -41,41 +48,54 @@ struct Vector {
   }
 };
 
-// Lanes 4 i to 4 i + 3 of the result are those of a (0 to 3) and b (4 to 7), i being the same.
-template <int... From, class T, int... I>
-static inline T picked(T a, T b, std::integer_sequence<int, I...>) {
+// From a (0 to 3) and b (4 to 7), separately in each four lanes.
+template <int... From, class T, int... Lane>
+DDPM_INLINE T pick(T a, T b, std::integer_sequence<int, Lane...>) {
   constexpr int from[] = {From...};
-  return __builtin_shufflevector(a, b, ((I & ~3) + (from[I & 3] & 3) + (from[I & 3] & 4) / 4 * kVec)...);
+  return __builtin_shufflevector(a, b, ((Lane & ~3) + (from[Lane & 3] & 3) + from[Lane & 3] / 4 * kVec)...);
 }
 
-template <int A, int B, int C, int D, class T>
-static inline T pick(T a, T b) {
-  return picked<A, B, C, D>(a, b, std::make_integer_sequence<int, kVec>{});
+template <int... From, class T>
+DDPM_INLINE T pick(T a, T b) {
+  return pick<From...>(a, b, std::make_integer_sequence<int, kVec>{});
 }
 
-static inline Words32 low_words(Words64 a, Words64 b) { return pick<0, 2, 4, 6>((Words32)a, (Words32)b); }
+// The words of kVec counters. Lane 4 i + j is of counter first + j kVec / 4 + i: as store_rows wants it.
+DDPM_INLINE void words_of_lanes(const Counter& at, uint32_t first, Words32 (&w)[4]) {
+  Words64 block = {};
+  for (int l = 0; l < kVec / 2; ++l) block[l] = uint32_t(l % 2 * kVec / 4 + l / 2);
+  block += first;
+  const auto a = words<Vector>(at, block), b = words<Vector>(at, block + uint64_t{kVec / 2});
+  for (int i = 0; i < 4; ++i) w[i] = pick<0, 2, 4, 6>((Words32)a.w[i], (Words32)b.w[i]);
+}
 
-// out[4 i + k] = w[k][lane of counter i].
-template <class T>
-static inline void store_interleaved(T (&w)[4], T* out) {
+// Four numbers of each counter, one counter after the other.
+template <class T, class Number>
+DDPM_INLINE void store_rows(const T (&w)[4], Number* out) {
   const T a = pick<0, 4, 1, 5>(w[0], w[1]), b = pick<0, 4, 1, 5>(w[2], w[3]);
   const T c = pick<2, 6, 3, 7>(w[0], w[1]), d = pick<2, 6, 3, 7>(w[2], w[3]);
-  const T rows[4] = {pick<0, 1, 4, 5>(a, b), pick<2, 3, 6, 7>(a, b), pick<0, 1, 4, 5>(c, d), pick<2, 3, 6, 7>(c, d)};
+  const T rows[] = {pick<0, 1, 4, 5>(a, b), pick<2, 3, 6, 7>(a, b), pick<0, 1, 4, 5>(c, d), pick<2, 3, 6, 7>(c, d)};
   std::memcpy(out, rows, sizeof rows);
 }
 
-// out[i] = normal number 4 first + i of the sample, for i < kNormals.
-static inline void normals(const Counter& at, uint32_t first, float* out) {
+// out[i] = word i % 4 of counter first + i / 4, for i < kNormals.
+DDPM_INLINE void random_words(const Counter& at, uint32_t first, uint32_t* out) {
+  for (int i = 0; i < kNormals; i += 4 * kVec) {
+    Words32 w[4];
+    words_of_lanes(at, first + uint32_t(i / 4), w);
+    store_rows(w, out + i);
+  }
+}
+
+// out[i] = normal number 4 first + i of the sample, for i < kNormals. Inline, so that a loop prepares its keys once.
+DDPM_INLINE void normals(const Counter& at, uint32_t first, float* out) {
 #pragma GCC unroll 4
-  for (int i = 0; i < kNormals / 4; i += kVec) {
-    Words64 even;
-    for (int l = 0; l < kVec / 2; ++l) even[l] = uint32_t((l & 1) * kVec / 4 + l / 2);
-    even += uint64_t{first} + uint64_t(i);
-    const auto a = words<Vector>(at, even), b = words<Vector>(at, even + uint64_t{kVec / 2});
-    const auto low = box_muller<Vector>(low_words(a.w[0], b.w[0]), low_words(a.w[1], b.w[1]));
-    const auto high = box_muller<Vector>(low_words(a.w[2], b.w[2]), low_words(a.w[3], b.w[3]));
-    Floats z[4] = {low.first, low.second, high.first, high.second};
-    store_interleaved(z, (Floats*)(out + 4 * i));
+  for (int i = 0; i < kNormals; i += 4 * kVec) {
+    Words32 w[4];
+    words_of_lanes(at, first + uint32_t(i / 4), w);
+    const auto low = box_muller<Vector>(w[0], w[1]), high = box_muller<Vector>(w[2], w[3]);
+    const Floats z[4] = {low.first, low.second, high.first, high.second};
+    store_rows(z, out + i);
   }
 }
 
