@@ -32,7 +32,7 @@ void fill(float* out, int64_t num_samples, int64_t size, Counter at, int threads
 }  // namespace
 
 void noise(float* out, int64_t num_samples, int64_t size, Counter at, int threads) {
-  fill<4>(out, num_samples, size, at, threads, [](const Counter& mine, uint32_t first, float* chunk) {
+  fill<4>(out, num_samples, size, at, threads, [](const Counter& mine, uint32_t first, float* chunk) __attribute__((always_inline)) {
     normals(mine, first, chunk);
   });
 }
@@ -45,7 +45,7 @@ void timesteps(int64_t* out, int64_t num_samples, int64_t num_timesteps, Counter
 
 void dropout_mask(float* out, int64_t num_samples, int64_t size, uint32_t threshold, float scale, Counter at,
                   int threads) {
-  fill<8>(out, num_samples, size, at, threads, [=](const Counter& mine, uint32_t first, float* chunk) {
+  fill<8>(out, num_samples, size, at, threads, [=](const Counter& mine, uint32_t first, float* chunk) __attribute__((always_inline)) {
     uint32_t w[kNormals];
     random_words(mine, first, w);
     for (int i = 0; i < kNormals; ++i) {
