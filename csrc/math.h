@@ -1,6 +1,6 @@
 // Arithmetic shared by host and device code, for one number or a vector of them. ddpm_fast/reference/noise.py states the
-// formula; this gives its bits, on all backends: multiplication, addition and square root in float32, never contracted.
-// Where operations are saved, the values differ from the formula's by powers of two or by sign only, which is exact.
+// formula. This gives its bits: multiplication, addition and square root in float32, never contracted; where operations
+// are saved, values are the formula's times a power of two, or with the other sign, which changes no rounding.
 #pragma once
 
 #include <cstdint>
@@ -31,15 +31,13 @@ DDPM_INLINE typename V::Float radius(typename V::Word k) {
   using Float = typename V::Float;
   using Int = typename V::Int;
   using Word = typename V::Word;
-  const Word high = as<Word>(as<Int>(k) >> 31);                        // all bits where u > 1/2
-  const Float v = V::to_float(((k + k) ^ high) | 1u) * 0x1p-32f;         // 2 u or 2 (1 - u)
-  const auto near_one = k >= 0xAAAAAAC0u;                              // u > 2/3
-  const Int above = (as<Int>(v) - 0x3FAAAAAB) & ~0x7FFFFF;
-  const Int exponent = near_one ? Int{} : above;  // of u, shifted to its place; 0 near 1
-  const Float mantissa = as<Float>(as<Int>(v) - exponent);             // doubled
-  const Float one = near_one ? Float{} : Float{} + 2.0f;
-  const Float g = mantissa - one;
-  const Float h = as<Float>(as<Word>(g) ^ (~k & 0x80000000u));  // u = (1 - h / 2) 2^exponent
+  const Word high = as<Word>(as<Int>(k) >> 31);  // all bits where u > 1/2
+  const Float v = V::to_float(((k + k) ^ high) | 1u) * 0x1p-32f;  // 2 u or 2 (1 - u)
+  const auto near_one = k >= 0xAAAAAAC0u;  // u > 2/3, where the rounded v says so
+  const Int nearest = (as<Int>(v) - 0x3FAAAAAB) & ~0x7FFFFF;
+  const Int exponent = near_one ? Int{} : nearest;  // of u, where a float has it
+  const Float mantissa = as<Float>(as<Int>(v) - exponent), one = near_one ? Float{} : Float{} + 2.0f;  // both doubled
+  const Float h = as<Float>(as<Word>(mantissa - one) ^ (~k & 0x80000000u));  // u = (1 - h / 2) 2^exponent
   Float q = h * 0x1.1f427ap-11f + 0x1.3b2846p-10f;
   q = q * h + 0x1.1ea258p-9f;
   q = q * h + 0x1.5032eap-8f;
@@ -67,7 +65,7 @@ DDPM_INLINE PairOf<V> cos_sin(typename V::Word j) {
   c = c * y + -0x1.3bd3ccp+0f;
   const Float cos = 1.0f + y * c;
   const Word quarter = j + 0x20000000u;  // in the highest two bits
-  const auto odd = (quarter & 0x40000000u) != 0u;
+  const auto odd = as<Int>(quarter << 1) < 0;
   const Word cos_sign = (quarter + 0x40000000u) & 0x80000000u, sin_sign = quarter & 0x80000000u;
   // The sign goes in by its bit: a select between two negated values is slower.
   const Float first = odd ? sin : cos, second = odd ? cos : sin;

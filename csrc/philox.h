@@ -2,7 +2,6 @@
 // Counter: (element block, draw, sample, stream | high bits of sample << 8); key: the two words of a 64-bit seed.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #if defined(__CUDACC__)
@@ -14,15 +13,17 @@
 
 namespace ddpm {
 
-// The numbers that the formulas are written for: one of each kind. cpu/vec.h has vectors of them.
+// The formulas are written for any `V` with these members: here one number, in cpu/normals.h a vector of them.
 struct Scalar {
   using Float = float;
   using Int = int32_t;
   using Word = uint32_t;
   using Wide = uint64_t;
-  static DDPM_INLINE Wide product(Wide a, uint32_t b) { return uint64_t(uint32_t(a)) * b; }  // of a's low half
-  static DDPM_INLINE Float to_float(Int x) { return float(x); }
-  static DDPM_INLINE Float to_float(Word x) { return float(x); }
+  static DDPM_INLINE Wide product(Wide a, uint32_t factor) { return uint64_t(uint32_t(a)) * factor; }  // a's low half
+  template <class T>
+  static DDPM_INLINE Float to_float(T x) {
+    return float(x);
+  }
   static DDPM_INLINE Float root(Float x) { return __builtin_sqrtf(x); }
 };
 
@@ -34,14 +35,18 @@ struct Counter {
   uint32_t stream;
 };
 
-// Four words, each the low half of a number; the high half holds whatever the products left there.
-template <class V>
 struct Words {
+  uint32_t w[4];
+};
+
+// Words as the products take and leave them: each the low half of 64 bits, with no meaning in the high half.
+template <class V>
+struct WideWords {
   typename V::Wide w[4];
 };
 
 template <class V>
-DDPM_INLINE Words<V> philox4x32(Words<V> c, uint32_t k0, uint32_t k1) {
+DDPM_INLINE WideWords<V> philox4x32(WideWords<V> c, uint32_t k0, uint32_t k1) {
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
     const auto p0 = V::product(c.w[0], 0xD2511F53u), p1 = V::product(c.w[2], 0xCD9E8D57u);
@@ -52,11 +57,17 @@ DDPM_INLINE Words<V> philox4x32(Words<V> c, uint32_t k0, uint32_t k1) {
   return c;
 }
 
-template <class V = Scalar>
-DDPM_INLINE Words<V> words(const Counter& at, typename V::Wide block) {
+template <class V>
+DDPM_INLINE WideWords<V> wide_words(const Counter& at, typename V::Wide block) {
   const typename V::Wide zero = {};
   const uint64_t last = at.stream | at.sample >> 32 << 8;
-  return philox4x32<V>({{block, zero + at.draw, zero + at.sample, zero + last}}, uint32_t(at.seed), uint32_t(at.seed >> 32));
+  return philox4x32<V>({{block, zero + at.draw, zero + at.sample, zero + last}}, uint32_t(at.seed),
+                       uint32_t(at.seed >> 32));
+}
+
+DDPM_INLINE Words words(const Counter& at, uint32_t block) {
+  const auto c = wide_words<Scalar>(at, block);
+  return {{uint32_t(c.w[0]), uint32_t(c.w[1]), uint32_t(c.w[2]), uint32_t(c.w[3])}};
 }
 
 }  // namespace ddpm

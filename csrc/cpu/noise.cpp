@@ -9,7 +9,8 @@ namespace {
 
 constexpr int64_t kPiece = 1 << 14;  // numbers of a task
 
-// Fills [num_samples, size]; `make(at, first, chunk)` writes a chunk: PerCounter numbers of each of its counters.
+// Fills [num_samples, size]; `make(at, first, chunk)` writes a chunk: PerCounter numbers of each of its counters. It
+// must be inlined: so its keys are prepared once for all chunks.
 template <int PerCounter, class Make>
 void fill(float* out, int64_t num_samples, int64_t size, Counter at, int threads, Make make) {
   constexpr int64_t kChunk = int64_t{kNormals} / 4 * PerCounter;
@@ -32,27 +33,27 @@ void fill(float* out, int64_t num_samples, int64_t size, Counter at, int threads
 }  // namespace
 
 void noise(float* out, int64_t num_samples, int64_t size, Counter at, int threads) {
-  fill<4>(out, num_samples, size, at, threads, [](const Counter& mine, uint32_t first, float* chunk) __attribute__((always_inline)) {
+  const auto make = [](const Counter& mine, uint32_t first, float* chunk) __attribute__((always_inline)) {
     normals(mine, first, chunk);
-  });
+  };
+  fill<4>(out, num_samples, size, at, threads, make);
 }
 
 void timesteps(int64_t* out, int64_t num_samples, int64_t num_timesteps, Counter at) {
   for (int64_t n = 0; n < num_samples; ++n, ++at.sample) {
-    out[n] = int64_t(uint64_t(uint32_t(words(at, 0).w[0])) * uint64_t(num_timesteps) >> 32);
+    out[n] = int64_t(uint64_t(words(at, 0).w[0]) * uint64_t(num_timesteps) >> 32);
   }
 }
 
 void dropout_mask(float* out, int64_t num_samples, int64_t size, uint32_t threshold, float scale, Counter at,
                   int threads) {
-  fill<8>(out, num_samples, size, at, threads, [=](const Counter& mine, uint32_t first, float* chunk) __attribute__((always_inline)) {
-    uint32_t w[kNormals];
-    random_words(mine, first, w);
-    for (int i = 0; i < kNormals; ++i) {
-      chunk[2 * i] = (w[i] & 0xFFFFu) >= threshold ? scale : 0.0f;
-      chunk[2 * i + 1] = (w[i] >> 16) >= threshold ? scale : 0.0f;
-    }
-  });
+  const auto make = [=](const Counter& mine, uint32_t first, float* chunk) __attribute__((always_inline)) {
+    uint16_t halves[2 * kNormals];
+    random_halves(mine, first, halves);
+    const float kept = scale;  // a copy, which no store to the chunk can change
+    for (int i = 0; i < 2 * kNormals; ++i) chunk[i] = halves[i] >= threshold ? kept : 0.0f;
+  };
+  fill<8>(out, num_samples, size, at, threads, make);
 }
 
 }  // namespace ddpm::cpu::DDPM_ISA

@@ -65,7 +65,7 @@ DDPM_INLINE void words_of_lanes(const Counter& at, uint32_t first, Words32 (&w)[
   Words64 block = {};
   for (int l = 0; l < kVec / 2; ++l) block[l] = uint32_t(l % 2 * kVec / 4 + l / 2);
   block += first;
-  const auto a = words<Vector>(at, block), b = words<Vector>(at, block + uint64_t{kVec / 2});
+  const auto a = wide_words<Vector>(at, block), b = wide_words<Vector>(at, block + uint64_t{kVec / 2});
   for (int i = 0; i < 4; ++i) w[i] = pick<0, 2, 4, 6>((Words32)a.w[i], (Words32)b.w[i]);
 }
 
@@ -78,12 +78,12 @@ DDPM_INLINE void store_rows(const T (&w)[4], Number* out) {
   std::memcpy(out, rows, sizeof rows);
 }
 
-// out[i] = word i % 4 of counter first + i / 4, for i < kNormals.
-DDPM_INLINE void random_words(const Counter& at, uint32_t first, uint32_t* out) {
+// out[2 i] and out[2 i + 1] = low and high half of word i % 4 of counter first + i / 4, for i < kNormals.
+DDPM_INLINE void random_halves(const Counter& at, uint32_t first, uint16_t* out) {
   for (int i = 0; i < kNormals; i += 4 * kVec) {
     Words32 w[4];
     words_of_lanes(at, first + uint32_t(i / 4), w);
-    store_rows(w, out + i);
+    store_rows(w, out + 2 * i);  // all processors here are little-endian
   }
 }
 
