@@ -31,11 +31,11 @@ DDPM_INLINE typename V::Float radius(typename V::Word k) {
   using Float = typename V::Float;
   using Int = typename V::Int;
   using Word = typename V::Word;
-  const Word high = as<Word>(as<Int>(k) >> 31);  // all bits where u > 1/2
-  const Float v = V::to_float(((k + k) ^ high) | 1u) * 0x1p-32f;  // 2 u or 2 (1 - u)
-  const auto near_one = k >= 0xAAAAAAC0u;  // u > 2/3, where the rounded v says so
-  const Int nearest = (as<Int>(v) - 0x3FAAAAAB) & ~0x7FFFFF;
-  const Int exponent = near_one ? Int{} : nearest;  // of u, where a float has it
+  const Word high = as<Word>(as<Int>(k) >> 31);                   // all bits where u > 1/2
+  const Float v = V::to_float(((k + k) ^ high) | 1u) * 0x1p-32f;  // 2 u, or 2 (1 - u) in the high half
+  const auto near_one = k >= 0xAAAAAAC0u;                         // where the rounded u is above 2/3
+  const Int below = (as<Int>(v) - 0x3FAAAAAB) & ~0x7FFFFF;
+  const Int exponent = near_one ? Int{} : below;  // of u, in the place that it has in a float
   const Float mantissa = as<Float>(as<Int>(v) - exponent), one = near_one ? Float{} : Float{} + 2.0f;  // both doubled
   const Float h = as<Float>(as<Word>(mantissa - one) ^ (~k & 0x80000000u));  // u = (1 - h / 2) 2^exponent
   Float q = h * 0x1.1f427ap-11f + 0x1.3b2846p-10f;
