@@ -1,5 +1,6 @@
-// Arithmetic shared by host and device code. ddpm_fast/reference/noise.py states the formula; this is it, operation by
-// operation: multiplication, addition and square root in float32, never contracted, so that all backends agree in bits.
+// Arithmetic shared by host and device code, for one number or a vector of them. ddpm_fast/reference/noise.py states the
+// formula. This gives its bits: multiplication, addition and square root in float32, never contracted; where operations
+// are saved, values are the formula's times a power of two, or with the other sign, which changes no rounding.
 #pragma once
 
 #include <cstdint>
@@ -9,71 +10,73 @@
 
 namespace ddpm {
 
-struct Pair {
-  float first, second;
+template <class V>
+struct PairOf {
+  typename V::Float first, second;
 };
+using Pair = PairOf<Scalar>;
 
-DDPM_INLINE int32_t float_bits(float x) {
-  int32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-DDPM_INLINE float bits_float(int32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
+// The same bits as another type.
+template <class To, class From>
+DDPM_INLINE To as(From x) {
+  static_assert(sizeof(To) == sizeof(From), "another size");
+  To to;
+  std::memcpy(&to, &x, sizeof to);
+  return to;
 }
 
 // sqrt(-2 log u), u = (k + 1/2) / 2^32, taken from the nearer end of (0, 1).
-DDPM_INLINE float radius(uint32_t k) {
-  const bool low = k < 0x80000000u;
-  const float v = float(2 * (low ? k : ~k) + 1) * 0x1p-33f;
-  const int32_t bits = float_bits(v);
-  const int32_t exponent = (bits - 0x3F2AAAAB) >> 23;
-  const float mantissa = bits_float(bits - exponent * (1 << 23));
-  const bool near_one = 1.0f - v >= 0x1.555556p-1f;
-  const float f = low ? mantissa - 1.0f : near_one ? -v : 1.0f - 2.0f * v;
-  const float e = low ? float(exponent) : near_one ? 0.0f : -1.0f;
-  float q = 0x1.1f427ap-3f;
-  q = q * f + -0x1.3b2846p-3f;
-  q = q * f + 0x1.1ea258p-3f;
-  q = q * f + -0x1.5032eap-3f;
-  q = q * f + 0x1.99d428p-3f;
-  q = q * f + -0x1.001480p-2f;
-  q = q * f + 0x1.5554fap-2f;
-  q = q * f + -0x1.ffffd6p-2f;
-  const float log1p = f + f * f * q;
-  const float log_u = e * 0x1.62e4p-1f + (log1p + e * 0x1.7f7d1cp-20f);
-  return __builtin_sqrtf(-2.0f * log_u);
+template <class V = Scalar>
+DDPM_INLINE typename V::Float radius(typename V::Word k) {
+  using Float = typename V::Float;
+  using Int = typename V::Int;
+  using Word = typename V::Word;
+  const Word high = as<Word>(as<Int>(k) >> 31);                   // all bits where u > 1/2
+  const Float v = V::to_float(((k + k) ^ high) | 1u) * 0x1p-32f;  // 2 u, or 2 (1 - u) in the high half
+  const auto near_one = k >= 0xAAAAAAC0u;                         // where the rounded u is above 2/3
+  const Int below = (as<Int>(v) - 0x3FAAAAAB) & ~0x7FFFFF;
+  const Int exponent = near_one ? Int{} : below;  // of u, in the place that it has in a float
+  const Float mantissa = as<Float>(as<Int>(v) - exponent), one = near_one ? Float{} : Float{} + 2.0f;  // both doubled
+  const Float h = as<Float>(as<Word>(mantissa - one) ^ (~k & 0x80000000u));  // u = (1 - h / 2) 2^exponent
+  Float q = h * 0x1.1f427ap-11f + 0x1.3b2846p-10f;
+  q = q * h + 0x1.1ea258p-9f;
+  q = q * h + 0x1.5032eap-8f;
+  q = q * h + 0x1.99d428p-7f;
+  q = q * h + 0x1.001480p-5f;
+  q = q * h + 0x1.5554fap-4f;
+  q = q * h + 0x1.ffffd6p-3f;
+  const Float e = V::to_float(exponent);
+  return V::root(e * -0x1.62e4p-23f + (h + h * h * q + e * -0x1.7f7d1cp-42f));
 }
 
 // Cosine and sine of 2 pi (j + 1/2) / 2^32: the nearest quarter turn and what is left of it.
-DDPM_INLINE Pair cos_sin(uint32_t j) {
-  const uint32_t shifted = j + 0x20000000u;
-  const uint32_t quarter = shifted >> 30;
-  const int32_t rest = int32_t(shifted & 0x3FFFFFFFu) - 0x20000000;
-  const float x = float(2 * rest + 1) * 0x1p-31f;
-  const float y = x * x;
-  float s = -0x1.2dc84cp-8f;
-  s = s * y + 0x1.466004p-4f;
+template <class V = Scalar>
+DDPM_INLINE PairOf<V> cos_sin(typename V::Word j) {
+  using Float = typename V::Float;
+  using Int = typename V::Int;
+  using Word = typename V::Word;
+  const Float x = V::to_float(as<Int>(j << 2 | 2u)) * 0x1p-32f;
+  const Float y = x * x;
+  Float s = y * -0x1.2dc84cp-8f + 0x1.466004p-4f;
   s = s * y + -0x1.4abbbep-1f;
-  const float sin = x * (0x1.921fb6p+0f + (-0x1.777a5cp-25f + y * s));
-  float c = 0x1.d9d57ep-11f;
-  c = c * y + -0x1.55c5e0p-6f;
+  const Float sin = x * (0x1.921fb6p+0f + (-0x1.777a5cp-25f + y * s));
+  Float c = y * 0x1.d9d57ep-11f + -0x1.55c5e0p-6f;
   c = c * y + 0x1.03c1dep-2f;
   c = c * y + -0x1.3bd3ccp+0f;
-  const float cos = 1.0f + y * c;
-  const bool odd = quarter & 1;
+  const Float cos = 1.0f + y * c;
+  const Word quarter = j + 0x20000000u;  // in the highest two bits
+  const auto odd = as<Int>(quarter << 1) < 0;
+  const Word cos_sign = (quarter + 0x40000000u) & 0x80000000u, sin_sign = quarter & 0x80000000u;
   // The sign goes in by its bit: a select between two negated values is slower.
-  const int32_t cos_sign = int32_t(((quarter + 1) & 2) << 30), sin_sign = int32_t((quarter & 2) << 30);
-  return {bits_float(float_bits(odd ? sin : cos) ^ cos_sign), bits_float(float_bits(odd ? cos : sin) ^ sin_sign)};
+  const Float first = odd ? sin : cos, second = odd ? cos : sin;
+  return {as<Float>(as<Word>(first) ^ cos_sign), as<Float>(as<Word>(second) ^ sin_sign)};
 }
 
 // Two standard normals from two words (Box-Muller).
-DDPM_INLINE Pair box_muller(uint32_t k, uint32_t j) {
-  const float r = radius(k);
-  const Pair angle = cos_sin(j);
+template <class V = Scalar>
+DDPM_INLINE PairOf<V> box_muller(typename V::Word k, typename V::Word j) {
+  const auto r = radius<V>(k);
+  const auto angle = cos_sin<V>(j);
   return {r * angle.first, r * angle.second};
 }
 

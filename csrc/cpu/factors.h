@@ -7,16 +7,13 @@
 
 namespace ddpm::cpu {
 
-constexpr int64_t kFactors = 8 * kLanes;  // of a batch of counters
+constexpr int64_t kFactors = 2 * kNormals;  // of a batch of counters, eight of each
 
-static inline void factor_batch(const Counter& at, uint32_t first, uint32_t threshold, float factor, float* out) {
-  const Block b = block_of_words(at, first);
-  for (int l = 0; l < kLanes; ++l) {
-    for (int i = 0; i < 4; ++i) {
-      out[8 * l + 2 * i] = (b.w[i][l] & 0xFFFFu) >= threshold ? factor : 0.0f;
-      out[8 * l + 2 * i + 1] = (b.w[i][l] >> 16) >= threshold ? factor : 0.0f;
-    }
-  }
+DDPM_INLINE void factor_batch(const Counter& at, uint32_t first, uint32_t threshold, float factor, float* out) {
+  uint16_t halves[kFactors];
+  random_halves(at, first, halves);
+  const float kept = factor;  // a copy, which no store can change
+  for (int i = 0; i < kFactors; ++i) out[i] = halves[i] >= threshold ? kept : 0.0f;
 }
 
 // out[i] = factor of the sample's element first + i, in H, W, C order, for i < count.

@@ -17,7 +17,7 @@ static inline int worth(int threads, int64_t work, int64_t grain) {
 
 // Calls body(task, rank) for every task in [0, tasks); each thread, of that rank, gets a contiguous range of them.
 template <class Body>
-static inline void parallel_ranked(int64_t tasks, int threads, const Body& body) {
+static inline void parallel_ranked(int64_t tasks, [[maybe_unused]] int threads, const Body& body) {
 #if defined(_OPENMP)
   if (threads > 1 && tasks > 1) {
 #pragma omp parallel num_threads(threads)

@@ -69,6 +69,9 @@ def integer(name: str, value: Any, least: int | None = None, most: int | None = 
 
     Without `most`, one that fits 64 bits.
     """
+    low, high = -(2**63) if least is None else least, 2**63 - 1 if most is None else most
+    if type(value) is int and low <= value <= high:  # nearly always; what follows costs as much as a small op
+        return value
     range_ = "" if least is None else f" of at least {least}" if most is None else f" in [{least}, {most}]"
     wrong = f"{name} must be an integer{range_}, got {text(value)}"
     if isinstance(value, bool):
@@ -77,7 +80,6 @@ def integer(name: str, value: Any, least: int | None = None, most: int | None = 
         number = operator.index(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(wrong) from error
-    low, high = -(2**63) if least is None else least, 2**63 - 1 if most is None else most
     if not low <= number <= high:
         raise ValueError(wrong if least is None or number < low or most is not None else f"{wrong}: too large")
     return number

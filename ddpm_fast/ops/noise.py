@@ -30,7 +30,7 @@ def _load_noise() -> Callable[..., Tensor]:
     def run(shape: Sequence[int], state: NoiseState, stream: int, *, dtype: torch.dtype) -> Tensor:
         out = torch.empty(shape, dtype=torch.float32, device="cpu")
         native(out.data_ptr(), shape[0], math.prod(shape[1:]), *_state(state), stream, _native.threads())
-        return out.to(dtype)
+        return out if dtype is torch.float32 else out.to(dtype)
 
     return run
 
