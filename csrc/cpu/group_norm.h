@@ -21,16 +21,19 @@ struct Count {
   static constexpr int value = N;
 };
 
-// Calls body(first, Count<vectors>, last) over the channels in tiles of `Tile` vectors, and then in single ones; `last`
-// are the numbers in use of the last, partial vector, kVec elsewhere.
+// Calls body(first, Count<vectors>, last) over the channels in tiles of `Tile` vectors, then of half as many and so on;
+// `last` are the numbers in use of the last, partial vector, kVec elsewhere.
 template <int Tile, class Body>
-inline void tiles(int64_t channels, const Body& body) {
-  int64_t c = 0;
+inline void tiles(int64_t channels, const Body& body, int64_t c = 0) {
   for (; c + Tile * kVec <= channels; c += Tile * kVec) body(c, Count<Tile>{}, int64_t{kVec});
-  for (; c < channels; c += kVec) body(c, Count<1>{}, channels - c < kVec ? channels - c : int64_t{kVec});
+  if constexpr (Tile > 1) {
+    tiles<Tile / 2>(channels, body, c);
+  } else if (c < channels) {
+    body(c, Count<1>{}, channels - c);
+  }
 }
 
-// Calls body(first, count) for blocks of pixels: few enough to stay in the first cache from one tile to the next.
+// Calls body(first, count) for blocks of pixels: few enough to stay in the first cache from one pass to the next.
 template <class Body>
 inline void blocks(int64_t pixels, const Body& body) {
   constexpr int64_t kBlock = 32;
@@ -140,21 +143,68 @@ class Scratch {
   float* data_;
 };
 
-// How the channels of an image are cut: so that a slab of `bytes` an element fits the second cache, in whole groups, and
-// there is one for each thread.
-struct Slabs {
-  int64_t width, count;
+// How a call is cut. A slab is an image's channels, or as many of them as the second cache takes at `bytes` an element; in
+// channels_last its pixels come in pieces. The pieces don't depend on the threads, so neither does a bit of the result.
+struct Cut {
+  int64_t width;         // channels of a slab
+  int64_t slabs;         // of an image
+  int64_t piece, pieces;  // pixels of a piece, pieces of a slab
+  int threads;
+  bool together;  // a thread has whole slabs; else threads share them
 };
 
-inline Slabs slabs_of(const GroupNorm& g, int64_t bytes, int threads) {
+inline Cut cut(const GroupNorm& g, int64_t bytes, int threads) {
+  constexpr int64_t kPiece = 128;
+  Cut to;
+  to.threads = worth(threads, g.images * g.pixels * g.channels, 1 << 12);
+  to.piece = g.channels_last ? kPiece : g.pixels;
+  to.pieces = (g.pixels + to.piece - 1) / to.piece;
   const int64_t per_group = g.channels / g.groups;
   int64_t least = per_group;  // whole vectors, if that can be
   while (g.channels_last && least % kVec != 0 && least < g.channels) least += per_group;
   const int64_t of_image = g.channels * g.pixels * bytes, room = second_cache() / 4 * 3;
-  const int64_t for_cache = (of_image + room - 1) / room, for_threads = (threads + g.images - 1) / g.images;
-  const int64_t wanted = for_cache > for_threads ? for_cache : for_threads;
-  const int64_t width = (g.channels + wanted * least - 1) / (wanted * least) * least;
-  return {width, (g.channels + width - 1) / width};
+  const int64_t for_cache = (of_image + room - 1) / room, for_threads = (to.threads + g.images - 1) / g.images;
+  const int64_t wanted = to.pieces > 1 || for_cache > for_threads ? for_cache : for_threads;
+  to.width = (g.channels + wanted * least - 1) / (wanted * least) * least;
+  to.slabs = (g.channels + to.width - 1) / to.width;
+  to.together = to.pieces == 1 || g.images * to.slabs >= to.threads;
+  return to;
+}
+
+// Runs begin(slab, room), measure(slab, piece, room) for all pieces, conclude(slab, room), and finish(slab, piece, room) for
+// all pieces; `room` is a slab's part of the scratch memory, `each` numbers.
+template <class Begin, class Measure, class Conclude, class Finish>
+inline void run_cut(const Cut& to, int64_t images, int64_t each, float* scratch, const Begin& begin,
+                    const Measure& measure, const Conclude& conclude, const Finish& finish) {
+  const int64_t slabs = images * to.slabs;
+  if (to.together) {
+    parallel_ranked(slabs, to.threads, [&](int64_t slab, int rank) {
+      float* room = scratch + rank * each;
+      begin(slab, room);
+      for (int64_t piece = 0; piece < to.pieces; ++piece) measure(slab, piece, room);
+      conclude(slab, room);
+      for (int64_t piece = 0; piece < to.pieces; ++piece) finish(slab, piece, room);
+    });
+    return;
+  }
+  const auto of_slab = [&](int64_t task) { return scratch + task / to.pieces * each; };
+  for (int64_t slab = 0; slab < slabs; ++slab) begin(slab, scratch + slab * each);
+  parallel(slabs * to.pieces, to.threads, [&](int64_t i) { measure(i / to.pieces, i % to.pieces, of_slab(i)); });
+  for (int64_t slab = 0; slab < slabs; ++slab) conclude(slab, scratch + slab * each);
+  parallel(slabs * to.pieces, to.threads, [&](int64_t i) { finish(i / to.pieces, i % to.pieces, of_slab(i)); });
+}
+
+inline int64_t rooms(const Cut& to, int64_t images) { return to.together ? to.threads : images * to.slabs; }
+
+// Of an image's slab the channels [first, first + count) and the pixels of a piece.
+struct Place {
+  int64_t n, first, count, pixel, pixels;
+};
+
+inline Place place(const GroupNorm& g, const Cut& to, int64_t slab, int64_t piece) {
+  const int64_t first = slab % to.slabs * to.width, left = g.channels - first;
+  const int64_t pixel = piece * to.piece, more = g.pixels - pixel;
+  return {slab / to.slabs, first, left < to.width ? left : to.width, pixel, more < to.piece ? more : to.piece};
 }
 
 // The part of a slab that is in x, or in x2.
@@ -164,17 +214,17 @@ struct Part {
   int64_t inside;        // and in its tensor
 };
 
-// Calls body(part, whether it is in x2) for the parts of the slab [first, first + count).
+// Calls body(part, whether it is in x2) for the parts of a slab.
 template <class Body>
-inline void parts(const GroupNorm& g, int64_t first, int64_t count, const Body& body) {
-  const int64_t left = g.channels_1 - first, in_x = left < 0 ? 0 : left < count ? left : count;
-  if (in_x > 0) body(Part{first, in_x, 0, first}, false);
-  if (in_x < count) body(Part{first + in_x, count - in_x, in_x, first + in_x - g.channels_1}, true);
+inline void parts(const GroupNorm& g, const Place& of, const Body& body) {
+  const int64_t left = g.channels_1 - of.first, in_x = left < 0 ? 0 : left < of.count ? left : of.count;
+  if (in_x > 0) body(Part{of.first, in_x, 0, of.first}, false);
+  if (in_x < of.count) body(Part{of.first + in_x, of.count - in_x, in_x, of.first + in_x - g.channels_1}, true);
 }
 
 template <class T>
-inline T* at(const Image& image, int64_t n, int64_t c) {
-  return static_cast<T*>(image.data) + n * image.image + c * image.channel;
+inline T* at(const Image& image, const Place& of, int64_t channel) {
+  return static_cast<T*>(image.data) + of.n * image.image + channel * image.channel + of.pixel * image.pixel;
 }
 
 // y = (x - centre) gain + offset, of each channel of a slab.
@@ -196,25 +246,26 @@ inline void affine(const GroupNorm& g, int64_t n, int64_t channel, bool added, d
   offset = float(shift - (middle - double(centre)) * slope);  // with what rounding the centre lost
 }
 
-// to = from times the factors of dropout, for channels [first, first + count) of image n. `to` may be `from`.
+// to = from times the factors of dropout, for a slab's piece or some channels of it. `to` may be `from`.
 template <class From, class To>
-inline void drop(const GroupNorm& g, int64_t n, int64_t first, int64_t count, const From* from, Image from_at,
-                        To* to, Image to_at) {
+inline void drop(const GroupNorm& g, const Place& of, const From* from, Image from_at, To* to, Image to_at) {
   constexpr int64_t kRoom = 1 << 13;
   float factors[kRoom];
   Counter mine = g.at;
-  mine.sample += uint64_t(n);
-  const int64_t width = count < kRoom ? count : kRoom, rows = kRoom / width;
-  for (int64_t c = 0; c < count; c += width) {
-    const int64_t channels = count - c < width ? count - c : width;
-    for (int64_t p = 0; p < g.pixels; p += rows) {
-      const int64_t in_block = g.pixels - p < rows ? g.pixels - p : rows;
+  mine.sample += uint64_t(of.n);
+  const int64_t width = of.count < kRoom ? of.count : kRoom, rows = kRoom / width;
+  for (int64_t c = 0; c < of.count; c += width) {
+    const int64_t channels = of.count - c < width ? of.count - c : width;
+    for (int64_t p = 0; p < of.pixels; p += rows) {
+      const int64_t in_block = of.pixels - p < rows ? of.pixels - p : rows;
+      const auto draw = [&](int64_t pixel, int64_t count, float* out) {
+        const int64_t element = (of.pixel + pixel) * g.channels + of.first + c;
+        dropout_factors(mine, element, count, g.threshold, g.factor, out);
+      };
       if (channels == g.channels) {
-        dropout_factors(mine, p * g.channels, in_block * channels, g.threshold, g.factor, factors);
+        draw(p, in_block * channels, factors);
       } else {
-        for (int64_t i = 0; i < in_block; ++i) {
-          dropout_factors(mine, (p + i) * g.channels + first + c, channels, g.threshold, g.factor, factors + i * width);
-        }
+        for (int64_t i = 0; i < in_block; ++i) draw(p + i, channels, factors + i * width);
       }
       const From* source = from + c * from_at.channel + p * from_at.pixel;
       To* target = to + c * to_at.channel + p * to_at.pixel;

@@ -1,6 +1,6 @@
 // Group normalisation with what stands around it: x is read once from memory for the statistics, and once from the cache
 // to be normalised. Means and squares are taken of x less a mean of its first pixels, in blocks that are centred on their
-// own mean and merged by Chan et al. 1979: an offset costs no accuracy.
+// own mean, and blocks and pieces are merged by Chan et al. 1979: an offset costs no accuracy.
 #include "group_norm.h"
 #include "kernels.h"
 
@@ -8,6 +8,7 @@ namespace ddpm::cpu::DDPM_ISA {
 namespace {
 
 constexpr int kTile = kVec >= 16 ? 8 : 4;  // vectors of sums in registers
+constexpr int kRows = 3;                   // numbers of a channel in the moments of a piece
 
 template <class T>
 constexpr Precision kPrecision = sizeof(T) == sizeof(float) ? Precision::fine : Precision::coarse;
@@ -35,8 +36,10 @@ void pixel_moments(const T* x, int64_t stride, int64_t pixels, int64_t channels,
         for (int i = 0; i < V; ++i) mean[i] *= each;
       };
       if (first == 0) {
-        mean_around_pivot();
-        for (int i = 0; i < V; ++i) pivot[i] = mean[i];
+        if (sizeof(T) == sizeof(float)) {  // bf16 has so few digits that a mean of float32 keeps them all
+          mean_around_pivot();
+          for (int i = 0; i < V; ++i) pivot[i] = mean[i];
+        }
         store_tile(out.pivot + c, pivot, last);
       } else {
         load_tile(pivot, out.pivot + c, last);
@@ -154,8 +157,21 @@ void normalise_rows(const T* x, int64_t stride, Affine to, T* y, int64_t y_strid
   }
 }
 
+// Adds the moments of `more` pixels to those of `pixels` pixels.
+void merge(const Moments& into, int64_t pixels, const Moments& from, int64_t more, int64_t channels) {
+  const float share = float(more) / float(pixels + more), weight = share * float(pixels);
+  vectors(channels, [=](int64_t c, int, int64_t last) {
+    const Floats mean = load_some(into.mean + c, last);
+    const Floats apart = load_some(from.pivot + c, last) - load_some(into.pivot + c, last);
+    const Floats d = apart + (load_some(from.mean + c, last) - mean);
+    const Floats squares = load_some(into.squares + c, last) + load_some(from.squares + c, last);
+    store_some(into.mean + c, fma(d, broadcast(share), mean), last);
+    store_some(into.squares + c, fma(d * d, broadcast(weight), squares), last);
+  });
+}
+
 // From the moments of a slab's channels its affine maps, which take their place, and the groups' statistics.
-Affine normalisation(const GroupNorm& g, int64_t n, int64_t first, int64_t channels, bool added, Moments of) {
+void normalisation(const GroupNorm& g, int64_t n, int64_t first, int64_t channels, bool added, Moments of) {
   const int64_t per_group = g.channels / g.groups;
   for (int64_t begin = 0; begin < channels; begin += per_group) {
     const auto mean = [&](int64_t c) {
@@ -179,64 +195,81 @@ Affine normalisation(const GroupNorm& g, int64_t n, int64_t first, int64_t chann
       of_group[1] = rstd;
     }
   }
-  return {of.pivot, of.mean, of.squares};
 }
 
-template <Activation A, class T>
-void normalise_slab(const GroupNorm& g, const GroupNormForward& f, int64_t n, int64_t first, int64_t channels,
-                    float* scratch) {
-  const bool summed = f.h.data != nullptr;
-  const Moments moments = {scratch, scratch + channels, scratch + 2 * channels};
-  parts(g, first, channels, [&](const Part& part, bool second) {
+// The sum, where there is one, and the moments of a piece.
+template <class T>
+void measure(const GroupNorm& g, const GroupNormForward& f, const Place& of, const Moments& moments) {
+  parts(g, of, [&](const Part& part, bool second) {
     Image image = second ? g.x2 : g.x;
-    const T* x = at<T>(image, n, part.inside);
-    if (summed) {
-      const float* add = g.add == nullptr ? nullptr : g.add + n * g.add_stride + part.first;
-      const T* residual = at<T>(f.residual, n, part.first);
-      T* h = at<T>(f.h, n, part.first);
+    const T* x = at<T>(image, of, part.inside);
+    if (f.h.data != nullptr) {
+      const float* add = g.add == nullptr ? nullptr : g.add + of.n * g.add_stride + part.first;
+      const T* residual = at<T>(f.residual, of, part.first);
+      T* h = at<T>(f.h, of, part.first);
       if (g.channels_last) {
-        sum_pixels(x, image.pixel, residual, f.residual.pixel, add, h, f.h.pixel, g.pixels, part.count);
+        sum_pixels(x, image.pixel, residual, f.residual.pixel, add, h, f.h.pixel, of.pixels, part.count);
       } else {
-        sum_rows(x, image.channel, residual, f.residual.channel, add, h, f.h.channel, g.pixels, part.count);
+        sum_rows(x, image.channel, residual, f.residual.channel, add, h, f.h.channel, of.pixels, part.count);
       }
       x = h;
       image = f.h;
     }
-    const Moments of = {moments.pivot + part.begin, moments.mean + part.begin, moments.squares + part.begin};
+    const Moments to = {moments.pivot + part.begin, moments.mean + part.begin, moments.squares + part.begin};
     if (g.channels_last) {
-      pixel_moments(x, image.pixel, g.pixels, part.count, of);
+      pixel_moments(x, image.pixel, of.pixels, part.count, to);
     } else {
-      row_moments(x, image.channel, g.pixels, part.count, of);
+      row_moments(x, image.channel, of.pixels, part.count, to);
     }
   });
-  const Affine whole = normalisation(g, n, first, channels, summed, moments);
-  parts(g, first, channels, [&](const Part& part, bool second) {
+}
+
+template <Activation A, class T>
+void finish(const GroupNorm& g, const GroupNormForward& f, const Place& of, const Affine& map) {
+  const bool summed = f.h.data != nullptr;
+  parts(g, of, [&](const Part& part, bool second) {
     const Image& image = summed ? f.h : second ? g.x2 : g.x;
-    const T* x = at<T>(image, n, summed ? part.first : part.inside);
-    const Affine to = {whole.centre + part.begin, whole.gain + part.begin, whole.offset + part.begin};
-    T* y = at<T>(f.y, n, part.first);
+    const T* x = at<T>(image, of, summed ? part.first : part.inside);
+    const Affine to = {map.centre + part.begin, map.gain + part.begin, map.offset + part.begin};
+    T* y = at<T>(f.y, of, part.first);
     if (g.channels_last) {
-      normalise_pixels<A>(x, image.pixel, to, y, f.y.pixel, g.pixels, part.count);
+      normalise_pixels<A>(x, image.pixel, to, y, f.y.pixel, of.pixels, part.count);
     } else {
-      normalise_rows<A>(x, image.channel, to, y, f.y.channel, g.pixels, part.count);
+      normalise_rows<A>(x, image.channel, to, y, f.y.channel, of.pixels, part.count);
     }
   });
   if (g.threshold != 0) {
-    T* y = at<T>(f.y, n, first);
-    drop(g, n, first, channels, y, f.y, y, f.y);
+    T* y = at<T>(f.y, of, of.first);
+    drop(g, of, y, f.y, y, f.y);
   }
 }
 
 template <Activation A, class T>
 void forward(const GroupNorm& g, const GroupNormForward& f, int threads) {
-  const Slabs slabs = slabs_of(g, 2 * sizeof(T), threads);
-  const int most = worth(threads, g.images * g.pixels * g.channels, 1 << 12);
-  const Scratch scratch(most * 3 * slabs.width);
-  parallel_ranked(g.images * slabs.count, most, [=, &g, &f, &scratch](int64_t task, int rank) {
-    const int64_t first = task % slabs.count * slabs.width, left = g.channels - first;
-    normalise_slab<A, T>(g, f, task / slabs.count, first, left < slabs.width ? left : slabs.width,
-                         scratch.get() + rank * 3 * slabs.width);
-  });
+  const Cut to = cut(g, 2 * sizeof(T), threads);
+  const int64_t each = to.pieces * kRows * to.width;
+  const Scratch scratch(rooms(to, g.images) * each);
+  const auto moments_of = [&](int64_t piece, float* room) {
+    const auto row = [=](int i) { return room + (piece * kRows + i) * to.width; };
+    return Moments{row(0), row(1), row(2)};
+  };
+  run_cut(
+      to, g.images, each, scratch.get(), [](int64_t, float*) {},
+      [&](int64_t slab, int64_t piece, float* room) {
+        measure<T>(g, f, place(g, to, slab, piece), moments_of(piece, room));
+      },
+      [&](int64_t slab, float* room) {
+        const Moments all = moments_of(0, room);
+        const Place of = place(g, to, slab, 0);
+        for (int64_t piece = 1; piece < to.pieces; ++piece) {
+          merge(all, piece * to.piece, moments_of(piece, room), place(g, to, slab, piece).pixels, of.count);
+        }
+        normalisation(g, of.n, of.first, of.count, f.h.data != nullptr, all);
+      },
+      [&](int64_t slab, int64_t piece, float* room) {
+        const Moments all = moments_of(0, room);  // now the affine maps
+        finish<A, T>(g, f, place(g, to, slab, piece), {all.pivot, all.mean, all.squares});
+      });
 }
 
 template <class T>

@@ -14,18 +14,20 @@ struct Sums {
   float *dz, *product, *x;
 };
 
-// Of a slab: what the forward's map was, the sums, and the coefficients of the second pass.
+// Of a slab: what the forward's map was, the coefficients of the second pass, and the sums of a piece; all of them for the
+// first one, in the end.
 struct Slab {
   Affine map;
-  Sums sums;
   float *k, *l, *m;
+  Sums sums;
 };
 
-constexpr int kRows = 9;  // of a slab's numbers
+constexpr int kRows = 6, kSums = 3;  // numbers of a channel
 
-Slab slab_in(float* scratch, int64_t channels) {
-  const auto row = [=](int i) { return scratch + i * channels; };
-  return {{row(0), row(1), row(2)}, {row(3), row(4), row(5)}, row(6), row(7), row(8)};
+Slab slab_in(float* room, int64_t width, int64_t piece) {
+  const auto row = [=](int64_t i) { return room + i * width; };
+  const int64_t sums = kRows + kSums * piece;
+  return {{row(0), row(1), row(2)}, row(3), row(4), row(5), {row(sums), row(sums + 1), row(sums + 2)}};
 }
 
 template <Activation A, class T, class From>
@@ -163,60 +165,68 @@ void coefficients(const GroupNorm& g, int64_t n, int64_t first, int64_t channels
   }
 }
 
-template <Activation A, class T>
-void slab_gradient(const GroupNorm& g, const GroupNormBackward& b, int64_t n, int64_t first, int64_t channels,
-                   float* scratch, const Rows& rows) {
-  const Slab slab = slab_in(scratch, channels);
-  float* room = scratch + kRows * channels;
+// What the forward did to each channel of a slab.
+void maps(const GroupNorm& g, const Place& of, const Affine& map) {
   const int64_t per_group = g.channels / g.groups;
-  for (int64_t c = 0; c < channels; ++c) {
-    const double* statistics = g.statistics + 2 * (n * g.groups + (first + c) / per_group);
-    affine(g, n, first + c, false, statistics[0], statistics[1], slab.map.centre[c], slab.map.gain[c],
-           slab.map.offset[c]);
+  for (int64_t c = 0; c < of.count; ++c) {
+    const double* statistics = g.statistics + 2 * (of.n * g.groups + (of.first + c) / per_group);
+    affine(g, of.n, of.first + c, false, statistics[0], statistics[1], map.centre[c], map.gain[c], map.offset[c]);
   }
-  // Where a part's dz is: float32 gradients are made in their own memory, others in scratch.
-  const auto dz_of = [&](const Part& part, bool second) {
+}
+
+// Where a part's dz is: float32 gradients are made in their own memory, others in scratch, a piece after the other.
+template <class T>
+Image room_of(const GroupNorm& g, const GroupNormBackward& b, const Place& of, const Part& part, bool second,
+              float* room) {
+  if (sizeof(T) == sizeof(float)) {
     Image image = second ? b.dx2 : b.dx;
-    if (sizeof(T) == sizeof(float)) {
-      image.data = at<float>(image, n, part.inside);
-      return image;
-    }
-    // Rows of pixels, or of channels, one after the other.
-    float* of_part = room + part.begin * g.pixels;
-    return g.channels_last ? Image{of_part, 0, 1, part.count} : Image{of_part, 0, g.pixels, 1};
-  };
-  parts(g, first, channels, [&](const Part& part, bool second) {
-    const Image &image = second ? g.x2 : g.x, dz = dz_of(part, second);
-    const T *x = at<T>(image, n, part.inside), *dy = at<T>(b.dy, n, part.first);
+    image.data = at<float>(image, of, part.inside);
+    return image;
+  }
+  float* first = room + of.pixel * of.count + part.begin * of.pixels;
+  return g.channels_last ? Image{first, 0, 1, part.count} : Image{first, 0, of.pixels, 1};
+}
+
+// dz and its sums.
+template <Activation A, class T>
+void measure(const GroupNorm& g, const GroupNormBackward& b, const Place& of, const Slab& slab, float* room) {
+  parts(g, of, [&](const Part& part, bool second) {
+    const Image &image = second ? g.x2 : g.x, dz = room_of<T>(g, b, of, part, second, room);
+    const T *x = at<T>(image, of, part.inside), *dy = at<T>(b.dy, of, part.first);
     float* to = static_cast<float*>(dz.data);
     const Affine map = {slab.map.centre + part.begin, slab.map.gain + part.begin, slab.map.offset + part.begin};
     const Sums sums = {slab.sums.dz + part.begin, slab.sums.product + part.begin, slab.sums.x + part.begin};
     const auto sum = [&](const auto* from, const Image& from_at) {
       if (g.channels_last) {
-        sum_pixels<A>(x, image.pixel, from, from_at.pixel, map, to, dz.pixel, sums, g.pixels, part.count);
+        sum_pixels<A>(x, image.pixel, from, from_at.pixel, map, to, dz.pixel, sums, of.pixels, part.count);
       } else {
-        sum_rows<A>(x, image.channel, from, from_at.channel, map, to, dz.channel, sums, g.pixels, part.count);
+        sum_rows<A>(x, image.channel, from, from_at.channel, map, to, dz.channel, sums, of.pixels, part.count);
       }
     };
     if (g.threshold != 0) {
-      drop(g, n, part.first, part.count, dy, b.dy, to, dz);
+      drop(g, {of.n, part.first, part.count, of.pixel, of.pixels}, dy, b.dy, to, dz);
       sum(to, dz);
     } else {
       sum(dy, b.dy);
     }
   });
-  coefficients(g, n, first, channels, slab, rows);
-  parts(g, first, channels, [&](const Part& part, bool second) {
-    const Image &image = second ? g.x2 : g.x, &target = second ? b.dx2 : b.dx, dz = dz_of(part, second);
+}
+
+// dx
+template <class T>
+void finish(const GroupNorm& g, const GroupNormBackward& b, const Place& of, const Slab& slab, float* room) {
+  parts(g, of, [&](const Part& part, bool second) {
+    const Image &image = second ? g.x2 : g.x, &target = second ? b.dx2 : b.dx;
+    const Image dz = room_of<T>(g, b, of, part, second, room);
     const float* from = static_cast<const float*>(dz.data);
-    const T *x = at<T>(image, n, part.inside), *dh = b.dh.data == nullptr ? nullptr : at<T>(b.dh, n, part.first);
-    T* dx = at<T>(target, n, part.inside);
+    const T *x = at<T>(image, of, part.inside), *dh = b.dh.data == nullptr ? nullptr : at<T>(b.dh, of, part.first);
+    T* dx = at<T>(target, of, part.inside);
     if (g.channels_last) {
-      combine_pixels(x, image.pixel, from, dz.pixel, dh, b.dh.pixel, slab, part.begin, dx, target.pixel, g.pixels,
+      combine_pixels(x, image.pixel, from, dz.pixel, dh, b.dh.pixel, slab, part.begin, dx, target.pixel, of.pixels,
                      part.count);
     } else {
       combine_rows(x, image.channel, from, dz.channel, dh, b.dh.channel, slab, part.begin, dx, target.channel,
-                   g.pixels, part.count);
+                   of.pixels, part.count);
     }
   });
 }
@@ -232,21 +242,37 @@ void add_up(const float* rows, int64_t images, int64_t channels, float* to) {
 
 template <Activation A, class T>
 void backward(const GroupNorm& g, const GroupNormBackward& b, int threads) {
-  // dx is written beside x and dy: less of each fits.
-  const Slabs slabs = slabs_of(g, 2 * sizeof(T) + sizeof(float), threads);
-  const int most = worth(threads, g.images * g.pixels * g.channels, 1 << 12);
-  const int64_t each = slabs.width * (kRows + (sizeof(T) == sizeof(float) ? 0 : g.pixels));
-  const int64_t all = g.images * g.channels;
+  const Cut to = cut(g, 2 * sizeof(T) + sizeof(float), threads);
+  const int64_t rows_of_slab = (kRows + kSums * to.pieces) * to.width;
+  const int64_t each = rows_of_slab + (sizeof(T) == sizeof(float) ? 0 : g.pixels * to.width);
+  const int64_t all = g.images * g.channels, in_rooms = rooms(to, g.images) * each;
   const bool shared_add = b.dadd != nullptr && g.add_stride == 0;
-  const Scratch scratch(most * each + 3 * all);
-  float* shared = scratch.get() + most * each;
+  const Scratch scratch(in_rooms + 3 * all);
+  float* shared = scratch.get() + in_rooms;
   const Rows rows = {b.dweight == nullptr ? nullptr : shared, b.dbias == nullptr ? nullptr : shared + all,
                      shared_add ? shared + 2 * all : b.dadd, b.dscale, b.dshift};
-  parallel_ranked(g.images * slabs.count, most, [=, &g, &b, &scratch](int64_t task, int rank) {
-    const int64_t first = task % slabs.count * slabs.width, left = g.channels - first;
-    slab_gradient<A, T>(g, b, task / slabs.count, first, left < slabs.width ? left : slabs.width,
-                        scratch.get() + rank * each, rows);
-  });
+  run_cut(
+      to, g.images, each, scratch.get(),
+      [&](int64_t task, float* room) { maps(g, place(g, to, task, 0), slab_in(room, to.width, 0).map); },
+      [&](int64_t task, int64_t piece, float* room) {
+        measure<A, T>(g, b, place(g, to, task, piece), slab_in(room, to.width, piece), room + rows_of_slab);
+      },
+      [&](int64_t task, float* room) {
+        const Place of = place(g, to, task, 0);
+        const Slab slab = slab_in(room, to.width, 0);
+        for (int64_t piece = 1; piece < to.pieces; ++piece) {
+          const Sums more = slab_in(room, to.width, piece).sums;
+          for (int64_t c = 0; c < of.count; ++c) {
+            slab.sums.dz[c] += more.dz[c];
+            slab.sums.product[c] += more.product[c];
+            slab.sums.x[c] += more.x[c];
+          }
+        }
+        coefficients(g, of.n, of.first, of.count, slab, rows);
+      },
+      [&](int64_t task, int64_t piece, float* room) {
+        finish<T>(g, b, place(g, to, task, piece), slab_in(room, to.width, 0), room + rows_of_slab);
+      });
   if (b.dweight != nullptr) add_up(rows.dweight, g.images, g.channels, b.dweight);
   if (b.dbias != nullptr) add_up(rows.dbias, g.images, g.channels, b.dbias);
   if (shared_add) add_up(rows.dadd, g.images, g.channels, b.dadd);
