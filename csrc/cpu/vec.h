@@ -83,6 +83,10 @@ static inline Floats fma(Floats a, Floats b, Floats c) {
 #endif
 }
 
+// The smaller and the larger one; b where one of them is NaN.
+static inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
 // 1 / x to 2 ulp, for x in [1, inf].
 static inline Floats reciprocal(Floats x) {
 #if defined(__AVX512F__)

@@ -13,6 +13,8 @@ from torch.nn import Parameter
 
 from ._dispatch import Unavailable
 
+MAX_NDIM = 8  # of a tensor [N, ...] that a kernel takes by its strides
+
 _forked = False
 
 
@@ -59,10 +61,29 @@ def unfit(*values: Any) -> str | None:
         if isinstance(value, Tensor):
             if type(value) is not Tensor and type(value) is not Parameter:
                 return f"needs plain tensors, got a {type(value).__name__}"
-            if value.device.type != "cpu":
+            if not value.is_cpu:
                 return f"runs on the CPU, the data is on {value.device}"
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return "a dispatch mode or tracer wants to see torch's own operators"
     if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
         return "has no transforms of torch.func and no forward-mode gradient"
     return None
+
+
+def unfit_arrays(*values: Tensor | None, grads: bool = False) -> str | None:
+    """Why a kernel with or without `grads` for these tensors can't take them by their strides; see `unfit`, too."""
+    wanted = not grads and torch.is_grad_enabled()
+    for value in values:
+        if value is not None:
+            if value.dtype is not torch.float32 and value.dtype is not torch.bfloat16:
+                return f"takes float32 and bfloat16, got {value.dtype}"
+            if value.layout is not torch.strided or value.is_neg() or value.ndim > MAX_NDIM:
+                return f"needs plain memory of at most {MAX_NDIM} dimensions"
+            if wanted and value.requires_grad:
+                return "has no gradient for these arguments"
+    return None
+
+
+def array(value: Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:
+    """A tensor as the native module takes it; with `Tensor.shape` beside it."""
+    return None if value is None else (value.data_ptr(), value.element_size(), value.stride())

@@ -1,15 +1,17 @@
 """The training loss: distance of the network's output from the noise (or x_start, or v) it should have predicted."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..reference import diffusion_loss as reference
 from ..reference.philox import PERTURB, NoiseState
-from . import _checks
+from . import _checks, _native
 from ._dispatch import Impl, Op
 from ._library import composition
-from .noise import check_source, drawn
+from .noise import check_source, drawn, native_source
 
 LOSSES = ("l1", "l2")
 
@@ -29,7 +31,100 @@ def _traced(model_out: Tensor, noise: Tensor | NoiseState, **rest: Any) -> Tenso
     return _NODE(model_out, drawn(noise, model_out, PERTURB), **rest)
 
 
-OP = Op("diffusion_loss", Impl("reference", lambda: _reference), traced=_traced)
+def _rejects(
+    model_out: Tensor,
+    noise: Tensor | NoiseState,
+    *,
+    noise_coef: Tensor | None,
+    x_coef: Tensor | None,
+    x_start: Tensor | None,
+    **rest: Any,
+) -> str | None:
+    for coef in (noise_coef, x_coef):
+        if coef is not None and coef.dtype is not torch.float32:
+            return f"takes float32 coefficients, got {coef.dtype}"
+    state, z = (noise[:2], None) if isinstance(noise, NoiseState) else ((), noise)
+    others = (z, noise_coef, x_coef, x_start)
+    return (
+        _native.unfit(model_out, *others, *state)
+        or _native.unfit_arrays(model_out, grads=True)
+        or _native.unfit_arrays(*others)
+    )
+
+
+def _arguments(
+    model_out: Tensor,
+    noise: Tensor | NoiseState,
+    noise_coef: Tensor | None,
+    x_coef: Tensor | None,
+    x_start: Tensor | None,
+    l1: bool,
+) -> tuple[Any, ...]:
+    """As the native module takes them, forward and backward; contiguous coefficients."""
+    coefs = (0 if noise_coef is None else noise_coef.data_ptr(), 0 if x_coef is None else x_coef.data_ptr())
+    arrays = (_native.array(model_out), *native_source(noise))
+    return model_out.shape, *arrays, *coefs, _native.array(x_start), l1, _native.threads()
+
+
+class _Loss(torch.autograd.Function):
+    """The gradient for model_out alone; the noise is drawn again from its counter."""
+
+    @staticmethod
+    def forward(ctx: Any, model_out: Tensor, noise: Tensor | NoiseState, l1: bool, *target: Tensor | None) -> Tensor:
+        ctx.l1, ctx.first_sample = l1, None
+        if isinstance(noise, NoiseState):
+            ctx.first_sample = noise.first_sample
+            # Clones: whoever counts the draws may advance them in place before the backward.
+            ctx.save_for_backward(model_out, noise.seed.clone(), noise.draw.clone(), *target)
+        else:
+            ctx.save_for_backward(model_out, noise, None, *target)
+        return _forward(model_out, noise, l1, *target)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "diffusion_loss: the native backend has no second derivative; ops.use_backend('reference') has one"
+            )
+        model_out, noise, draw, *target = ctx.saved_tensors
+        if ctx.first_sample is not None:
+            noise = NoiseState(noise, draw, ctx.first_sample)
+        grad = torch.empty_like(model_out)
+        arguments = _arguments(model_out, noise, *target, ctx.l1)
+        _native.load().diffusion_loss_backward(_native.array(grad), grad_loss.data_ptr(), *arguments)
+        return grad, None, None, None, None, None
+
+
+def _forward(model_out: Tensor, noise: Tensor | NoiseState, l1: bool, *target: Tensor | None) -> Tensor:
+    loss = torch.empty((), dtype=torch.float32, device="cpu")
+    _native.load().diffusion_loss(loss.data_ptr(), *_arguments(model_out, noise, *target, l1))
+    return loss
+
+
+def _load() -> Callable[..., Tensor]:
+    _native.load()
+
+    def run(
+        model_out: Tensor,
+        noise: Tensor | NoiseState,
+        *,
+        loss_type: str,
+        noise_coef: Tensor | None,
+        x_coef: Tensor | None,
+        x_start: Tensor | None,
+    ) -> Tensor:
+        noise_coef = None if noise_coef is None else noise_coef.contiguous()
+        x_coef = None if x_coef is None else x_coef.contiguous()
+        arguments = (model_out, noise, loss_type == "l1", noise_coef, x_coef, x_start)
+        if model_out.requires_grad and torch.is_grad_enabled():
+            loss: Tensor = _Loss.apply(*arguments)
+            return loss
+        return _forward(*arguments)
+
+    return run
+
+
+OP = Op("diffusion_loss", Impl("native", _load, _rejects), Impl("reference", lambda: _reference), traced=_traced)
 
 
 def diffusion_loss(

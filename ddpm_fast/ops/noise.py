@@ -24,6 +24,11 @@ def _state(state: NoiseState) -> tuple[int, int, int]:
     return state.seed.data_ptr(), state.draw.data_ptr(), state.first_sample
 
 
+def native_source(noise: Tensor | NoiseState | None) -> tuple[Any, Any]:
+    """The noise as native ops take it: a tensor and a state, one of them None."""
+    return (None, _state(noise)) if isinstance(noise, NoiseState) else (_native.array(noise), None)
+
+
 def _load_noise() -> Callable[..., Tensor]:
     native = _native.load().noise
 

@@ -1,18 +1,20 @@
 """One step of any sampler: the reverse step that a row of a plan describes."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ..reference import sampler_step as reference
 from ..reference.philox import REVERSE, NoiseState
-from . import _checks
+from . import _checks, _native
 from ._dispatch import Impl, Op
 from ._library import composition
-from .noise import check_source, drawn
+from .noise import check_source, drawn, native_source
 
 NUM_COLUMNS = 8
 
@@ -48,7 +50,89 @@ _NODE = composition(
     "float? clip=None) -> (Tensor, Tensor)",
     _plain,
 )
-OP = Op("sampler_step", Impl("reference", lambda: _delivering(_plain)), traced=_delivering(_NODE))
+
+
+def _rejects(
+    x: Tensor,
+    model_out: Tensor,
+    rows: Tensor,
+    k: Tensor,
+    *,
+    noise: Tensor | NoiseState | None,
+    hist: Tensor | None,
+    out: Tensor | None,
+    x0_out: Tensor | None,
+    **rest: Any,
+) -> str | None:
+    if isinstance(noise, NoiseState):
+        given, z = noise[:2], None
+    else:
+        given, z = (), noise
+    if rows.dtype is torch.float16:
+        return "takes no float16 rows"
+    if rows.requires_grad and torch.is_grad_enabled():
+        return "has no gradient for rows"
+    return _native.unfit(x, model_out, rows, k, z, hist, out, x0_out, *given) or _native.unfit_arrays(
+        x, model_out, z, hist, out, x0_out
+    )
+
+
+def _load() -> Callable[..., Any]:
+    native, array = _native.load().sampler_step, _native.array
+
+    def run(
+        x: Tensor,
+        model_out: Tensor,
+        rows: Tensor,
+        k: Tensor,
+        *,
+        noise: Tensor | NoiseState | None,
+        hist: Tensor | None,
+        clip: float | None,
+        return_x0: bool,
+        out: Tensor | None,
+        x0_out: Tensor | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        x_next = torch.empty_like(x) if out is None else out
+        x0_hat = None if not return_x0 else torch.empty_like(x) if x0_out is None else x0_out
+        done = native(
+            x.shape,
+            array(x_next),
+            array(x0_hat),
+            array(x),
+            array(model_out),
+            array(hist),
+            *native_source(noise),
+            array(rows),
+            rows.shape[0],
+            k.data_ptr(),
+            math.inf if clip is None else clip,
+            _native.threads(),
+        )
+        if not done:  # a result would overwrite what is still to be read
+            rest = {"noise": noise, "hist": hist, "clip": clip, "return_x0": return_x0}
+            return aside(x, model_out, rows, k, out=out, x0_out=x0_out, **rest)
+        if out is not None:
+            increment_version(out)
+        if x0_hat is None:
+            return x_next
+        if x0_out is not None:
+            increment_version(x0_out)
+        return x_next, x0_hat
+
+    def apart(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return run(*args, **kwargs, out=None, x0_out=None, return_x0=True)
+
+    aside = _delivering(apart)
+    return run
+
+
+OP = Op(
+    "sampler_step",
+    Impl("native", _load, _rejects),
+    Impl("reference", lambda: _delivering(_plain)),
+    traced=_delivering(_NODE),
+)
 
 
 def sampler_step(
