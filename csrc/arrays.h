@@ -13,6 +13,8 @@ namespace ddpm::cpu {
 
 namespace py = pybind11;
 
+enum Stream { kPerturb = 1, kReverse = 3 };  // as in ddpm_fast/reference/philox.py
+
 template <class T>
 T* pointer(uintptr_t address, int64_t count, const char* name) {
   if (count > 0 && address == 0) throw py::value_error(std::string(name) + ": null address for a non-empty array");
@@ -101,18 +103,12 @@ class Shape {
   std::array<int, kDims> order_;
 };
 
-inline Counter counter(uintptr_t seed, uintptr_t draw, uint64_t first_sample, int stream) {
-  if (stream < 0 || stream > 255) throw py::value_error("stream must be in [0, 255], got " + std::to_string(stream));
-  // Seed and draw are read through their addresses: they are device scalars everywhere.
-  const auto seed_value = *pointer<const int64_t>(seed, 1, "seed"), draw_value = *pointer<const int64_t>(draw, 1, "draw");
-  return {uint64_t(seed_value), first_sample, uint32_t(draw_value), uint32_t(stream)};
-}
-
-// Noise given as a tensor, or as (address of seed, address of draw, first sample) to be drawn, or not at all.
-inline Noise noise_of(const Shape& shape, const py::object& given, const py::object& state, int stream) {
+// Noise given as a tensor, or as (seed, draw, first sample) to be drawn, or not at all.
+inline Noise noise_of(const Shape& shape, const py::object& given, const py::object& state, Stream stream) {
   if (state.is_none()) return {shape.array(given, "noise"), false, {}};
   const auto parts = state.cast<py::tuple>();
-  return {{}, true, counter(parts[0].cast<uintptr_t>(), parts[1].cast<uintptr_t>(), parts[2].cast<uint64_t>(), stream)};
+  const auto seed = uint64_t(parts[0].cast<int64_t>()), first_sample = parts[2].cast<uint64_t>();
+  return {{}, true, {seed, first_sample, uint32_t(parts[1].cast<int64_t>()), uint32_t(stream)}};
 }
 
 }  // namespace ddpm::cpu

@@ -15,6 +15,13 @@ using namespace ddpm::cpu;
 
 namespace {
 
+ddpm::Counter counter(uintptr_t seed, uintptr_t draw, uint64_t first_sample, int stream) {
+  if (stream < 0 || stream > 255) throw py::value_error("stream must be in [0, 255], got " + std::to_string(stream));
+  // Seed and draw are read through their addresses: they are device scalars everywhere.
+  const auto seed_value = *pointer<const int64_t>(seed, 1, "seed"), draw_value = *pointer<const int64_t>(draw, 1, "draw");
+  return {uint64_t(seed_value), first_sample, uint32_t(draw_value), uint32_t(stream)};
+}
+
 void noise(uintptr_t out, int64_t num_samples, int64_t size, uintptr_t seed, uintptr_t draw, uint64_t first_sample,
            int stream, int threads) {
   auto* data = pointer<float>(out, count(num_samples, size), "out");
@@ -41,8 +48,6 @@ void dropout_mask(uintptr_t out, int64_t num_samples, int64_t size, uint32_t thr
   py::gil_scoped_release unlocked;
   run(data, num_samples, size, threshold, scale, at, threads);
 }
-
-enum Stream { kPerturb = 1, kReverse = 3 };  // as in ddpm_fast/reference/philox.py
 
 // Element [k, column] of rows, (address, bytes of an element, strides).
 float row_value(const py::tuple& rows, int64_t k, int64_t column) {

@@ -13,6 +13,8 @@ from torch.nn import Parameter
 
 from ._dispatch import Unavailable
 
+ARRAY_DTYPES = (torch.float32, torch.bfloat16)
+_STRIDED = torch.strided
 MAX_NDIM = 8  # of a tensor [N, ...] that a kernel takes by its strides
 
 _forked = False
@@ -58,11 +60,12 @@ def load() -> Any:
 def unfit(*values: Any) -> str | None:
     """Why the native module can't run on these arguments (those that are tensors), or in torch's present state."""
     for value in values:
-        if isinstance(value, Tensor):
-            if type(value) is not Tensor and type(value) is not Parameter:
-                return f"needs plain tensors, got a {type(value).__name__}"
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:
             if not value.is_cpu:
                 return f"runs on the CPU, the data is on {value.device}"
+        elif isinstance(value, Tensor):
+            return f"needs plain tensors, got a {kind.__name__}"
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return "a dispatch mode or tracer wants to see torch's own operators"
     if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
@@ -75,9 +78,9 @@ def unfit_arrays(*values: Tensor | None, grads: bool = False) -> str | None:
     wanted = not grads and torch.is_grad_enabled()
     for value in values:
         if value is not None:
-            if value.dtype is not torch.float32 and value.dtype is not torch.bfloat16:
+            if value.dtype not in ARRAY_DTYPES:
                 return f"takes float32 and bfloat16, got {value.dtype}"
-            if value.layout is not torch.strided or value.is_neg() or value.ndim > MAX_NDIM:
+            if value.is_neg() or value.layout is not _STRIDED or value.ndim > MAX_NDIM:
                 return f"needs plain memory of at most {MAX_NDIM} dimensions"
             if wanted and value.requires_grad:
                 return "has no gradient for these arguments"

@@ -52,33 +52,33 @@ def _rejects(
     )
 
 
-def _arguments(
-    model_out: Tensor,
-    noise: Tensor | NoiseState,
-    noise_coef: Tensor | None,
-    x_coef: Tensor | None,
-    x_start: Tensor | None,
-    l1: bool,
-) -> tuple[Any, ...]:
-    """As the native module takes them, forward and backward; contiguous coefficients."""
+Target = tuple[Tensor | None, Tensor | None, Tensor | None]  # noise_coef, x_coef, x_start
+
+
+def _arguments(model_out: Tensor, source: tuple[Any, Any], target: Target, l1: bool) -> tuple[Any, ...]:
+    """As the native module takes them, forward and backward."""
+    noise_coef, x_coef, x_start = target
     coefs = (0 if noise_coef is None else noise_coef.data_ptr(), 0 if x_coef is None else x_coef.data_ptr())
-    arrays = (_native.array(model_out), *native_source(noise))
-    return model_out.shape, *arrays, *coefs, _native.array(x_start), l1, _native.threads()
+    arrays = (_native.array(model_out), *source, *coefs, _native.array(x_start))
+    return (model_out.shape, *arrays, l1, _native.threads())
+
+
+def _forward(model_out: Tensor, source: tuple[Any, Any], target: Target, l1: bool) -> Tensor:
+    loss = torch.empty((), dtype=torch.float32, device="cpu")
+    _native.load().diffusion_loss(loss.data_ptr(), *_arguments(model_out, source, target, l1))
+    return loss
 
 
 class _Loss(torch.autograd.Function):
-    """The gradient for model_out alone; the noise is drawn again from its counter."""
+    """The gradient for model_out alone; noise is drawn again from its counter."""
 
     @staticmethod
-    def forward(ctx: Any, model_out: Tensor, noise: Tensor | NoiseState, l1: bool, *target: Tensor | None) -> Tensor:
-        ctx.l1, ctx.first_sample = l1, None
-        if isinstance(noise, NoiseState):
-            ctx.first_sample = noise.first_sample
-            # Clones: whoever counts the draws may advance them in place before the backward.
-            ctx.save_for_backward(model_out, noise.seed.clone(), noise.draw.clone(), *target)
-        else:
-            ctx.save_for_backward(model_out, noise, None, *target)
-        return _forward(model_out, noise, l1, *target)
+    def forward(ctx: Any, model_out: Tensor, noise: Tensor | NoiseState, l1: bool, *target: Any) -> Tensor:
+        # A state by its values: whoever counts the draws may advance them in place before the backward.
+        source = native_source(noise)
+        ctx.state, ctx.l1 = source[1], l1
+        ctx.save_for_backward(model_out, None if ctx.state else noise, *target)
+        return _forward(model_out, source, target, l1)  # type: ignore[arg-type]
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
@@ -86,19 +86,15 @@ class _Loss(torch.autograd.Function):
             raise RuntimeError(
                 "diffusion_loss: the native backend has no second derivative; ops.use_backend('reference') has one"
             )
-        model_out, noise, draw, *target = ctx.saved_tensors
-        if ctx.first_sample is not None:
-            noise = NoiseState(noise, draw, ctx.first_sample)
+        model_out, noise, *target = ctx.saved_tensors
+        arguments = _arguments(model_out, (_native.array(noise), ctx.state), target, ctx.l1)
         grad = torch.empty_like(model_out)
-        arguments = _arguments(model_out, noise, *target, ctx.l1)
         _native.load().diffusion_loss_backward(_native.array(grad), grad_loss.data_ptr(), *arguments)
         return grad, None, None, None, None, None
 
 
-def _forward(model_out: Tensor, noise: Tensor | NoiseState, l1: bool, *target: Tensor | None) -> Tensor:
-    loss = torch.empty((), dtype=torch.float32, device="cpu")
-    _native.load().diffusion_loss(loss.data_ptr(), *_arguments(model_out, noise, *target, l1))
-    return loss
+def _contiguous(coef: Tensor | None) -> Tensor | None:
+    return None if coef is None else coef.contiguous()
 
 
 def _load() -> Callable[..., Tensor]:
@@ -113,13 +109,11 @@ def _load() -> Callable[..., Tensor]:
         x_coef: Tensor | None,
         x_start: Tensor | None,
     ) -> Tensor:
-        noise_coef = None if noise_coef is None else noise_coef.contiguous()
-        x_coef = None if x_coef is None else x_coef.contiguous()
-        arguments = (model_out, noise, loss_type == "l1", noise_coef, x_coef, x_start)
+        target = (_contiguous(noise_coef), _contiguous(x_coef), x_start)
         if model_out.requires_grad and torch.is_grad_enabled():
-            loss: Tensor = _Loss.apply(*arguments)
+            loss: Tensor = _Loss.apply(model_out, noise, loss_type == "l1", *target)
             return loss
-        return _forward(*arguments)
+        return _forward(model_out, native_source(noise), target, loss_type == "l1")
 
     return run
 

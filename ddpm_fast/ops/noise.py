@@ -25,8 +25,10 @@ def _state(state: NoiseState) -> tuple[int, int, int]:
 
 
 def native_source(noise: Tensor | NoiseState | None) -> tuple[Any, Any]:
-    """The noise as native ops take it: a tensor and a state, one of them None."""
-    return (None, _state(noise)) if isinstance(noise, NoiseState) else (_native.array(noise), None)
+    """The noise as native ops take it: a tensor, and the values of a state; at most one of them is there."""
+    if isinstance(noise, NoiseState):
+        return None, (noise.seed.item(), noise.draw.item(), noise.first_sample)
+    return _native.array(noise), None
 
 
 def _load_noise() -> Callable[..., Tensor]:

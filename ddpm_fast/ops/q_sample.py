@@ -26,9 +26,7 @@ def _traced(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Te
     return _NODE(x_start, t, signal, sigma, drawn(noise, x_start, PERTURB))
 
 
-def _rejects(
-    x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Tensor | NoiseState
-) -> str | None:
+def _rejects(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Tensor | NoiseState) -> str | None:
     tables = (signal, sigma)
     for table in tables:
         if table.dtype is not torch.float32:

@@ -64,17 +64,13 @@ def _rejects(
     x0_out: Tensor | None,
     **rest: Any,
 ) -> str | None:
-    if isinstance(noise, NoiseState):
-        given, z = noise[:2], None
-    else:
-        given, z = (), noise
+    state, z = (noise[:2], None) if isinstance(noise, NoiseState) else ((), noise)
     if rows.dtype is torch.float16:
         return "takes no float16 rows"
     if rows.requires_grad and torch.is_grad_enabled():
         return "has no gradient for rows"
-    return _native.unfit(x, model_out, rows, k, z, hist, out, x0_out, *given) or _native.unfit_arrays(
-        x, model_out, z, hist, out, x0_out
-    )
+    arrays = (x, model_out, z, hist, out, x0_out)
+    return _native.unfit(*arrays, rows, k, *state) or _native.unfit_arrays(*arrays)
 
 
 def _load() -> Callable[..., Any]:
