@@ -78,7 +78,7 @@ class _Loss(torch.autograd.Function):
         source = native_source(noise)
         ctx.state, ctx.l1 = source[1], l1
         ctx.save_for_backward(model_out, None if ctx.state else noise, *target)
-        return _forward(model_out, source, target, l1)  # type: ignore[arg-type]
+        return _forward(model_out, source, target, l1)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:

@@ -19,7 +19,7 @@ from .noise import check_source, drawn, native_source
 NUM_COLUMNS = 8
 
 
-def _delivering(step: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+def _delivering(step: Callable[..., Any]) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     """`step`, which returns x' and x0_hat, with the noise drawn and the results where the caller asked for them."""
 
     def run(
@@ -44,7 +44,7 @@ def _delivering(step: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Ten
     return run
 
 
-_plain: Callable[..., Any] = partial(reference.sampler_step, return_x0=True)
+_plain = partial(reference.sampler_step, return_x0=True)
 _NODE = composition(
     "sampler_step(Tensor x, Tensor model_out, Tensor rows, Tensor k, *, Tensor? noise=None, Tensor? hist=None, "
     "float? clip=None) -> (Tensor, Tensor)",
@@ -116,10 +116,7 @@ def _load() -> Callable[..., Any]:
             increment_version(x0_out)
         return x_next, x0_hat
 
-    def apart(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return run(*args, **kwargs, out=None, x0_out=None, return_x0=True)
-
-    aside = _delivering(apart)
+    aside = _delivering(partial(run, out=None, x0_out=None, return_x0=True))
     return run
 
 
@@ -174,10 +171,8 @@ def sampler_step(
         if value is not None:
             dtype = None if name == "hist" else x.dtype
             _checks.tensor(name, value, shape=x.shape, dtype=dtype, device=x.device)
-            if name != "hist" and any(
-                step == 0 and size > 1 for step, size in zip(value.stride(), x.shape, strict=True)
-            ):
-                raise ValueError(f"{name} must have memory for each element, got an expanded tensor: .contiguous() it")
+            if name != "hist":
+                _checks.own_memory(name, value)
     if noise is not None:
         check_source(noise, x)
     clip = None if clip is None else _checks.number("clip", clip)

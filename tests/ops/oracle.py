@@ -25,6 +25,11 @@ def backends(op: str) -> list[str]:
     return [backend for name, backend, reason in ops.availability() if name == op and reason is None]
 
 
+def backends_and_dtypes(op: str) -> list[tuple[str, torch.dtype]]:
+    """What is to be tested: each backend that can run an op here, with each dtype; native takes no float16."""
+    return [(b, d) for b in backends(op) for d in DTYPES if (b, d) != ("native", torch.float16)]
+
+
 def laid_out(x: Tensor, layout: str) -> Tensor:
     """The same values in another memory layout; "slice" is a part of a larger tensor, at an odd offset."""
     if layout == "channels_last" and x.ndim == 4:
