@@ -1,4 +1,4 @@
-// Tensors as ddpm_fast.ops hands them over, (address, bytes of an element, strides) or None, made into the kernels' arrays.
+// Tensors of Python made into the kernels' arrays; None into one without data.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -29,14 +29,45 @@ inline int64_t count(int64_t num_samples, int64_t size) {
   return total;
 }
 
+// Tensors that come as such are asked for what they are, by names that are made once.
+inline py::object ask(py::handle tensor, py::handle method) {
+  PyObject* answer = PyObject_CallMethodNoArgs(tensor.ptr(), method.ptr());
+  if (answer == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(answer);
+}
+
+inline uintptr_t address(py::handle tensor) {
+  static const py::handle data_ptr = PyUnicode_InternFromString("data_ptr");
+  return tensor.is_none() ? 0 : PyLong_AsSize_t(ask(tensor, data_ptr).ptr());
+}
+
+inline int element_size(py::handle tensor) {
+  static const py::handle element_size = PyUnicode_InternFromString("element_size");
+  return int(PyLong_AsLong(ask(tensor, element_size).ptr()));
+}
+
+inline py::tuple shape_of(py::handle tensor) {
+  static const py::handle size = PyUnicode_InternFromString("size");
+  return py::reinterpret_steal<py::tuple>(ask(tensor, size).release());
+}
+
+inline py::tuple strides_of(py::handle tensor) {
+  static const py::handle stride = PyUnicode_InternFromString("stride");
+  return py::reinterpret_steal<py::tuple>(ask(tensor, stride).release());
+}
+
+inline int64_t at(const py::tuple& numbers, int i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(numbers.ptr(), i)); }
+
 // A shape [N, ...], and the order in which its elements are taken.
 class Shape {
  public:
-  explicit Shape(const py::tuple& shape) : dims_(int(shape.size()) - 1) {
+  explicit Shape(py::handle tensor) {
+    const py::tuple shape = shape_of(tensor);
+    dims_ = int(shape.size()) - 1;
     if (dims_ < 0 || dims_ > kDims) throw py::value_error("a shape has 1 to " + std::to_string(kDims + 1) + " dimensions");
-    batch = {shape[0].cast<int64_t>(), 1};
+    batch = {at(shape, 0), 1};
     for (int d = 0; d < dims_; ++d) {
-      size_[d] = shape[d + 1].cast<int64_t>();
+      size_[d] = at(shape, d + 1);
       order_[d] = d;
       batch.size = count(batch.size, size_[d]);
     }
@@ -44,28 +75,27 @@ class Shape {
   }
 
   // From now on by the strides of this tensor: what lies alike is then worked on in the order of memory.
-  void order_by(const py::tuple& view) {
-    const auto strides = view[2].cast<py::tuple>();
+  void order_by(py::handle tensor) {
+    const py::tuple strides = strides_of(tensor);
     int64_t stride[kDims];
-    for (int d = 0; d < dims_; ++d) stride[d] = strides[d + 1].cast<int64_t>();
+    for (int d = 0; d < dims_; ++d) stride[d] = at(strides, d + 1);
     std::stable_sort(order_.begin(), order_.begin() + dims_, [&](int a, int b) { return stride[a] > stride[b]; });
   }
 
-  Array array(const py::object& view, const char* name) const {
+  Array array(py::handle tensor, const char* name) const {
     Array a{};
-    if (view.is_none()) return a;
-    const auto parts = view.cast<py::tuple>();
-    const auto strides = parts[2].cast<py::tuple>();
-    const auto address = parts[0].cast<uintptr_t>(), bytes = parts[1].cast<uintptr_t>();
+    if (tensor.is_none()) return a;
+    const py::tuple strides = strides_of(tensor);
+    const int bytes = element_size(tensor);
     if (bytes != 4 && bytes != 2) throw py::value_error(std::string(name) + ": elements must have 4 or 2 bytes");
     if (int(strides.size()) != dims_ + 1) throw py::value_error(std::string(name) + ": as many strides as dimensions");
     a.type = bytes == 4 ? Type::float32 : Type::bf16;
     const int64_t elements = batch.num_samples * batch.size;
-    a.data = reinterpret_cast<char*>(bytes == 4 ? (void*)pointer<float>(address, elements, name)
-                                                : (void*)pointer<uint16_t>(address, elements, name));
-    a.sample_stride = strides[0].cast<int64_t>();
+    if (bytes == 4) a.data = reinterpret_cast<char*>(pointer<float>(address(tensor), elements, name));
+    if (bytes == 2) a.data = reinterpret_cast<char*>(pointer<uint16_t>(address(tensor), elements, name));
+    a.sample_stride = at(strides, 0);
     for (int i = 0; i < dims_; ++i) {
-      const int64_t size = size_[order_[i]], stride = strides[order_[i] + 1].cast<int64_t>();
+      const int64_t size = size_[order_[i]], stride = at(strides, order_[i] + 1);
       if (size == 1) continue;
       if (a.dims > 0 && a.stride[a.dims - 1] == size * stride) {  // lies on like the dimension outside
         a.size[a.dims - 1] *= size;
@@ -104,9 +134,9 @@ class Shape {
 };
 
 // Noise given as a tensor, or as (seed, draw, first sample) to be drawn, or not at all.
-inline Noise noise_of(const Shape& shape, const py::object& given, const py::object& state, Stream stream) {
-  if (state.is_none()) return {shape.array(given, "noise"), false, {}};
-  const auto parts = state.cast<py::tuple>();
+inline Noise noise_of(const Shape& shape, py::handle noise, Stream stream) {
+  if (!PyTuple_CheckExact(noise.ptr())) return {shape.array(noise, "noise"), false, {}};
+  const auto parts = py::reinterpret_borrow<py::tuple>(noise);
   const auto seed = uint64_t(parts[0].cast<int64_t>()), first_sample = parts[2].cast<uint64_t>();
   return {{}, true, {seed, first_sample, uint32_t(parts[1].cast<int64_t>()), uint32_t(stream)}};
 }

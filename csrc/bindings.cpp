@@ -49,25 +49,37 @@ void dropout_mask(uintptr_t out, int64_t num_samples, int64_t size, uint32_t thr
   run(data, num_samples, size, threshold, scale, at, threads);
 }
 
-// Element [k, column] of rows, (address, bytes of an element, strides).
-float row_value(const py::tuple& rows, int64_t k, int64_t column) {
-  const auto strides = rows[2].cast<py::tuple>();
-  const int64_t at = k * strides[0].cast<int64_t>() + column * strides[1].cast<int64_t>();
-  const auto address = rows[0].cast<uintptr_t>();
-  switch (rows[1].cast<int>()) {
-    case 8: return float(pointer<const double>(address, 1, "rows")[at]);
-    case 4: return pointer<const float>(address, 1, "rows")[at];
-    case 2: return ddpm::bits_float(int32_t(uint32_t{pointer<const uint16_t>(address, 1, "rows")[at]} << 16));
+template <class T>
+float value(T x) {
+  return float(x);
+}
+
+float value(uint16_t bf16) { return ddpm::bits_float(int32_t(uint32_t{bf16} << 16)); }
+
+template <class T>
+void read_row(SamplerStep& step, uintptr_t rows, int64_t first, int64_t apart) {
+  const T* row = pointer<const T>(rows, 1, "rows") + first;
+  float* const columns[] = {&step.p_x, &step.p_m, &step.c_x, &step.c_0, &step.c_h, &step.c_z};
+  for (int i = 0; i < 6; ++i) *columns[i] = value(row[(i + 2) * apart]);  // after t and c_in
+}
+
+void read_row(SamplerStep& step, py::handle rows, uintptr_t k) {
+  const auto num_rows = at(shape_of(rows), 0), row = *pointer<const int64_t>(k, 1, "k");
+  if (row < 0 || row >= num_rows) throw py::value_error("k must lie in [0, " + std::to_string(num_rows) + ")");
+  const py::tuple strides = strides_of(rows);
+  const auto first = row * at(strides, 0), apart = at(strides, 1);
+  switch (element_size(rows)) {
+    case 8: return read_row<double>(step, address(rows), first, apart);
+    case 4: return read_row<float>(step, address(rows), first, apart);
+    default: return read_row<uint16_t>(step, address(rows), first, apart);
   }
-  throw py::value_error("rows: elements must have 8, 4 or 2 bytes");
 }
 
 // False, and nothing done, where a result would be written over what is still to be read.
-bool sampler_step(const py::tuple& sizes, const py::tuple& out, const py::object& x0_out, const py::object& x,
-                  const py::object& model_out, const py::object& hist, const py::object& noise, const py::object& state,
-                  const py::tuple& rows, int64_t num_rows, uintptr_t k, double clip, int threads) {
-  Shape shape(sizes);
-  if (state.is_none()) shape.order_by(out);
+bool sampler_step(py::handle out, py::handle x0_out, py::handle x, py::handle model_out, py::handle hist,
+                  py::handle noise, py::handle rows, uintptr_t k, double clip, int threads) {
+  Shape shape(x);
+  if (!PyTuple_CheckExact(noise.ptr())) shape.order_by(out);
   SamplerStep step{};
   step.batch = shape.batch;
   step.out = shape.array(out, "out");
@@ -75,15 +87,12 @@ bool sampler_step(const py::tuple& sizes, const py::tuple& out, const py::object
   step.x = shape.array(x, "x");
   step.model_out = shape.array(model_out, "model_out");
   step.hist = shape.array(hist, "hist");
-  step.noise = noise_of(shape, noise, state, kReverse);
+  step.noise = noise_of(shape, noise, kReverse);
   for (const Array& in : {step.x, step.model_out, step.hist, step.noise.given}) {
     if (shape.clash(step.out, in) || shape.clash(step.x0_out, in)) return false;
   }
   if (step.out.data == step.x0_out.data ? step.out.data != nullptr : shape.clash(step.out, step.x0_out)) return false;
-  const int64_t row = *pointer<const int64_t>(k, 1, "k");
-  if (row < 0 || row >= num_rows) throw py::value_error("k must lie in [0, " + std::to_string(num_rows) + ")");
-  float* const columns[] = {&step.p_x, &step.p_m, &step.c_x, &step.c_0, &step.c_h, &step.c_z};
-  for (int i = 0; i < 6; ++i) *columns[i] = row_value(rows, row, i + 2);
+  read_row(step, rows, k);
   step.clip = float(clip);
   if (step.c_z == 0.0f) step.noise.drawn = false;  // what is drawn is finite
   const auto run = kernels().sampler_step;
@@ -92,15 +101,15 @@ bool sampler_step(const py::tuple& sizes, const py::tuple& out, const py::object
   return true;
 }
 
-void q_sample(const py::tuple& sizes, const py::tuple& out, const py::object& x_start, uintptr_t t, uintptr_t signal,
-              uintptr_t sigma, int64_t num_timesteps, const py::object& noise, const py::object& state, int threads) {
-  Shape shape(sizes);
-  if (state.is_none()) shape.order_by(out);
+void q_sample(py::handle out, py::handle x_start, uintptr_t t, uintptr_t signal, uintptr_t sigma, int64_t num_timesteps,
+              py::handle noise, int threads) {
+  Shape shape(x_start);
+  if (!PyTuple_CheckExact(noise.ptr())) shape.order_by(out);
   QSample of{};
   of.batch = shape.batch;
   of.out = shape.array(out, "out");
   of.x_start = shape.array(x_start, "x_start");
-  of.noise = noise_of(shape, noise, state, kPerturb);
+  of.noise = noise_of(shape, noise, kPerturb);
   of.t = pointer<const int64_t>(t, of.batch.num_samples, "t");
   of.signal = pointer<const float>(signal, num_timesteps, "signal");
   of.sigma = pointer<const float>(sigma, num_timesteps, "sigma");
@@ -114,12 +123,12 @@ void q_sample(const py::tuple& sizes, const py::tuple& out, const py::object& x_
   run(of, threads);
 }
 
-DiffusionLoss loss_of(const Shape& shape, const py::object& model_out, const py::object& noise, const py::object& state,
-                      uintptr_t noise_coef, uintptr_t x_coef, const py::object& x_start, bool l1) {
+DiffusionLoss loss_of(const Shape& shape, py::handle model_out, py::handle noise, uintptr_t noise_coef, uintptr_t x_coef,
+                      py::handle x_start, bool l1) {
   DiffusionLoss of{};
   of.batch = shape.batch;
   of.model_out = shape.array(model_out, "model_out");
-  of.noise = noise_of(shape, noise, state, kPerturb);
+  of.noise = noise_of(shape, noise, kPerturb);
   of.noise_coef = pointer<const float>(noise_coef, 0, "noise_coef");
   of.x_coef = pointer<const float>(x_coef, x_start.is_none() ? 0 : of.batch.num_samples, "x_coef");
   of.x_start = shape.array(x_start, "x_start");
@@ -128,11 +137,9 @@ DiffusionLoss loss_of(const Shape& shape, const py::object& model_out, const py:
 }
 
 // Always in element order, so that the same numbers have the same sum in any layout.
-void diffusion_loss(uintptr_t loss, const py::tuple& sizes, const py::object& model_out, const py::object& noise,
-                    const py::object& state, uintptr_t noise_coef, uintptr_t x_coef, const py::object& x_start, bool l1,
-                    int threads) {
-  const Shape shape(sizes);
-  const auto of = loss_of(shape, model_out, noise, state, noise_coef, x_coef, x_start, l1);
+void diffusion_loss(uintptr_t loss, py::handle model_out, py::handle noise, uintptr_t noise_coef, uintptr_t x_coef,
+                    py::handle x_start, bool l1, int threads) {
+  const auto of = loss_of(Shape(model_out), model_out, noise, noise_coef, x_coef, x_start, l1);
   float* const to = pointer<float>(loss, 1, "loss");
   const auto run = kernels().diffusion_loss;
   py::gil_scoped_release unlocked;
@@ -143,12 +150,11 @@ void diffusion_loss(uintptr_t loss, const py::tuple& sizes, const py::object& mo
   *to = float(total / double(of.batch.num_samples * of.batch.size));
 }
 
-void diffusion_loss_backward(const py::tuple& out, uintptr_t grad_loss, const py::tuple& sizes,
-                             const py::object& model_out, const py::object& noise, const py::object& state,
-                             uintptr_t noise_coef, uintptr_t x_coef, const py::object& x_start, bool l1, int threads) {
-  Shape shape(sizes);
-  if (state.is_none()) shape.order_by(out);
-  const auto of = loss_of(shape, model_out, noise, state, noise_coef, x_coef, x_start, l1);
+void diffusion_loss_backward(py::handle out, uintptr_t grad_loss, py::handle model_out, py::handle noise,
+                             uintptr_t noise_coef, uintptr_t x_coef, py::handle x_start, bool l1, int threads) {
+  Shape shape(model_out);
+  if (!PyTuple_CheckExact(noise.ptr())) shape.order_by(out);
+  const auto of = loss_of(shape, model_out, noise, noise_coef, x_coef, x_start, l1);
   const auto to = shape.array(out, "out");
   const double grad = *pointer<const float>(grad_loss, 1, "grad_loss");
   const auto factor = float(grad / double(of.batch.num_samples * of.batch.size));
@@ -171,12 +177,12 @@ PYBIND11_MODULE(_C, m) {
         "stream"_a);
   m.def("dropout_mask", &dropout_mask, "out"_a, "num_samples"_a, "size"_a, "threshold"_a, "scale"_a, "seed"_a, "draw"_a,
         "first_sample"_a, "stream"_a, "threads"_a);
-  m.def("sampler_step", &sampler_step, "shape"_a, "out"_a, "x0_out"_a, "x"_a, "model_out"_a, "hist"_a, "noise"_a,
-        "state"_a, "rows"_a, "num_rows"_a, "k"_a, "clip"_a, "threads"_a);
-  m.def("q_sample", &q_sample, "shape"_a, "out"_a, "x_start"_a, "t"_a, "signal"_a, "sigma"_a, "num_timesteps"_a,
-        "noise"_a, "state"_a, "threads"_a);
-  m.def("diffusion_loss", &diffusion_loss, "loss"_a, "shape"_a, "model_out"_a, "noise"_a, "state"_a, "noise_coef"_a,
-        "x_coef"_a, "x_start"_a, "l1"_a, "threads"_a);
-  m.def("diffusion_loss_backward", &diffusion_loss_backward, "out"_a, "grad_loss"_a, "shape"_a, "model_out"_a,
-        "noise"_a, "state"_a, "noise_coef"_a, "x_coef"_a, "x_start"_a, "l1"_a, "threads"_a);
+  m.def("sampler_step", &sampler_step, "out"_a, "x0_out"_a, "x"_a, "model_out"_a, "hist"_a, "noise"_a, "rows"_a, "k"_a,
+        "clip"_a, "threads"_a);
+  m.def("q_sample", &q_sample, "out"_a, "x_start"_a, "t"_a, "signal"_a, "sigma"_a, "num_timesteps"_a, "noise"_a,
+        "threads"_a);
+  m.def("diffusion_loss", &diffusion_loss, "loss"_a, "model_out"_a, "noise"_a, "noise_coef"_a, "x_coef"_a, "x_start"_a,
+        "l1"_a, "threads"_a);
+  m.def("diffusion_loss_backward", &diffusion_loss_backward, "out"_a, "grad_loss"_a, "model_out"_a, "noise"_a,
+        "noise_coef"_a, "x_coef"_a, "x_start"_a, "l1"_a, "threads"_a);
 }

@@ -104,6 +104,14 @@ static inline const float* read(const Noise& noise, const Piece& p, Buffer& buff
   return buffer;
 }
 
+// As `store`, but the same bits on every instruction set: the instruction for it drops subnormal numbers.
+static inline void store_exact(bf16* p, Floats v) {
+  const Words32 bits = (Words32)v;
+  const Words32 rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16;
+  const Halves h = __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40, Halves);
+  std::memcpy(p, &h, sizeof h);
+}
+
 // Where to write the piece of an array by whole vectors, to be followed by `written`; null without an array.
 static inline float* to_write(const Array& a, const Piece& p, Buffer& buffer) {
   if (a.data == nullptr) return nullptr;
@@ -118,7 +126,7 @@ static inline void written(const Array& a, const Piece& p, const float* from, co
   bf16 narrow[kPiece];
   bf16* const data = in_place<bf16>(a, p);
   bf16* const to = data ? data : narrow;
-  for (int64_t i = 0; i < p.count; i += kVec) store(to + i, load(from + i));
+  for (int64_t i = 0; i < p.count; i += kVec) store_exact(to + i, load(from + i));
   if (!data) scatter(a, p, narrow);
 }
 

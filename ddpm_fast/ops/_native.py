@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
@@ -57,18 +57,18 @@ def load() -> Any:
     return module
 
 
-def unfit(*values: Any) -> str | None:
-    """Why the native module can't run on these arguments (those that are tensors), or in torch's present state."""
+def unfit(*values: Tensor | None) -> str | None:
+    """Why the native module can't run on these tensors, or in torch's present state."""
     for value in values:
-        kind = type(value)
-        if kind is Tensor or kind is Parameter:
+        if value is not None:
+            kind = type(value)
+            if kind is not Tensor and kind is not Parameter:
+                return f"needs plain tensors, got a {kind.__name__}"
             if not value.is_cpu:
                 return f"runs on the CPU, the data is on {value.device}"
-        elif isinstance(value, Tensor):
-            return f"needs plain tensors, got a {kind.__name__}"
-    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+    if _C._len_torch_dispatch_stack() or _C._get_tracing_state() is not None:
         return "a dispatch mode or tracer wants to see torch's own operators"
-    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+    if _C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
         return "has no transforms of torch.func and no forward-mode gradient"
     return None
 
@@ -87,6 +87,7 @@ def unfit_arrays(*values: Tensor | None, grads: bool = False) -> str | None:
     return None
 
 
-def array(value: Tensor | None) -> tuple[int, int, tuple[int, ...]] | None:
-    """A tensor as the native module takes it; with `Tensor.shape` beside it."""
-    return None if value is None else (value.data_ptr(), value.element_size(), value.stride())
+def refuse_double_backward(op: str) -> None:
+    """Raise where a backward is to be differentiated itself."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: the native backend has no second derivative; ops.use_backend('reference') has one")

@@ -11,7 +11,7 @@ from ..reference.philox import PERTURB, NoiseState
 from . import _checks, _native
 from ._dispatch import Impl, Op
 from ._library import composition
-from .noise import check_source, drawn, native_source
+from .noise import check_source, drawn, source
 
 LOSSES = ("l1", "l2")
 
@@ -52,20 +52,16 @@ def _rejects(
     )
 
 
-Target = tuple[Tensor | None, Tensor | None, Tensor | None]  # noise_coef, x_coef, x_start
-
-
-def _arguments(model_out: Tensor, source: tuple[Any, Any], target: Target, l1: bool) -> tuple[Any, ...]:
+def _arguments(model_out: Tensor, noise: Any, *rest: Any) -> tuple[Any, ...]:
     """As the native module takes them, forward and backward."""
-    noise_coef, x_coef, x_start = target
+    noise_coef, x_coef, x_start, l1 = rest
     coefs = (0 if noise_coef is None else noise_coef.data_ptr(), 0 if x_coef is None else x_coef.data_ptr())
-    arrays = (_native.array(model_out), *source, *coefs, _native.array(x_start))
-    return (model_out.shape, *arrays, l1, _native.threads())
+    return (model_out, noise, *coefs, x_start, l1, _native.threads())
 
 
-def _forward(model_out: Tensor, source: tuple[Any, Any], target: Target, l1: bool) -> Tensor:
+def _forward(*arguments: Any) -> Tensor:
     loss = torch.empty((), dtype=torch.float32, device="cpu")
-    _native.load().diffusion_loss(loss.data_ptr(), *_arguments(model_out, source, target, l1))
+    _native.load().diffusion_loss(loss.data_ptr(), *_arguments(*arguments))
     return loss
 
 
@@ -73,23 +69,20 @@ class _Loss(torch.autograd.Function):
     """The gradient for model_out alone; noise is drawn again from its counter."""
 
     @staticmethod
-    def forward(ctx: Any, model_out: Tensor, noise: Tensor | NoiseState, l1: bool, *target: Any) -> Tensor:
-        # A state by its values: whoever counts the draws may advance them in place before the backward.
-        source = native_source(noise)
-        ctx.state, ctx.l1 = source[1], l1
-        ctx.save_for_backward(model_out, None if ctx.state else noise, *target)
-        return _forward(model_out, source, target, l1)
+    def forward(ctx: Any, model_out: Tensor, noise: Any, *rest: Any) -> Tensor:
+        # The noise is a tensor or the values of a state: its tensors may be advanced before the backward.
+        *target, ctx.l1 = rest
+        ctx.values = noise if isinstance(noise, tuple) else None
+        ctx.save_for_backward(model_out, None if ctx.values else noise, *target)
+        return _forward(model_out, noise, *rest)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "diffusion_loss: the native backend has no second derivative; ops.use_backend('reference') has one"
-            )
+        _native.refuse_double_backward("diffusion_loss")
         model_out, noise, *target = ctx.saved_tensors
-        arguments = _arguments(model_out, (_native.array(noise), ctx.state), target, ctx.l1)
         grad = torch.empty_like(model_out)
-        _native.load().diffusion_loss_backward(_native.array(grad), grad_loss.data_ptr(), *arguments)
+        arguments = _arguments(model_out, ctx.values or noise, *target, ctx.l1)
+        _native.load().diffusion_loss_backward(grad, grad_loss.data_ptr(), *arguments)
         return grad, None, None, None, None, None
 
 
@@ -109,11 +102,11 @@ def _load() -> Callable[..., Tensor]:
         x_coef: Tensor | None,
         x_start: Tensor | None,
     ) -> Tensor:
-        target = (_contiguous(noise_coef), _contiguous(x_coef), x_start)
+        rest = (source(noise), _contiguous(noise_coef), _contiguous(x_coef), x_start, loss_type == "l1")
         if model_out.requires_grad and torch.is_grad_enabled():
-            loss: Tensor = _Loss.apply(model_out, noise, loss_type == "l1", *target)
+            loss: Tensor = _Loss.apply(model_out, *rest)
             return loss
-        return _forward(model_out, native_source(noise), target, loss_type == "l1")
+        return _forward(model_out, *rest)
 
     return run
 

@@ -24,11 +24,11 @@ def _state(state: NoiseState) -> tuple[int, int, int]:
     return state.seed.data_ptr(), state.draw.data_ptr(), state.first_sample
 
 
-def native_source(noise: Tensor | NoiseState | None) -> tuple[Any, Any]:
-    """The noise as native ops take it: a tensor, and the values of a state; at most one of them is there."""
+def source(noise: Tensor | NoiseState | None) -> Tensor | tuple[float, float, int] | None:
+    """The noise as native ops take it, a state by its values."""
     if isinstance(noise, NoiseState):
-        return None, (noise.seed.item(), noise.draw.item(), noise.first_sample)
-    return _native.array(noise), None
+        return noise.seed.item(), noise.draw.item(), noise.first_sample
+    return noise
 
 
 def _load_noise() -> Callable[..., Tensor]:

@@ -10,7 +10,7 @@ from ..reference.philox import PERTURB, NoiseState
 from . import _checks, _native
 from ._dispatch import Impl, Op
 from ._library import composition
-from .noise import check_source, drawn, native_source
+from .noise import check_source, drawn, source
 
 
 def _reference(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Tensor | NoiseState) -> Tensor:
@@ -37,13 +37,13 @@ def _rejects(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: T
 
 
 def _load() -> Callable[..., Tensor]:
-    native, array = _native.load().q_sample, _native.array
+    native = _native.load().q_sample
 
     def run(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Tensor | NoiseState) -> Tensor:
         x_t = torch.empty_like(x_start)
         t, signal, sigma = t.contiguous(), signal.contiguous(), sigma.contiguous()
         tables = (t.data_ptr(), signal.data_ptr(), sigma.data_ptr(), signal.shape[0])
-        native(x_t.shape, array(x_t), array(x_start), *tables, *native_source(noise), _native.threads())
+        native(x_t, x_start, *tables, source(noise), _native.threads())
         return x_t
 
     return run

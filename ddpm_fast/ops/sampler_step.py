@@ -14,7 +14,7 @@ from ..reference.philox import REVERSE, NoiseState
 from . import _checks, _native
 from ._dispatch import Impl, Op
 from ._library import composition
-from .noise import check_source, drawn, native_source
+from .noise import check_source, drawn, source
 
 NUM_COLUMNS = 8
 
@@ -74,7 +74,7 @@ def _rejects(
 
 
 def _load() -> Callable[..., Any]:
-    native, array = _native.load().sampler_step, _native.array
+    native = _native.load().sampler_step
 
     def run(
         x: Tensor,
@@ -91,20 +91,9 @@ def _load() -> Callable[..., Any]:
     ) -> Tensor | tuple[Tensor, Tensor]:
         x_next = torch.empty_like(x) if out is None else out
         x0_hat = None if not return_x0 else torch.empty_like(x) if x0_out is None else x0_out
-        done = native(
-            x.shape,
-            array(x_next),
-            array(x0_hat),
-            array(x),
-            array(model_out),
-            array(hist),
-            *native_source(noise),
-            array(rows),
-            rows.shape[0],
-            k.data_ptr(),
-            math.inf if clip is None else clip,
-            _native.threads(),
-        )
+        bound = math.inf if clip is None else clip
+        z = source(noise)
+        done = native(x_next, x0_hat, x, model_out, hist, z, rows, k.data_ptr(), bound, _native.threads())
         if not done:  # a result would overwrite what is still to be read
             rest = {"noise": noise, "hist": hist, "clip": clip, "return_x0": return_x0}
             return aside(x, model_out, rows, k, out=out, x0_out=x0_out, **rest)

@@ -25,9 +25,10 @@ def backends(op: str) -> list[str]:
     return [backend for name, backend, reason in ops.availability() if name == op and reason is None]
 
 
-def backends_and_dtypes(op: str) -> list[tuple[str, torch.dtype]]:
-    """What is to be tested: each backend that can run an op here, with each dtype; native takes no float16."""
-    return [(b, d) for b in backends(op) for d in DTYPES if (b, d) != ("native", torch.float16)]
+def typed_backends(op: str) -> list[tuple[str, torch.dtype]]:
+    """Each backend with each dtype that it takes."""
+    takes = {"native": (torch.float32, torch.bfloat16)}
+    return [(backend, dtype) for backend in backends(op) for dtype in takes.get(backend, DTYPES)]
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from oracle import LAYOUTS, backends, backends_and_dtypes, check, laid_out
+from oracle import LAYOUTS, backends, check, laid_out, typed_backends
 
 from ddpm_fast import ops
 from ddpm_fast.ops import PERTURB, NoiseState
@@ -20,7 +20,7 @@ def arguments(shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes("diffusion_loss"), ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), typed_backends("diffusion_loss"), ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("loss_type", ["l1", "l2"])

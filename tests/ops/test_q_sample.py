@@ -1,6 +1,6 @@
 import pytest
 import torch
-from oracle import LAYOUTS, backends_and_dtypes, check, laid_out
+from oracle import LAYOUTS, check, laid_out, typed_backends
 
 from ddpm_fast import ops
 from ddpm_fast.ops import PERTURB, NoiseState
@@ -27,7 +27,7 @@ def arguments(shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
 TABLE_NAMES = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
 
 
-@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes("q_sample"), ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), typed_backends("q_sample"), ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_reference(backend, dtype, layout, shape, poison_empty) -> None:

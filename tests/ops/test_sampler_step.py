@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import LAYOUTS, backends, backends_and_dtypes, check, laid_out
+from oracle import LAYOUTS, backends, check, laid_out, typed_backends
 
 from ddpm_fast import ops
 from ddpm_fast.ops import REVERSE, NoiseState
@@ -21,7 +21,7 @@ def arguments(shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
     return {"x": x, "model_out": model_out, "rows": ROWS, "k": K}
 
 
-@pytest.mark.parametrize(("backend", "dtype"), backends_and_dtypes("sampler_step"), ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), typed_backends("sampler_step"), ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_reference(backend, dtype, layout, shape, poison_empty) -> None:
