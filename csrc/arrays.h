@@ -85,10 +85,12 @@ class Shape {
   Array array(py::handle tensor, const char* name) const {
     Array a{};
     if (tensor.is_none()) return a;
-    const py::tuple strides = strides_of(tensor);
+    const py::tuple shape = shape_of(tensor), strides = strides_of(tensor);
+    bool fits = int(shape.size()) == dims_ + 1 && at(shape, 0) == batch.num_samples;
+    for (int d = 0; fits && d < dims_; ++d) fits = at(shape, d + 1) == size_[d];
+    if (!fits) throw py::value_error(std::string(name) + ": another shape than the batch");
     const int bytes = element_size(tensor);
     if (bytes != 4 && bytes != 2) throw py::value_error(std::string(name) + ": elements must have 4 or 2 bytes");
-    if (int(strides.size()) != dims_ + 1) throw py::value_error(std::string(name) + ": as many strides as dimensions");
     a.type = bytes == 4 ? Type::float32 : Type::bf16;
     const int64_t elements = batch.num_samples * batch.size;
     if (bytes == 4) a.data = reinterpret_cast<char*>(pointer<float>(address(tensor), elements, name));

@@ -163,6 +163,30 @@ void diffusion_loss_backward(py::handle out, uintptr_t grad_loss, py::handle mod
   run(of, factor, to, threads);
 }
 
+template <class T>
+void scaled(std::vector<double>& to, py::handle t, double scale) {
+  const auto* from = pointer<const T>(address(t), int64_t(to.size()), "t");
+  const int64_t apart = at(strides_of(t), 0);
+  for (size_t n = 0; n < to.size(); ++n) to[n] = double(from[int64_t(n) * apart]) * scale;
+}
+
+void timestep_embedding(uintptr_t out, py::handle t, bool floating, int64_t half, double scale, double ratio, int threads) {
+  std::vector<double> times(size_t(at(shape_of(t), 0)));
+  if (floating) {
+    scaled<float>(times, t, scale);
+  } else if (element_size(t) == 8) {
+    scaled<int64_t>(times, t, scale);
+  } else {
+    scaled<int32_t>(times, t, scale);
+  }
+  auto* data = pointer<float>(out, count(int64_t(times.size()), 2 * half), "out");
+  std::vector<double> frequencies(static_cast<size_t>(half), 1.0);
+  for (size_t i = 1; i < frequencies.size(); ++i) frequencies[i] = frequencies[i - 1] * ratio;
+  const auto run = kernels().timestep_embedding;
+  py::gil_scoped_release unlocked;
+  run(data, times.data(), int64_t(times.size()), frequencies.data(), half, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -185,4 +209,6 @@ PYBIND11_MODULE(_C, m) {
         "l1"_a, "threads"_a);
   m.def("diffusion_loss_backward", &diffusion_loss_backward, "out"_a, "grad_loss"_a, "model_out"_a, "noise"_a,
         "noise_coef"_a, "x_coef"_a, "x_start"_a, "l1"_a, "threads"_a);
+  m.def("timestep_embedding", &timestep_embedding, "out"_a, "t"_a, "floating"_a, "half"_a, "scale"_a, "ratio"_a,
+        "threads"_a);
 }

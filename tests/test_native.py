@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ddpm_fast import ops
 from ddpm_fast.ops import DROPOUT, PERTURB, NoiseState
+from ddpm_fast.ops.q_sample import OP as q_sample
+from ddpm_fast.ops.sampler_step import OP as sampler_step
 from ddpm_fast.reference import noise as reference
 
 if find_spec("ddpm_fast._C") is None:
@@ -61,7 +64,7 @@ def steps(x: torch.Tensor, model_out: torch.Tensor) -> list[torch.Tensor]:
             leaf, STATE, loss_type=loss_type, noise_coef=tables[0, t], x_coef=tables[1, t], x_start=x
         )
         results += [loss.detach(), *torch.autograd.grad(loss, leaf)]
-    return results
+    return [*results, ops.timestep_embedding(torch.arange(x.shape[0]) * 7, 150, 0.3)]
 
 
 # one in several pieces, with an end that fills no vector; many small samples
@@ -85,6 +88,18 @@ def test_steps_have_the_same_bits_on_every_instruction_set(shape, dtype, isa: No
             assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("name", SETS)
+def test_sixteen_sums_whatever_the_vectors(name: str, isa: None) -> None:
+    """A tie between two float32 numbers, and more that sums of eight or four would lose beside the one."""
+    model_out = torch.zeros(1, 1024)
+    model_out[0, 8::16] = 2.0**-54
+    model_out[0, [0, 16]] = torch.tensor([1.0, 2.0**-24])
+    _C.force_isa(name)
+    with ops.use_backend("native"):
+        loss = ops.diffusion_loss(model_out, torch.zeros(1, 1024), loss_type="l1")
+    assert loss * 1024 == 1 + 2.0**-23
+
+
 def test_two_threads_may_call_at_once() -> None:
     torch.set_num_threads(2)
     inputs = [(torch.randn(4, 3, 64, 64), torch.randn(4, 3, 64, 64)) for _ in range(4)]
@@ -92,6 +107,21 @@ def test_two_threads_may_call_at_once() -> None:
     with ThreadPoolExecutor(4) as pool:
         for results, truth in zip(pool.map(lambda i: steps(*inputs[i % 4]), range(24)), expected * 6, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(results, truth, strict=True))
+
+
+def test_what_the_module_itself_refuses() -> None:
+    """The public functions look first; these guard memory where someone calls past them."""
+    x, t, table = torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64), torch.zeros(5)
+    step: dict[str, Any] = {"noise": None, "hist": None, "clip": None, "return_x0": False, "out": None, "x0_out": None}
+    with ops.use_backend("native"):
+        for k in (-1, 4):
+            with pytest.raises(ValueError, match=r"k must lie in \[0, 4\)"):
+                sampler_step(x, x, torch.zeros(4, 8), torch.tensor(k), **step)
+            with pytest.raises(ValueError, match=rf"t must lie in \[0, 5\), got {k + 1 if k > 0 else k}"):
+                q_sample(x, t + (k + 1 if k > 0 else k), table, table, x)
+        for hist in (x[0], x[:1], x[:, :, 1:]):
+            with pytest.raises(ValueError, match="hist: another shape than the batch"):
+                sampler_step(x, x, torch.zeros(4, 8), torch.tensor(0), **step | {"hist": hist})
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -64,6 +64,7 @@ struct DiffusionLoss {
 //   timesteps      uniform in [0, num_timesteps), [num_samples]
 //   dropout_mask   sixteen random bits each: below `threshold` 0, else `scale`; [num_samples, size]
 //   sampler_step, q_sample   as in ddpm_fast/reference
+//   timestep_embedding       sines and cosines of t times the frequencies; [num_samples, 2 half]
 //   diffusion_loss           a sum for each piece of the batch; and `factor` times the gradient of their sum
 #define DDPM_KERNELS(KERNEL)                                                                              \
   KERNEL(noise, (float* out, int64_t num_samples, int64_t size, Counter at, int threads))                 \
@@ -71,6 +72,8 @@ struct DiffusionLoss {
   KERNEL(dropout_mask, (float* out, int64_t num_samples, int64_t size, uint32_t threshold, float scale, Counter at, int threads)) \
   KERNEL(sampler_step, (const SamplerStep& of, int threads))                                              \
   KERNEL(q_sample, (const QSample& of, int threads))                                                      \
+  KERNEL(timestep_embedding, (float* out, const double* t, int64_t num_samples, const double* frequencies,  \
+                              int64_t half, int threads))                                                 \
   KERNEL(diffusion_loss, (const DiffusionLoss& of, double* sums, int threads))                            \
   KERNEL(diffusion_loss_backward, (const DiffusionLoss& of, float factor, const Array& out, int threads))
 

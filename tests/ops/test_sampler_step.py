@@ -138,6 +138,16 @@ def test_results_may_overlap_what_is_read(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", backends("sampler_step"))
+def test_a_result_in_the_memory_of_x_in_another_order(backend: str) -> None:
+    """The same sizes with other steps, and more elements than are read before some are written."""
+    memory = torch.randn(2, 16, 16, 16)
+    a = float32(memory.shape) | {"x": memory.permute(0, 1, 3, 2), "noise": STATE}
+    with ops.use_backend(backend):
+        expected = ops.sampler_step(**a)
+        assert torch.equal(ops.sampler_step(**a, out=memory.permute(0, 2, 1, 3)), expected)
+
+
+@pytest.mark.parametrize("backend", backends("sampler_step"))
 def test_autograd_sees_that_a_result_was_written(backend: str) -> None:
     a, out, x0_out = float32((2, 3, 4, 4)), *torch.ones(2, 2, 3, 4, 4)
     w = torch.ones((), requires_grad=True)
