@@ -47,10 +47,10 @@ void diffusion_loss(const DiffusionLoss& of, double* sums, int threads) {
 }
 
 void diffusion_loss_backward(const DiffusionLoss& of, float factor, const Array& out, int threads) {
-  const Floats up = broadcast(factor), down = broadcast(-factor), twice = broadcast(2.0f * factor), zero = {};
   each_piece(of.batch, threads, [&](const Piece& p, int64_t) {
     Buffer d, of_out;
     differences(of, p, d);
+    const Floats up = broadcast(factor), down = broadcast(-factor), twice = broadcast(2.0f * factor), zero = {};
     float* const to = to_write(out, p, of_out);
     for (int64_t i = 0; i < p.count; i += kVec) {
       const Floats v = load(d + i);
