@@ -64,7 +64,7 @@ class Shape {
   explicit Shape(py::handle tensor) {
     const py::tuple shape = shape_of(tensor);
     dims_ = int(shape.size()) - 1;
-    if (dims_ < 0 || dims_ > kDims) throw py::value_error("a shape has 1 to " + std::to_string(kDims + 1) + " dimensions");
+    if (dims_ < 0 || dims_ > kDims) throw py::value_error("a shape [N, ...] has at most 8 dimensions");
     batch = {at(shape, 0), 1};
     for (int d = 0; d < dims_; ++d) {
       size_[d] = at(shape, d + 1);

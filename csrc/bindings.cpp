@@ -101,8 +101,8 @@ bool sampler_step(py::handle out, py::handle x0_out, py::handle x, py::handle mo
   return true;
 }
 
-void q_sample(py::handle out, py::handle x_start, uintptr_t t, uintptr_t signal, uintptr_t sigma, int64_t num_timesteps,
-              py::handle noise, int threads) {
+void q_sample(py::handle out, py::handle x_start, uintptr_t t, uintptr_t signal, uintptr_t sigma,
+              int64_t num_timesteps, py::handle noise, int threads) {
   Shape shape(x_start);
   if (!PyTuple_CheckExact(noise.ptr())) shape.order_by(out);
   QSample of{};
@@ -123,8 +123,8 @@ void q_sample(py::handle out, py::handle x_start, uintptr_t t, uintptr_t signal,
   run(of, threads);
 }
 
-DiffusionLoss loss_of(const Shape& shape, py::handle model_out, py::handle noise, uintptr_t noise_coef, uintptr_t x_coef,
-                      py::handle x_start, bool l1) {
+DiffusionLoss loss_of(const Shape& shape, py::handle model_out, py::handle noise, uintptr_t noise_coef,
+                      uintptr_t x_coef, py::handle x_start, bool l1) {
   DiffusionLoss of{};
   of.batch = shape.batch;
   of.model_out = shape.array(model_out, "model_out");
@@ -170,7 +170,8 @@ void scaled(std::vector<double>& to, py::handle t, double scale) {
   for (size_t n = 0; n < to.size(); ++n) to[n] = double(from[int64_t(n) * apart]) * scale;
 }
 
-void timestep_embedding(uintptr_t out, py::handle t, bool floating, int64_t half, double scale, double ratio, int threads) {
+void timestep_embedding(uintptr_t out, py::handle t, bool floating, int64_t half, double scale, double ratio,
+                        int threads) {
   std::vector<double> times(size_t(at(shape_of(t), 0)));
   if (floating) {
     scaled<float>(times, t, scale);

@@ -58,8 +58,8 @@ struct DiffusionLoss {
 
 }  // namespace ddpm::cpu
 
-// Outputs are dense arrays of num_samples rows, but for an Array; `at.sample` is the first row's sample; `threads` is the
-// most to use.
+// Outputs are dense arrays of num_samples rows, but for an Array; `at.sample` is the first row's sample; `threads` is
+// the most to use.
 //   noise          standard normals, [num_samples, size]
 //   timesteps      uniform in [0, num_timesteps), [num_samples]
 //   dropout_mask   sixteen random bits each: below `threshold` 0, else `scale`; [num_samples, size]
@@ -69,7 +69,8 @@ struct DiffusionLoss {
 #define DDPM_KERNELS(KERNEL)                                                                              \
   KERNEL(noise, (float* out, int64_t num_samples, int64_t size, Counter at, int threads))                 \
   KERNEL(timesteps, (int64_t* out, int64_t num_samples, int64_t num_timesteps, Counter at))               \
-  KERNEL(dropout_mask, (float* out, int64_t num_samples, int64_t size, uint32_t threshold, float scale, Counter at, int threads)) \
+  KERNEL(dropout_mask, (float* out, int64_t num_samples, int64_t size, uint32_t threshold, float scale,   \
+                        Counter at, int threads))                                                         \
   KERNEL(sampler_step, (const SamplerStep& of, int threads))                                              \
   KERNEL(q_sample, (const QSample& of, int threads))                                                      \
   KERNEL(timestep_embedding, (float* out, const double* t, int64_t num_samples, const double* frequencies,  \

@@ -26,7 +26,7 @@ static inline void each_piece(const Batch& batch, int threads, const Body& body)
   });
 }
 
-// Calls run(offset, stride, i, count) for the runs that a piece consists of: its elements i, i + 1... lie `stride` apart.
+// Calls run(offset, stride, i, count) for the runs that a piece consists of: elements i, i + 1... lie `stride` apart.
 template <class Run>
 static inline void each_run(const Array& a, const Piece& p, const Run& run) {
   const int last = a.dims - 1;
