@@ -5,35 +5,17 @@
 
 #include <array>
 #include <string>
-#include <tuple>
+#include <vector>
 
+#include "arrays.h"
 #include "dispatch.h"
+#include "images.h"
+#include "math.h"
 
 namespace py = pybind11;
-using ddpm::cpu::kernels;
+using namespace ddpm::cpu;
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address, int64_t count, const char* name) {
-  if (count > 0 && address == 0) throw py::value_error(std::string(name) + ": null address for a non-empty array");
-  if (address % alignof(T) != 0) throw py::value_error(std::string(name) + ": address is not aligned to its type");
-  return reinterpret_cast<T*>(address);
-}
-
-int64_t count(int64_t num_samples, int64_t size) {
-  if (num_samples < 0 || size < 0) throw py::value_error("num_samples and size must not be negative");
-  int64_t total;
-  if (__builtin_mul_overflow(num_samples, size, &total)) throw py::value_error("num_samples * size overflows 64 bits");
-  return total;
-}
-
-ddpm::Counter counter(uintptr_t seed, uintptr_t draw, uint64_t first_sample, int stream) {
-  if (stream < 0 || stream > 255) throw py::value_error("stream must be in [0, 255], got " + std::to_string(stream));
-  // Seed and draw are read through their addresses: they are device scalars everywhere.
-  const auto seed_value = *pointer<const int64_t>(seed, 1, "seed"), draw_value = *pointer<const int64_t>(draw, 1, "draw");
-  return {uint64_t(seed_value), first_sample, uint32_t(draw_value), uint32_t(stream)};
-}
 
 void noise(uintptr_t out, int64_t num_samples, int64_t size, uintptr_t seed, uintptr_t draw, uint64_t first_sample,
            int stream, int threads) {
@@ -62,70 +44,6 @@ void dropout_mask(uintptr_t out, int64_t num_samples, int64_t size, uint32_t thr
   run(data, num_samples, size, threshold, scale, at, threads);
 }
 
-// Tensors that come as such are asked for what they are, by names that are made once.
-py::object ask(py::handle tensor, py::handle method) {
-  PyObject* answer = PyObject_CallMethodNoArgs(tensor.ptr(), method.ptr());
-  if (answer == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(answer);
-}
-
-std::array<int64_t, 4> four(const py::object& numbers, const char* name) {
-  if (!PyTuple_Check(numbers.ptr()) || PyTuple_GET_SIZE(numbers.ptr()) != 4) {
-    throw py::value_error(std::string(name) + ": not of four dimensions");
-  }
-  std::array<int64_t, 4> values;
-  for (int i = 0; i < 4; ++i) values[size_t(i)] = PyLong_AsLongLong(PyTuple_GET_ITEM(numbers.ptr(), i));
-  return values;
-}
-
-uintptr_t address(py::handle tensor) {
-  static const py::handle data_ptr = PyUnicode_InternFromString("data_ptr");
-  return tensor.is_none() ? 0 : PyLong_AsSize_t(ask(tensor, data_ptr).ptr());
-}
-
-std::array<int64_t, 4> shape_of(py::handle tensor, const char* name) {
-  static const py::handle size = PyUnicode_InternFromString("size");
-  return four(ask(tensor, size), name);
-}
-
-template <class T>
-T* data(py::handle tensor, const char* name) {
-  return pointer<T>(address(tensor), 0, name);
-}
-
-// [N, C, H, W] with rows that are as far apart as their pixels.
-ddpm::cpu::Image image(py::handle tensor, bool half, const char* name) {
-  static const py::handle stride = PyUnicode_InternFromString("stride");
-  if (tensor.is_none()) return {};
-  const auto [per_image, per_channel, per_row, per_pixel] = four(ask(tensor, stride), name);
-  const auto [images, channels, height, width] = shape_of(tensor, name);
-  const int64_t step = width == 1 ? per_row : per_pixel;
-  if (height > 1 && per_row != width * step) throw py::value_error(std::string(name) + ": rows are not adjacent");
-  return {half ? static_cast<void*>(data<uint16_t>(tensor, name)) : data<float>(tensor, name), per_image, per_channel,
-          step};
-}
-
-// What forward and backward are told in the same way: x; x2; weight, bias, add, scale, shift; statistics; groups; eps;
-// activation; bf16; channels_last; threshold, factor, state's tensors, first sample and stream of dropout.
-using Norm = std::tuple<py::object, py::object, std::array<py::object, 5>, py::object, int64_t, float, int, bool, bool,
-                        std::tuple<uint32_t, float, py::object, py::object, uint64_t, int>>;
-
-ddpm::cpu::GroupNorm group_norm(const Norm& norm) {
-  const auto& [x, x2, parameters, statistics, groups, eps, activation, half, channels_last, dropout] = norm;
-  const auto [images, channels_1, height, width] = shape_of(x, "x");
-  const int64_t channels = channels_1 + (x2.is_none() ? 0 : shape_of(x2, "x2")[1]);
-  if (groups < 1 || channels % groups != 0) throw py::value_error("groups must divide the channels");
-  if (activation < 0 || activation > 3) throw py::value_error("activation must be in [0, 3]");
-  const auto& [weight, bias, add, scale, shift] = parameters;
-  const auto& [threshold, factor, seed, draw, first_sample, stream] = dropout;
-  return {images, height * width, channels, channels_1, groups, eps, ddpm::cpu::Activation(activation), half,
-          channels_last, image(x, half, "x"), image(x2, half, "x2"), data<const float>(weight, "weight"),
-          data<const float>(bias, "bias"), data<const float>(add, "add"),
-          !add.is_none() && add.attr("ndim").cast<int>() == 2 ? channels : 0, data<const float>(scale, "scale"),
-          data<const float>(shift, "shift"), data<double>(statistics, "statistics"), threshold, factor,
-          threshold == 0 ? ddpm::Counter{} : counter(address(seed), address(draw), first_sample, stream)};
-}
-
 void group_norm_silu(const Norm& norm, const py::object& residual, const py::object& y, const py::object& h,
                      int threads) {
   const auto g = group_norm(norm);
@@ -150,6 +68,145 @@ void group_norm_silu_backward(const Norm& norm, const py::object& dy, const py::
   run(g, b, threads);
 }
 
+template <class T>
+float value(T x) {
+  return float(x);
+}
+
+float value(uint16_t bf16) { return ddpm::as<float>(uint32_t{bf16} << 16); }
+
+template <class T>
+void read_row(SamplerStep& step, uintptr_t rows, int64_t first, int64_t apart) {
+  const T* row = pointer<const T>(rows, 1, "rows") + first;
+  float* const columns[] = {&step.p_x, &step.p_m, &step.c_x, &step.c_0, &step.c_h, &step.c_z};
+  for (int i = 0; i < 6; ++i) *columns[i] = value(row[(i + 2) * apart]);  // after t and c_in
+}
+
+void read_row(SamplerStep& step, py::handle rows, uintptr_t k) {
+  const auto num_rows = at(shape_of(rows), 0), row = *pointer<const int64_t>(k, 1, "k");
+  if (row < 0 || row >= num_rows) throw py::value_error("k must lie in [0, " + std::to_string(num_rows) + ")");
+  const py::tuple strides = strides_of(rows);
+  const auto first = row * at(strides, 0), apart = at(strides, 1);
+  switch (element_size(rows)) {
+    case 8: return read_row<double>(step, address(rows), first, apart);
+    case 4: return read_row<float>(step, address(rows), first, apart);
+    default: return read_row<uint16_t>(step, address(rows), first, apart);
+  }
+}
+
+// False, and nothing done, where a result would be written over what is still to be read.
+bool sampler_step(py::handle out, py::handle x0_out, py::handle x, py::handle model_out, py::handle hist,
+                  py::handle noise, py::handle rows, uintptr_t k, double clip, int threads) {
+  Shape shape(x);
+  if (!PyTuple_CheckExact(noise.ptr())) shape.order_by(out);
+  SamplerStep step{};
+  step.batch = shape.batch;
+  step.out = shape.array(out, "out");
+  step.x0_out = shape.array(x0_out, "x0_out");
+  step.x = shape.array(x, "x");
+  step.model_out = shape.array(model_out, "model_out");
+  step.hist = shape.array(hist, "hist");
+  step.noise = noise_of(shape, noise, kReverse);
+  for (const Array& in : {step.x, step.model_out, step.hist, step.noise.given}) {
+    if (shape.clash(step.out, in) || shape.clash(step.x0_out, in)) return false;
+  }
+  if (step.out.data == step.x0_out.data ? step.out.data != nullptr : shape.clash(step.out, step.x0_out)) return false;
+  read_row(step, rows, k);
+  step.clip = float(clip);
+  if (step.c_z == 0.0f) step.noise.drawn = false;  // what is drawn is finite
+  const auto run = kernels().sampler_step;
+  py::gil_scoped_release unlocked;
+  run(step, threads);
+  return true;
+}
+
+void q_sample(py::handle out, py::handle x_start, uintptr_t t, uintptr_t signal, uintptr_t sigma,
+              int64_t num_timesteps, py::handle noise, int threads) {
+  Shape shape(x_start);
+  if (!PyTuple_CheckExact(noise.ptr())) shape.order_by(out);
+  QSample of{};
+  of.batch = shape.batch;
+  of.out = shape.array(out, "out");
+  of.x_start = shape.array(x_start, "x_start");
+  of.noise = noise_of(shape, noise, kPerturb);
+  of.t = pointer<const int64_t>(t, of.batch.num_samples, "t");
+  of.signal = pointer<const float>(signal, num_timesteps, "signal");
+  of.sigma = pointer<const float>(sigma, num_timesteps, "sigma");
+  for (int64_t n = 0; n < of.batch.num_samples; ++n) {
+    if (of.t[n] < 0 || of.t[n] >= num_timesteps) {
+      throw py::value_error("t must lie in [0, " + std::to_string(num_timesteps) + "), got " + std::to_string(of.t[n]));
+    }
+  }
+  const auto run = kernels().q_sample;
+  py::gil_scoped_release unlocked;
+  run(of, threads);
+}
+
+DiffusionLoss loss_of(const Shape& shape, py::handle model_out, py::handle noise, uintptr_t noise_coef,
+                      uintptr_t x_coef, py::handle x_start, bool l1) {
+  DiffusionLoss of{};
+  of.batch = shape.batch;
+  of.model_out = shape.array(model_out, "model_out");
+  of.noise = noise_of(shape, noise, kPerturb);
+  of.noise_coef = pointer<const float>(noise_coef, 0, "noise_coef");
+  of.x_coef = pointer<const float>(x_coef, x_start.is_none() ? 0 : of.batch.num_samples, "x_coef");
+  of.x_start = shape.array(x_start, "x_start");
+  of.l1 = l1;
+  return of;
+}
+
+// Always in element order, so that the same numbers have the same sum in any layout.
+void diffusion_loss(uintptr_t loss, py::handle model_out, py::handle noise, uintptr_t noise_coef, uintptr_t x_coef,
+                    py::handle x_start, bool l1, int threads) {
+  const auto of = loss_of(Shape(model_out), model_out, noise, noise_coef, x_coef, x_start, l1);
+  float* const to = pointer<float>(loss, 1, "loss");
+  const auto run = kernels().diffusion_loss;
+  py::gil_scoped_release unlocked;
+  std::vector<double> sums(size_t(of.batch.num_samples * pieces_of(of.batch.size)));
+  run(of, sums.data(), threads);
+  double total = 0.0;
+  for (const double sum : sums) total += sum;
+  *to = float(total / double(of.batch.num_samples * of.batch.size));
+}
+
+void diffusion_loss_backward(py::handle out, uintptr_t grad_loss, py::handle model_out, py::handle noise,
+                             uintptr_t noise_coef, uintptr_t x_coef, py::handle x_start, bool l1, int threads) {
+  Shape shape(model_out);
+  if (!PyTuple_CheckExact(noise.ptr())) shape.order_by(out);
+  const auto of = loss_of(shape, model_out, noise, noise_coef, x_coef, x_start, l1);
+  const auto to = shape.array(out, "out");
+  const double grad = *pointer<const float>(grad_loss, 1, "grad_loss");
+  const auto factor = float(grad / double(of.batch.num_samples * of.batch.size));
+  const auto run = kernels().diffusion_loss_backward;
+  py::gil_scoped_release unlocked;
+  run(of, factor, to, threads);
+}
+
+template <class T>
+void scaled(std::vector<double>& to, py::handle t, double scale) {
+  const auto* from = pointer<const T>(address(t), int64_t(to.size()), "t");
+  const int64_t apart = at(strides_of(t), 0);
+  for (size_t n = 0; n < to.size(); ++n) to[n] = double(from[int64_t(n) * apart]) * scale;
+}
+
+void timestep_embedding(uintptr_t out, py::handle t, bool floating, int64_t half, double scale, double ratio,
+                        int threads) {
+  std::vector<double> times(size_t(at(shape_of(t), 0)));
+  if (floating) {
+    scaled<float>(times, t, scale);
+  } else if (element_size(t) == 8) {
+    scaled<int64_t>(times, t, scale);
+  } else {
+    scaled<int32_t>(times, t, scale);
+  }
+  auto* data = pointer<float>(out, count(int64_t(times.size()), 2 * half), "out");
+  std::vector<double> frequencies(static_cast<size_t>(half), 1.0);
+  for (size_t i = 1; i < frequencies.size(); ++i) frequencies[i] = frequencies[i - 1] * ratio;
+  const auto run = kernels().timestep_embedding;
+  py::gil_scoped_release unlocked;
+  run(data, times.data(), int64_t(times.size()), frequencies.data(), half, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -166,5 +223,15 @@ PYBIND11_MODULE(_C, m) {
         "first_sample"_a, "stream"_a, "threads"_a);
   m.def("group_norm_silu", &group_norm_silu, "norm"_a, "residual"_a, "y"_a, "h"_a, "threads"_a);
   m.def("group_norm_silu_backward", &group_norm_silu_backward, "norm"_a, "dy"_a, "dh"_a, "dx"_a, "dx2"_a, "gradients"_a,
+        "threads"_a);
+  m.def("sampler_step", &sampler_step, "out"_a, "x0_out"_a, "x"_a, "model_out"_a, "hist"_a, "noise"_a, "rows"_a, "k"_a,
+        "clip"_a, "threads"_a);
+  m.def("q_sample", &q_sample, "out"_a, "x_start"_a, "t"_a, "signal"_a, "sigma"_a, "num_timesteps"_a, "noise"_a,
+        "threads"_a);
+  m.def("diffusion_loss", &diffusion_loss, "loss"_a, "model_out"_a, "noise"_a, "noise_coef"_a, "x_coef"_a, "x_start"_a,
+        "l1"_a, "threads"_a);
+  m.def("diffusion_loss_backward", &diffusion_loss_backward, "out"_a, "grad_loss"_a, "model_out"_a, "noise"_a,
+        "noise_coef"_a, "x_coef"_a, "x_start"_a, "l1"_a, "threads"_a);
+  m.def("timestep_embedding", &timestep_embedding, "out"_a, "t"_a, "floating"_a, "half"_a, "scale"_a, "ratio"_a,
         "threads"_a);
 }

@@ -5,14 +5,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ddpm_fast import ops
 from ddpm_fast.ops import DROPOUT, PERTURB, NoiseState
+from ddpm_fast.ops.q_sample import OP as q_sample
+from ddpm_fast.ops.sampler_step import OP as sampler_step
 from ddpm_fast.reference import noise as reference
 
 if find_spec("ddpm_fast._C") is None:
@@ -46,6 +50,78 @@ def test_bits_of_every_instruction_set(name: str, threads: int, isa: None) -> No
         mask = ops.dropout_mask((3, 24, 41, 19), 0.3, STATE, DROPOUT)
         assert torch.equal(mask, reference.dropout_mask((3, 24, 41, 19), 0.3, STATE, DROPOUT))
         assert torch.equal(ops.timesteps(50, 1000, STATE), reference.timesteps(50, 1000, STATE))
+
+
+def steps(x: torch.Tensor, model_out: torch.Tensor) -> list[torch.Tensor]:
+    """Every result of the ops on images."""
+    tables, t = torch.rand(2, 9, generator=torch.Generator().manual_seed(0)), torch.arange(x.shape[0]) % 9
+    rows, k = torch.rand(2, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(1)
+    results = [*ops.sampler_step(x, model_out, rows, k, noise=STATE, hist=x, clip=1.5, return_x0=True)]
+    results += [ops.sampler_step(x, model_out, rows, k), ops.q_sample(x, t, *tables, STATE)]
+    for loss_type in ("l1", "l2"):
+        leaf = model_out.detach().requires_grad_()
+        loss = ops.diffusion_loss(
+            leaf, STATE, loss_type=loss_type, noise_coef=tables[0, t], x_coef=tables[1, t], x_start=x
+        )
+        results += [loss.detach(), *torch.autograd.grad(loss, leaf)]
+    return [*results, ops.timestep_embedding(torch.arange(x.shape[0]) * 7, 150, 0.3)]
+
+
+# one in several pieces, with an end that fills no vector; many small samples
+@pytest.mark.parametrize("shape", [(3, 3, 91, 67), (5000, 3, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steps_have_the_same_bits_on_every_instruction_set(shape, dtype, isa: None) -> None:
+    x, model_out = torch.randn(2, *shape).to(dtype)
+    x.view(-1)[:3] = torch.tensor([float("inf"), -0.0, 1e-39])
+    model_out.view(-1)[2] = 0.0  # so that the result is subnormal, too
+    if len(shape) == 4:
+        model_out = model_out.contiguous(memory_format=torch.channels_last)
+    found = []
+    with ops.use_backend("native"):
+        for name in SETS:
+            _C.force_isa(name)
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                found.append(steps(x, model_out))
+    for results in found[1:]:
+        for got, expected in zip(results, found[0], strict=True):
+            assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_sixteen_sums_whatever_the_vectors(name: str, isa: None) -> None:
+    """A tie between two float32 numbers, and more that sums of eight or four would lose beside the one."""
+    model_out = torch.zeros(1, 1024)
+    model_out[0, 8::16] = 2.0**-54
+    model_out[0, [0, 16]] = torch.tensor([1.0, 2.0**-24])
+    _C.force_isa(name)
+    with ops.use_backend("native"):
+        loss = ops.diffusion_loss(model_out, torch.zeros(1, 1024), loss_type="l1")
+    assert loss * 1024 == 1 + 2.0**-23
+
+
+def test_two_threads_may_call_at_once() -> None:
+    torch.set_num_threads(2)
+    inputs = [(torch.randn(4, 3, 64, 64), torch.randn(4, 3, 64, 64)) for _ in range(4)]
+    expected = [steps(*each) for each in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for results, truth in zip(pool.map(lambda i: steps(*inputs[i % 4]), range(24)), expected * 6, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(results, truth, strict=True))
+
+
+def test_what_the_module_itself_refuses() -> None:
+    """The public functions look first; these guard memory where someone calls past them."""
+    x, t, table = torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64), torch.zeros(5)
+    step: dict[str, Any] = {"noise": None, "hist": None, "clip": None, "return_x0": False, "out": None, "x0_out": None}
+    with ops.use_backend("native"):
+        for k in (-1, 4):
+            with pytest.raises(ValueError, match=r"k must lie in \[0, 4\)"):
+                sampler_step(x, x, torch.zeros(4, 8), torch.tensor(k), **step)
+            with pytest.raises(ValueError, match=rf"t must lie in \[0, 5\), got {k + 1 if k > 0 else k}"):
+                q_sample(x, t + (k + 1 if k > 0 else k), table, table, x)
+        for hist in (x[0], x[:1], x[:, :, 1:]):
+            with pytest.raises(ValueError, match="hist: another shape than the batch"):
+                sampler_step(x, x, torch.zeros(4, 8), torch.tensor(0), **step | {"hist": hist})
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

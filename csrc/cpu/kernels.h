@@ -7,19 +7,85 @@
 #include "../philox.h"
 #include "group_norm_silu.h"
 
-// Outputs are dense arrays of num_samples rows; `at.sample` is the first row's sample; `threads` is the most to use.
+namespace ddpm::cpu {
+
+enum class Type { float32, bf16 };
+constexpr int kDims = 7;  // of a sample, at most
+
+// A tensor of any layout: samples by one stride, a sample's elements by those of its dimensions, the innermost last.
+// The bindings merge dimensions that lie like one. Without data there is no tensor.
+struct Array {
+  char* data;
+  Type type;
+  int dims;
+  int64_t sample_stride, size[kDims], stride[kDims];
+};
+
+struct Batch {
+  int64_t num_samples, size;  // elements of a sample
+};
+
+// A tensor, or numbers to be drawn, or neither.
+struct Noise {
+  Array given;
+  bool drawn;
+  Counter at;
+};
+
+struct SamplerStep {
+  Batch batch;
+  Array out, x0_out, x, model_out, hist;
+  Noise noise;
+  float p_x, p_m, c_x, c_0, c_h, c_z, clip;
+};
+
+struct QSample {
+  Batch batch;
+  Array out, x_start;
+  Noise noise;
+  const int64_t* t;
+  const float *signal, *sigma;
+};
+
+// Without coefficients the target is the noise.
+struct DiffusionLoss {
+  Batch batch;
+  Array model_out;
+  Noise noise;
+  const float *noise_coef, *x_coef;
+  Array x_start;
+  bool l1;
+};
+
+}  // namespace ddpm::cpu
+
+// Outputs are dense arrays of num_samples rows, but for an Array; `at.sample` is the first row's sample; `threads` is
+// the most to use.
 //   noise          standard normals, [num_samples, size]
 //   timesteps      uniform in [0, num_timesteps), [num_samples]
 //   dropout_mask   sixteen random bits each: below `threshold` 0, else `scale`; [num_samples, size]
+//   sampler_step, q_sample   as in ddpm_fast/reference
+//   timestep_embedding       sines and cosines of t times the frequencies; [num_samples, 2 half]
+//   diffusion_loss           a sum for each piece of the batch; and `factor` times the gradient of their sum
 #define DDPM_KERNELS(KERNEL)                                                                              \
   KERNEL(noise, (float* out, int64_t num_samples, int64_t size, Counter at, int threads))                 \
   KERNEL(timesteps, (int64_t* out, int64_t num_samples, int64_t num_timesteps, Counter at))               \
   KERNEL(dropout_mask, (float* out, int64_t num_samples, int64_t size, uint32_t threshold, float scale,   \
                         Counter at, int threads))                                                         \
   KERNEL(group_norm_silu, (const GroupNorm& g, const GroupNormForward& f, int threads))                   \
-  KERNEL(group_norm_silu_backward, (const GroupNorm& g, const GroupNormBackward& b, int threads))
+  KERNEL(group_norm_silu_backward, (const GroupNorm& g, const GroupNormBackward& b, int threads))  \
+  KERNEL(sampler_step, (const SamplerStep& of, int threads))                                              \
+  KERNEL(q_sample, (const QSample& of, int threads))                                                      \
+  KERNEL(timestep_embedding, (float* out, const double* t, int64_t num_samples, const double* frequencies,  \
+                              int64_t half, int threads))                                                 \
+  KERNEL(diffusion_loss, (const DiffusionLoss& of, double* sums, int threads))                            \
+  KERNEL(diffusion_loss_backward, (const DiffusionLoss& of, float factor, const Array& out, int threads))
 
 namespace ddpm::cpu {
+
+// How many sums diffusion_loss writes: one for each piece of each sample.
+constexpr int64_t kPiece = 1024;
+static constexpr int64_t pieces_of(int64_t size) { return (size + kPiece - 1) / kPiece; }
 
 struct Kernels {
   const char* isa;

@@ -64,6 +64,21 @@ def tensor(
         raise ValueError(f"{name} must be on {device}, got {text(value)}: move it with .to({str(device)!r})")
 
 
+def own_memory(name: str, value: Tensor) -> None:
+    """Raise ValueError unless each element has memory of its own, for a result to be written to."""
+    if value.is_contiguous():
+        return
+    reach = 0
+    for step, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1:
+            if step <= reach:
+                raise ValueError(
+                    f"{name} must have memory for each element, got one expanded or overlapping itself, "
+                    f"{text(value)} with strides {value.stride()}: .contiguous() it"
+                )
+            reach += step * (size - 1)
+
+
 def integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """`value` as an int, also from numpy; raise TypeError or ValueError unless it is one in [least, most].
 

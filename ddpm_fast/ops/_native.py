@@ -13,6 +13,10 @@ from torch.nn import Parameter
 
 from ._dispatch import Unavailable, forced
 
+ARRAY_DTYPES = (torch.float32, torch.bfloat16)
+_STRIDED = torch.strided
+MAX_NDIM = 8  # of a tensor [N, ...] that a kernel takes by its strides
+
 _forked = False
 
 
@@ -68,6 +72,20 @@ def unfit(*values: Tensor | None) -> str | None:
         return "a dispatch mode or tracer wants to see torch's own operators"
     if _C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
         return "has no transforms of torch.func and no forward-mode gradient"
+    return None
+
+
+def unfit_arrays(*values: Tensor | None, grads: bool = False) -> str | None:
+    """Why a kernel with or without `grads` for these tensors can't take them by their strides; see `unfit`, too."""
+    wanted = not grads and torch.is_grad_enabled()
+    for value in values:
+        if value is not None:
+            if value.dtype not in ARRAY_DTYPES:
+                return f"takes float32 and bfloat16, got {value.dtype}"
+            if value.is_neg() or value.layout is not _STRIDED or value.ndim > MAX_NDIM:
+                return f"needs plain memory of at most {MAX_NDIM} dimensions"
+            if wanted and value.requires_grad:
+                return "has no gradient for these arguments"
     return None
 
 

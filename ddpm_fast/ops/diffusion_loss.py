@@ -1,15 +1,17 @@
 """The training loss: distance of the network's output from the noise (or x_start, or v) it should have predicted."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..reference import diffusion_loss as reference
 from ..reference.philox import PERTURB, NoiseState
-from . import _checks
+from . import _checks, _native
 from ._dispatch import Impl, Op
 from ._library import composition
-from .noise import check_source, drawn
+from .noise import check_source, drawn, source
 
 LOSSES = ("l1", "l2")
 
@@ -29,7 +31,87 @@ def _traced(model_out: Tensor, noise: Tensor | NoiseState, **rest: Any) -> Tenso
     return _NODE(model_out, drawn(noise, model_out, PERTURB), **rest)
 
 
-OP = Op("diffusion_loss", Impl("reference", lambda: _reference), traced=_traced)
+def _rejects(
+    model_out: Tensor,
+    noise: Tensor | NoiseState,
+    *,
+    noise_coef: Tensor | None,
+    x_coef: Tensor | None,
+    x_start: Tensor | None,
+    **rest: Any,
+) -> str | None:
+    for coef in (noise_coef, x_coef):
+        if coef is not None and coef.dtype is not torch.float32:
+            return f"takes float32 coefficients, got {coef.dtype}"
+    state, z = (noise[:2], None) if isinstance(noise, NoiseState) else ((), noise)
+    others = (z, noise_coef, x_coef, x_start)
+    return (
+        _native.unfit(model_out, *others, *state)
+        or _native.unfit_arrays(model_out, grads=True)
+        or _native.unfit_arrays(*others)
+    )
+
+
+def _arguments(model_out: Tensor, noise: Any, *rest: Any) -> tuple[Any, ...]:
+    """As the native module takes them, forward and backward."""
+    noise_coef, x_coef, x_start, l1 = rest
+    coefs = (0 if noise_coef is None else noise_coef.data_ptr(), 0 if x_coef is None else x_coef.data_ptr())
+    return (model_out, noise, *coefs, x_start, l1, _native.threads())
+
+
+def _forward(*arguments: Any) -> Tensor:
+    loss = torch.empty((), dtype=torch.float32, device="cpu")
+    _native.load().diffusion_loss(loss.data_ptr(), *_arguments(*arguments))
+    return loss
+
+
+class _Loss(torch.autograd.Function):
+    """The gradient for model_out alone; noise is drawn again from its counter."""
+
+    @staticmethod
+    def forward(ctx: Any, model_out: Tensor, noise: Any, *rest: Any) -> Tensor:
+        # The noise is a tensor or the values of a state: its tensors may be advanced before the backward.
+        *target, ctx.l1 = rest
+        ctx.values = noise if isinstance(noise, tuple) else None
+        ctx.save_for_backward(model_out, None if ctx.values else noise, *target)
+        return _forward(model_out, noise, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+        _native.refuse_double_backward("diffusion_loss")
+        model_out, noise, *target = ctx.saved_tensors
+        grad = torch.empty_like(model_out)
+        arguments = _arguments(model_out, ctx.values or noise, *target, ctx.l1)
+        _native.load().diffusion_loss_backward(grad, grad_loss.data_ptr(), *arguments)
+        return grad, None, None, None, None, None
+
+
+def _contiguous(coef: Tensor | None) -> Tensor | None:
+    return None if coef is None else coef.contiguous()
+
+
+def _load() -> Callable[..., Tensor]:
+    _native.load()
+
+    def run(
+        model_out: Tensor,
+        noise: Tensor | NoiseState,
+        *,
+        loss_type: str,
+        noise_coef: Tensor | None,
+        x_coef: Tensor | None,
+        x_start: Tensor | None,
+    ) -> Tensor:
+        rest = (source(noise), _contiguous(noise_coef), _contiguous(x_coef), x_start, loss_type == "l1")
+        if model_out.requires_grad and torch.is_grad_enabled():
+            loss: Tensor = _Loss.apply(model_out, *rest)
+            return loss
+        return _forward(model_out, *rest)
+
+    return run
+
+
+OP = Op("diffusion_loss", Impl("native", _load, _rejects), Impl("reference", lambda: _reference), traced=_traced)
 
 
 def diffusion_loss(

@@ -24,6 +24,13 @@ def _state(state: NoiseState) -> tuple[int, int, int]:
     return state.seed.data_ptr(), state.draw.data_ptr(), state.first_sample
 
 
+def source(noise: Tensor | NoiseState | None) -> Tensor | tuple[float, float, int] | None:
+    """The noise as native ops take it, a state by its values."""
+    if isinstance(noise, NoiseState):
+        return noise.seed.item(), noise.draw.item(), noise.first_sample
+    return noise
+
+
 def _load_noise() -> Callable[..., Tensor]:
     native = _native.load().noise
 

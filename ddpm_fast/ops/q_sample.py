@@ -1,16 +1,16 @@
 """The perturb step of training: x_start and noise to x_t."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..reference import q_sample as reference
 from ..reference.philox import PERTURB, NoiseState
-from . import _checks
+from . import _checks, _native
 from ._dispatch import Impl, Op
 from ._library import composition
-from .noise import check_source, drawn
+from .noise import check_source, drawn, source
 
 
 def _reference(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Tensor | NoiseState) -> Tensor:
@@ -26,7 +26,30 @@ def _traced(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Te
     return _NODE(x_start, t, signal, sigma, drawn(noise, x_start, PERTURB))
 
 
-OP = Op("q_sample", Impl("reference", lambda: _reference), traced=_traced)
+def _rejects(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Tensor | NoiseState) -> str | None:
+    tables = (signal, sigma)
+    for table in tables:
+        if table.dtype is not torch.float32:
+            return f"takes float32 tables, got {table.dtype}"
+    if isinstance(noise, NoiseState):
+        return _native.unfit(x_start, t, *tables, *noise[:2]) or _native.unfit_arrays(x_start, *tables)
+    return _native.unfit(x_start, t, *tables, noise) or _native.unfit_arrays(x_start, *tables, noise)
+
+
+def _load() -> Callable[..., Tensor]:
+    native = _native.load().q_sample
+
+    def run(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Tensor | NoiseState) -> Tensor:
+        x_t = torch.empty_like(x_start)
+        t, signal, sigma = t.contiguous(), signal.contiguous(), sigma.contiguous()
+        tables = (t.data_ptr(), signal.data_ptr(), sigma.data_ptr(), signal.shape[0])
+        native(x_t, x_start, *tables, source(noise), _native.threads())
+        return x_t
+
+    return run
+
+
+OP = Op("q_sample", Impl("native", _load, _rejects), Impl("reference", lambda: _reference), traced=_traced)
 
 
 def extract(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:

@@ -1,23 +1,25 @@
 """One step of any sampler: the reverse step that a row of a plan describes."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ..reference import sampler_step as reference
 from ..reference.philox import REVERSE, NoiseState
-from . import _checks
+from . import _checks, _native
 from ._dispatch import Impl, Op
 from ._library import composition
-from .noise import check_source, drawn
+from .noise import check_source, drawn, source
 
 NUM_COLUMNS = 8
 
 
-def _delivering(step: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+def _delivering(step: Callable[..., Any]) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     """`step`, which returns x' and x0_hat, with the noise drawn and the results where the caller asked for them."""
 
     def run(
@@ -42,13 +44,77 @@ def _delivering(step: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Ten
     return run
 
 
-_plain: Callable[..., Any] = partial(reference.sampler_step, return_x0=True)
+_plain = partial(reference.sampler_step, return_x0=True)
 _NODE = composition(
     "sampler_step(Tensor x, Tensor model_out, Tensor rows, Tensor k, *, Tensor? noise=None, Tensor? hist=None, "
     "float? clip=None) -> (Tensor, Tensor)",
     _plain,
 )
-OP = Op("sampler_step", Impl("reference", lambda: _delivering(_plain)), traced=_delivering(_NODE))
+
+
+def _rejects(
+    x: Tensor,
+    model_out: Tensor,
+    rows: Tensor,
+    k: Tensor,
+    *,
+    noise: Tensor | NoiseState | None,
+    hist: Tensor | None,
+    out: Tensor | None,
+    x0_out: Tensor | None,
+    **rest: Any,
+) -> str | None:
+    state, z = (noise[:2], None) if isinstance(noise, NoiseState) else ((), noise)
+    if rows.dtype is torch.float16:
+        return "takes no float16 rows"
+    if rows.requires_grad and torch.is_grad_enabled():
+        return "has no gradient for rows"
+    arrays = (x, model_out, z, hist, out, x0_out)
+    return _native.unfit(*arrays, rows, k, *state) or _native.unfit_arrays(*arrays)
+
+
+def _load() -> Callable[..., Any]:
+    native = _native.load().sampler_step
+
+    def run(
+        x: Tensor,
+        model_out: Tensor,
+        rows: Tensor,
+        k: Tensor,
+        *,
+        noise: Tensor | NoiseState | None,
+        hist: Tensor | None,
+        clip: float | None,
+        return_x0: bool,
+        out: Tensor | None,
+        x0_out: Tensor | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        x_next = torch.empty_like(x) if out is None else out
+        x0_hat = None if not return_x0 else torch.empty_like(x) if x0_out is None else x0_out
+        bound = math.inf if clip is None else clip
+        z = source(noise)
+        done = native(x_next, x0_hat, x, model_out, hist, z, rows, k.data_ptr(), bound, _native.threads())
+        if not done:  # a result would overwrite what is still to be read
+            rest = {"noise": noise, "hist": hist, "clip": clip, "return_x0": return_x0}
+            return aside(x, model_out, rows, k, out=out, x0_out=x0_out, **rest)
+        if out is not None:
+            increment_version(out)
+        if x0_hat is None:
+            return x_next
+        if x0_out is not None:
+            increment_version(x0_out)
+        return x_next, x0_hat
+
+    aside = _delivering(partial(run, out=None, x0_out=None, return_x0=True))
+    return run
+
+
+OP = Op(
+    "sampler_step",
+    Impl("native", _load, _rejects),
+    Impl("reference", lambda: _delivering(_plain)),
+    traced=_delivering(_NODE),
+)
 
 
 def sampler_step(
@@ -94,10 +160,8 @@ def sampler_step(
         if value is not None:
             dtype = None if name == "hist" else x.dtype
             _checks.tensor(name, value, shape=x.shape, dtype=dtype, device=x.device)
-            if name != "hist" and any(
-                step == 0 and size > 1 for step, size in zip(value.stride(), x.shape, strict=True)
-            ):
-                raise ValueError(f"{name} must have memory for each element, got an expanded tensor: .contiguous() it")
+            if name != "hist":
+                _checks.own_memory(name, value)
     if noise is not None:
         check_source(noise, x)
     clip = None if clip is None else _checks.number("clip", clip)

@@ -1,14 +1,48 @@
 """Sinusoidal embedding of the timestep."""
 
+import math
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from ..reference import timestep_embedding as reference
-from . import _checks
+from . import _checks, _native
 from ._dispatch import Impl, Op
 from ._library import composition
 
 _NODE = composition("timestep_embedding(Tensor t, int dim, float scale=1.0) -> Tensor", reference.timestep_embedding)
-OP = Op("timestep_embedding", Impl("reference", lambda: reference.timestep_embedding), traced=_NODE)
+
+
+def _rejects(t: Tensor, dim: int, scale: float) -> str | None:
+    if t.dtype not in (torch.int64, torch.int32, torch.float32):
+        return f"takes int64, int32 and float32, got {t.dtype}"
+    if t.layout is not torch.strided or t.is_neg():
+        return "needs plain memory"
+    if t.requires_grad and torch.is_grad_enabled():
+        return "has no gradient for t"
+    return _native.unfit(t)
+
+
+def _load() -> Callable[..., Tensor]:
+    native = _native.load().timestep_embedding
+
+    def run(t: Tensor, dim: int, scale: float) -> Tensor:
+        out = torch.empty(t.shape[0], dim, dtype=torch.float32, device="cpu")
+        half = dim // 2
+        ratio = math.exp(-math.log(10000) / half)
+        native(out.data_ptr(), t, t.is_floating_point(), half, scale, ratio, _native.threads())
+        return out
+
+    return run
+
+
+OP = Op(
+    "timestep_embedding",
+    Impl("native", _load, _rejects),
+    Impl("reference", lambda: reference.timestep_embedding),
+    traced=_NODE,
+)
 
 
 def timestep_embedding(t: Tensor, dim: int, scale: float = 1.0) -> Tensor:

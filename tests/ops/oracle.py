@@ -20,15 +20,15 @@ LAYOUTS = ("contiguous", "channels_last", "slice")
 Tensors = dict[str, Tensor]
 
 
+def backends(op: str) -> list[str]:
+    """The backends that can run an op on this machine."""
+    return [backend for name, backend, reason in ops.availability() if name == op and reason is None]
+
+
 def typed_backends(op: str) -> list[tuple[str, torch.dtype]]:
     """Each backend with each dtype that it takes."""
     takes = {"native": (torch.float32, torch.bfloat16)}
     return [(backend, dtype) for backend in backends(op) for dtype in takes.get(backend, DTYPES)]
-
-
-def backends(op: str) -> list[str]:
-    """The backends that can run an op on this machine."""
-    return [backend for name, backend, reason in ops.availability() if name == op and reason is None]
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:

@@ -1,14 +1,14 @@
 import pytest
 import torch
-from oracle import DTYPES, LAYOUTS, backends, check
+from oracle import LAYOUTS, backends, check, laid_out, typed_backends
 
 from ddpm_fast import ops
 from ddpm_fast.ops import PERTURB, NoiseState
 from ddpm_fast.reference import diffusion_loss as reference
 
 STATE = NoiseState.at(1, 2, 3)
-# one element; odd sizes; a vector (1-D data)
-SHAPES = [(1, 1, 1, 1), (3, 3, 7, 5), (4, 6)]
+# one element; odd sizes; a vector (1-D data); samples in several pieces
+SHAPES = [(1, 1, 1, 1), (3, 3, 7, 5), (4, 6), (2, 3, 29, 23)]
 
 
 def arguments(shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -20,8 +20,7 @@ def arguments(shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("backend", backends("diffusion_loss"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), typed_backends("diffusion_loss"), ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("loss_type", ["l1", "l2"])
@@ -50,7 +49,101 @@ def test_redrawn_noise_is_that_of_q_sample_also_in_half_precision() -> None:
     z = ops.noise((4, 3, 8, 8), STATE, PERTURB)
     loss = ops.diffusion_loss(out, STATE)
     assert loss.dtype == torch.float32
-    assert torch.equal(loss, ((out.float() - z) ** 2).mean())
+    exact = ((out.double() - z.double()) ** 2).mean()
+    assert abs(loss - exact) <= torch.finfo(torch.float32).eps * exact
+
+
+@pytest.mark.parametrize("backend", backends("diffusion_loss"))
+@pytest.mark.parametrize("loss_type", ["l1", "l2"])
+def test_the_backward_draws_what_the_forward_drew(loss_type: str, backend: str) -> None:
+    """Whoever counts the draws advances them in place, maybe before the backward."""
+    model_out = torch.randn(2, 3, 29, 23, requires_grad=True)
+    state = NoiseState.at(5, 7, 3)
+    with ops.use_backend(backend):
+        loss = ops.diffusion_loss(model_out, state, loss_type=loss_type)
+        state.seed.add_(1)
+        state.draw.add_(1)
+        (got,) = torch.autograd.grad(3 * loss, model_out)
+        z = ops.noise(model_out.shape, NoiseState.at(5, 7, 3), PERTURB)
+    (expected,) = torch.autograd.grad(3 * reference.diffusion_loss(model_out, z, loss_type=loss_type), model_out)
+    assert torch.allclose(got, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", backends("diffusion_loss"))
+def test_l1_has_no_gradient_where_it_is_zero(backend: str) -> None:
+    z = torch.randn(2, 3, 5, 5)
+    model_out = (z + torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1)).requires_grad_()
+    with ops.use_backend(backend):
+        (got,) = torch.autograd.grad(ops.diffusion_loss(model_out, z, loss_type="l1"), model_out)
+    assert torch.equal(got, torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1).expand(z.shape) / z.numel())
+
+
+@pytest.mark.parametrize("backend", backends("diffusion_loss"))
+@pytest.mark.parametrize("loss_type", ["l1", "l2"])
+@pytest.mark.parametrize("at", [0, -1])
+def test_nan_shows_in_the_loss(at: int, loss_type: str, backend: str) -> None:
+    model_out = torch.randn(2, 3, 29, 23)
+    model_out.view(-1)[at] = float("nan")
+    with ops.use_backend(backend):
+        assert ops.diffusion_loss(model_out, STATE, loss_type=loss_type).isnan()
+        assert ops.diffusion_loss(torch.zeros(0, 3, 4, 4), STATE, loss_type=loss_type).isnan(), "a mean of nothing"
+
+
+@pytest.mark.skipif("native" not in backends("diffusion_loss"), reason="the reference has them")
+def test_no_second_derivative_of_the_kernel() -> None:
+    model_out = torch.randn(2, 3, 4, 4, requires_grad=True)
+    with ops.use_backend("native"):
+        loss = ops.diffusion_loss(model_out, STATE)
+    with pytest.raises(RuntimeError, match=r"no second derivative; ops.use_backend\('reference'\) has one"):
+        torch.autograd.grad(loss, model_out, create_graph=True)
+
+
+@pytest.mark.parametrize("backend", backends("diffusion_loss"))
+def test_what_changed_before_the_backward_is_refused(backend: str) -> None:
+    model_out, z = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
+    with ops.use_backend(backend):
+        loss = ops.diffusion_loss(model_out, z)
+        z.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.skipif("native" not in backends("diffusion_loss"), reason="torch's sum depends on the layout")
+@pytest.mark.parametrize("loss_type", ["l1", "l2"])
+def test_the_same_numbers_have_the_same_loss_in_any_layout(loss_type: str) -> None:
+    a = {k: v.float() for k, v in arguments((2, 3, 29, 23)).items()}
+    with ops.use_backend("native"):
+        z = ops.noise((2, 3, 29, 23), STATE, PERTURB)
+        losses, grads = [], []
+        for layout in LAYOUTS:
+            of = {k: laid_out(v, layout) for k, v in a.items()}
+            of["model_out"].requires_grad_()
+            for noise in (STATE, z, laid_out(z, layout)):
+                losses.append(ops.diffusion_loss(noise=noise, loss_type=loss_type, **of))
+                grads.append(torch.autograd.grad(losses[-1], of["model_out"])[0])
+    for each in (losses, grads):
+        assert all(torch.equal(v, each[0]) for v in each)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_out": torch.randn(2, 3, 4, 4).half().requires_grad_()},
+        {"model_out": torch.randn(2, 3, 4, 4).double().requires_grad_()},
+        {"noise": torch.randn(2, 3, 4, 4).requires_grad_()},
+        {"x_start": torch.randn(2, 3, 4, 4).requires_grad_()},
+        {"x_coef": torch.randn(2).requires_grad_()},
+        {"noise_coef": torch.randn(2).requires_grad_()},
+        {"noise_coef": torch.randn(2).double(), "model_out": torch.randn(2, 3, 4, 4).requires_grad_()},
+    ],
+    ids=str,
+)
+def test_what_no_kernel_takes_goes_to_the_reference(change: dict[str, torch.Tensor]) -> None:
+    a = {k: v.float() for k, v in arguments((2, 3, 4, 4)).items()} | {"noise": torch.randn(2, 3, 4, 4)} | change
+    wrt = [v for v in a.values() if v.requires_grad]
+    got, expected = ops.diffusion_loss(**a), reference.diffusion_loss(**a)
+    assert torch.equal(got, expected)
+    assert torch.equal(*(torch.autograd.grad(loss, wrt)[0] for loss in (got, expected)))
 
 
 X = torch.zeros(2, 3, 4, 4)

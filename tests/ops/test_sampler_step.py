@@ -1,6 +1,9 @@
+from itertools import product
+from typing import Any
+
 import pytest
 import torch
-from oracle import DTYPES, LAYOUTS, backends, check
+from oracle import LAYOUTS, backends, check, laid_out, typed_backends
 
 from ddpm_fast import ops
 from ddpm_fast.ops import REVERSE, NoiseState
@@ -18,8 +21,7 @@ def arguments(shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
     return {"x": x, "model_out": model_out, "rows": ROWS, "k": K}
 
 
-@pytest.mark.parametrize("backend", backends("sampler_step"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), typed_backends("sampler_step"), ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_reference(backend, dtype, layout, shape, poison_empty) -> None:
@@ -33,7 +35,7 @@ def test_against_reference(backend, dtype, layout, shape, poison_empty) -> None:
         ({"noise": z, "hist": hist}, {"return_x0": True}),
         ({"hist": hist}, {"noise": STATE, "clip": 1.0, "return_x0": True}),
     ):
-        wrt = ["x", "model_out", *more]
+        wrt = ["x", "model_out", *more] if backend == "reference" else []  # kernels have no gradient
         check(ops.sampler_step, reference.sampler_step, tensors | more, static, wrt=wrt, **options)
 
 
@@ -45,6 +47,144 @@ def test_formula() -> None:
     x_next, x0_hat = ops.sampler_step(**a, hist=hist, noise=z, clip=0.7, return_x0=True)
     assert torch.allclose(x0_hat, x0, rtol=1e-14)
     assert torch.allclose(x_next, c_x * a["x"] + c_0 * x0 + c_h * hist + c_z * z, rtol=1e-13)
+
+
+def float32(shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    return {k: v.float() if v.is_floating_point() else v for k, v in arguments(shape).items()}
+
+
+def same(got: Any, expected: Any) -> bool:
+    """Equal, NaN for NaN."""
+    return all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("more", [{}, {"clip": 0.5}, {"noise": STATE}, {"noise": STATE, "clip": 0.5, "hist": True}])
+@pytest.mark.parametrize("rows", [ROWS, ROWS.float(), ROWS.t().contiguous().t()], ids=["float64", "float32", "columns"])
+def test_float32_has_the_bits_of_the_reference(rows, more) -> None:
+    """Also across pieces of a sample, for what is not finite, and with each operand in a layout of its own."""
+    shape = (3, 3, 29, 23)
+    a = float32(shape) | {"rows": rows}
+    a["x"].view(-1)[:3] = a["model_out"][1].view(-1)[:3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    if "hist" in more:
+        more = more | {"hist": laid_out(torch.randn(shape), "slice")}
+    z = {"noise": ops.noise(shape, STATE, REVERSE)} if "noise" in more else {}
+    expected = reference.sampler_step(**a, **more | z, return_x0=True)
+    for x, model_out in product(LAYOUTS, LAYOUTS):
+        of = a | {"x": laid_out(a["x"], x), "model_out": laid_out(a["model_out"], model_out)}
+        for noise in (more, more | z):
+            assert same(ops.sampler_step(**of, **noise, return_x0=True), expected)
+            assert same([ops.sampler_step(**of, **noise)], expected[:1])
+
+
+@pytest.mark.skipif("native" not in backends("sampler_step"), reason="the reference rounds each operation")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_low_precision_state(dtype: torch.dtype, layout: str) -> None:
+    """The coefficients stay float32, and each result is rounded once."""
+    shape = (2, 3, 29, 23)
+    a = float32(shape) | {"rows": ROWS.float()}
+    a["x"] = laid_out(a["x"].bfloat16(), layout)
+    a["model_out"] = a["model_out"].to(dtype)
+    hist, out, x0_out = (laid_out(torch.randn(shape).bfloat16(), layout) for _ in range(3))
+    options = {"hist": hist, "noise": STATE, "clip": 1.0, "return_x0": True}
+    wide = {k: v.float() if v.is_floating_point() else v for k, v in (a | {"hist": hist}).items()}
+    expected = [v.bfloat16() for v in ops.sampler_step(**options | wide)]
+    with ops.use_backend("native"):
+        got = ops.sampler_step(**a, **options, out=out, x0_out=x0_out)
+    assert same(got, expected) and got[0] is out and got[1] is x0_out
+
+
+@pytest.mark.parametrize("backend", backends("sampler_step"))
+@pytest.mark.parametrize("noise", [None, STATE])
+def test_results_stay_inside_their_memory(backend: str, noise: NoiseState | None) -> None:
+    """Written between elements that belong to others, whose values stay."""
+    shape = (2, 3, 7, 33)
+    a = float32(shape)
+    larger = torch.full((4, 5, 9, 70), 5.0)
+    out = larger[1:3, 1:4, 1:8, 2:68:2]
+    untouched = larger.clone()
+    with ops.use_backend(backend):
+        expected = ops.sampler_step(**a, noise=noise)
+        assert ops.sampler_step(**a, noise=noise, out=out) is out
+    untouched[1:3, 1:4, 1:8, 2:68:2] = expected
+    assert torch.equal(larger, untouched)
+
+
+@pytest.mark.parametrize("backend", backends("sampler_step"))
+def test_results_may_overlap_what_is_read(backend: str) -> None:
+    """Shifted by some elements, in another order, or each other's neighbours: as if written afterwards."""
+    memory = torch.randn(5000)
+    x, late = memory[:1536].view(2, 3, 16, 16), memory[100:1636].view(2, 3, 16, 16)
+    across = x.transpose(2, 3)
+    a = float32((2, 3, 16, 16)) | {"x": x}
+    before = memory.clone()
+    for given in (
+        {"out": late},
+        {"out": across},
+        {"out": x, "x0_out": late, "return_x0": True},
+        {"out": a["model_out"], "hist": late, "x0_out": across, "return_x0": True},
+        {"out": late[:, 1:2], "model_out": late[:, :1], "x": x[:, :1], "noise": late[:, 1:2]},
+    ):
+        with ops.use_backend(backend):
+            results = {"out", "x0_out", "return_x0"}
+            options = a | {k: v for k, v in given.items() if k not in results}
+            expected = ops.sampler_step(**{k: v.clone() for k, v in options.items()}, return_x0=True)
+            got = ops.sampler_step(**a | given)
+        if "x0_out" in given:
+            assert torch.equal(got[1], expected[1])  # the last one written
+        else:
+            assert torch.equal(got, expected[0])
+        memory.copy_(before)
+
+
+@pytest.mark.parametrize("backend", backends("sampler_step"))
+def test_a_result_in_the_memory_of_x_in_another_order(backend: str) -> None:
+    """The same sizes with other steps, and more elements than are read before some are written."""
+    memory = torch.randn(2, 16, 16, 16)
+    a = float32(memory.shape) | {"x": memory.permute(0, 1, 3, 2), "noise": STATE}
+    with ops.use_backend(backend):
+        expected = ops.sampler_step(**a)
+        assert torch.equal(ops.sampler_step(**a, out=memory.permute(0, 2, 1, 3)), expected)
+
+
+@pytest.mark.parametrize("backend", backends("sampler_step"))
+def test_autograd_sees_that_a_result_was_written(backend: str) -> None:
+    a, out, x0_out = float32((2, 3, 4, 4)), *torch.ones(2, 2, 3, 4, 4)
+    w = torch.ones((), requires_grad=True)
+    lost = [w * out, w * x0_out]
+    with ops.use_backend(backend):
+        ops.sampler_step(**a, out=out, x0_out=x0_out, return_x0=True)
+    for late in lost:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            late.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": torch.randn(2, 3, 4, 4).half()},
+        {"x": torch.randn(2, 3, 4, 4).double()},
+        {"model_out": torch.randn(2, 3, 4, 4).half()},
+        {"noise": torch.randn(2, 3, 4, 4).double()},
+        {"hist": torch.randn(2, 3, 4, 4).double()},
+        {"rows": ROWS.half()},
+        {"x": torch.randn(2, 3, 4, 4).requires_grad_()},
+        {"model_out": torch.randn(2, 3, 4, 4).requires_grad_()},
+        {"noise": torch.randn(2, 3, 4, 4).requires_grad_()},
+        {"hist": torch.randn(2, 3, 4, 4).requires_grad_()},
+        {"rows": ROWS.float().requires_grad_()},
+        {"model_out": torch.complex(*torch.randn(2, 2, 3, 4, 4)).conj().imag},
+    ],
+    ids=str,
+)
+def test_what_no_kernel_takes_goes_to_the_reference(change: dict[str, torch.Tensor]) -> None:
+    a = float32((2, 3, 4, 4)) | change
+    wrt = [v for v in a.values() if v.requires_grad]
+    got, expected = ops.sampler_step(**a), reference.sampler_step(**a)
+    assert torch.equal(got, expected) and got.dtype == expected.dtype
+    if wrt:
+        cotangent = torch.randn(got.shape)
+        assert torch.equal(*(torch.autograd.grad(out, wrt, cotangent)[0] for out in (got, expected)))
 
 
 @pytest.mark.parametrize("backend", backends("sampler_step"))
@@ -91,6 +231,7 @@ R = ROWS.float()
         ((X, X, R, K), {"return_x0": X}, TypeError, "return_x0 must be True or False"),
         ((X, X, R, K), {"out": X.double()}, TypeError, "out must have dtype"),
         ((X, X, R, K), {"out": X[:1].expand(X.shape)}, ValueError, "out must have memory for each element"),
+        ((X, X, R, K), {"out": X.as_strided(X.shape, (24, 8, 2, 1))}, ValueError, "out must have memory for each"),
         ((X, X, R, K), {"clip": 10**400}, ValueError, "clip must be a finite number, got an integer of 1329 bits"),
         ((X, X, R, K), {"noise": STATE._replace(draw=K[None])}, ValueError, "noise.draw must have shape"),
     ],

@@ -32,6 +32,43 @@ def test_against_reference(backend: str, n: int, dim: int, dtype: torch.dtype, p
     assert error <= 2 * allowed + torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize("backend", backends("timestep_embedding"))
+def test_any_times(backend: str) -> None:
+    """Negative, fractional, strided, huge and not finite ones; the sizes end inside a vector and beyond a block."""
+    t = torch.cat([torch.linspace(-1100, 1100, 501), torch.randn(500) * 10, torch.tensor([2.0**20, -(2.0**21), 1e7])])
+    for dim, scale in ((2, 1.0), (34, 0.37), (258, 1000.0)):
+        fast = {}
+        for times in (t, t.repeat_interleave(3)[::3], t.long().int(), t.long()):
+            with ops.use_backend(backend):
+                fast[times.dtype] = ops.timestep_embedding(times, dim, scale)
+            plain, truth = (reference.timestep_embedding(v, dim, scale) for v in (times, times.double()))
+            error, allowed = ((v - truth).abs().max() for v in (fast[times.dtype], plain))
+            assert error <= 2 * allowed + torch.finfo(torch.float32).eps
+        assert torch.equal(fast[torch.int32], fast[torch.int64])
+    with ops.use_backend(backend):
+        odd = ops.timestep_embedding(torch.tensor([float("nan"), float("inf"), 3e38]), 8)
+    assert odd[:2, 0].isnan().all() and (odd[2].abs() <= 1).all()
+
+
+@pytest.mark.skipif("native" not in backends("timestep_embedding"), reason="the reference computes in float32")
+def test_the_kernel_rounds_once() -> None:
+    """Angles, sines and cosines in float64."""
+    t = torch.arange(-1000, 1000) * 97
+    with ops.use_backend("native"):
+        fast = ops.timestep_embedding(t, 128)
+    truth = reference.timestep_embedding(t.double(), 128)
+    assert (fast - truth).abs().max() <= 2.0**-25 + 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int16, torch.float64, torch.bool], ids=str)
+def test_what_no_kernel_takes_goes_to_the_reference(dtype: torch.dtype) -> None:
+    t = torch.tensor([0, 1, 7]).to(dtype)
+    assert torch.equal(ops.timestep_embedding(t, 6), reference.timestep_embedding(t, 6))
+    leaf = torch.tensor([0.5, 7.0], requires_grad=True)
+    got, expected = ops.timestep_embedding(leaf, 6), reference.timestep_embedding(leaf, 6)
+    assert torch.equal(*(torch.autograd.grad(v.sum(), leaf)[0] for v in (got, expected)))
+
+
 @pytest.mark.parametrize(
     ("args", "kind", "text"),
     [
