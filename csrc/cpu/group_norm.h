@@ -16,6 +16,11 @@
 namespace ddpm::cpu::DDPM_ISA {
 namespace {
 
+#define DDPM_INLINED __attribute__((always_inline))
+
+template <class T>
+constexpr Precision kPrecision = sizeof(T) == sizeof(float) ? Precision::fine : Precision::coarse;
+
 template <int N>
 struct Count {
   static constexpr int value = N;
@@ -33,7 +38,7 @@ inline void tiles(int64_t channels, const Body& body, int64_t c = 0) {
   }
 }
 
-// Calls body(first, count) for blocks of pixels: few enough to stay in the first cache from one pass to the next.
+// Calls body(first, count) for blocks of pixels, few enough to stay in the first cache.
 template <class Body>
 inline void blocks(int64_t pixels, const Body& body) {
   constexpr int64_t kBlock = 32;
@@ -68,6 +73,19 @@ inline void load_tile(Floats (&v)[V], const T* p, int64_t last) {
 template <int V, class T>
 inline void store_tile(T* p, const Floats (&v)[V], int64_t last) {
   for (int i = 0; i < V; ++i) store_some(p + i * kVec, v[i], V == 1 ? last : kVec);
+}
+
+constexpr int64_t kAhead = 8;  // pixels from what is written to what is asked for
+
+// Asks for the lines of V vectors, in the second cache, or in the first to be written; any address will do.
+template <int V, class T>
+inline void prefetch(const T* p) {
+  for (int i = 0; i < V; i += 64 / kVecBytes * int(sizeof(float) / sizeof(T))) __builtin_prefetch(p + i * kVec, 0, 2);
+}
+
+template <int V, class T>
+inline void prefetch_to_write(const T* p) {
+  for (int i = 0; i < V; i += 64 / kVecBytes * int(sizeof(float) / sizeof(T))) __builtin_prefetch(p + i * kVec, 1, 3);
 }
 
 inline Floats zeroed(Floats v, int64_t last) {
@@ -106,15 +124,15 @@ inline Floats activate(Floats z) {
 }
 
 // dy times the activation's derivative at z.
-template <Activation A>
+template <Activation A, Precision P>
 inline Floats through(Floats dy, Floats z) {
   if constexpr (A == Activation::silu) {
-    const Floats e = exp_minus<Precision::fine>(z), s = reciprocal<Precision::fine>(1.0f + e);
+    const Floats e = exp_minus<P>(z), s = reciprocal<P>(1.0f + e);
     return dy * s * fma(z, e * s, broadcast(1.0f));  // 1 - s = e s, without its cancellation
   }
   if constexpr (A == Activation::relu) return z <= 0.0f ? Floats{} : dy;
   if constexpr (A == Activation::mish) {
-    const Floats e = mish_exp<Precision::fine>(z), u = e * (e + 2.0f), v = u + 2.0f;
+    const Floats e = mish_exp<P>(z), u = e * (e + 2.0f), v = u + 2.0f;
     return dy * ((u + z * (4.0f * e * (e + 1.0f) / v)) / v);
   }
   return dy;
@@ -154,7 +172,7 @@ struct Cut {
 };
 
 inline Cut cut(const GroupNorm& g, int64_t bytes, int threads) {
-  constexpr int64_t kPiece = 128;
+  constexpr int64_t kPiece = 128;  // four blocks
   Cut to;
   to.threads = worth(threads, g.images * g.pixels * g.channels, 1 << 12);
   to.piece = g.channels_last ? kPiece : g.pixels;
@@ -192,6 +210,11 @@ inline void run_cut(const Cut& to, int64_t images, int64_t each, float* scratch,
   parallel(slabs * to.pieces, to.threads, [&](int64_t i) { measure(i / to.pieces, i % to.pieces, of_slab(i)); });
   for (int64_t slab = 0; slab < slabs; ++slab) conclude(slab, scratch + slab * each);
   parallel(slabs * to.pieces, to.threads, [&](int64_t i) { finish(i / to.pieces, i % to.pieces, of_slab(i)); });
+}
+
+// The slab that the same thread takes next, or this one.
+inline int64_t after(const Cut& to, int64_t slab, int64_t images) {
+  return to.together && slab + 1 < images * to.slabs ? slab + 1 : slab;
 }
 
 inline int64_t rooms(const Cut& to, int64_t images) { return to.together ? to.threads : images * to.slabs; }

@@ -1,6 +1,7 @@
 // Group normalisation with what stands around it: x is read once from memory for the statistics, and once from the cache
-// to be normalised. Means and squares are taken of x less a mean of its first pixels, in blocks that are centred on their
-// own mean, and blocks and pieces are merged by Chan et al. 1979: an offset costs no accuracy.
+// to be normalised. Sums and squares are taken of x less a pivot, the mean of a piece's first quarter: so far from the mean
+// of the piece that the squares lose digits (by more than a factor of 4) no pivot can be. Pieces are merged by Chan et al.
+// 1979. An offset costs no accuracy.
 #include "group_norm.h"
 #include "kernels.h"
 
@@ -10,59 +11,48 @@ namespace {
 constexpr int kTile = kVec >= 16 ? 8 : 4;  // vectors of sums in registers
 constexpr int kRows = 3;                   // numbers of a channel in the moments of a piece
 
-template <class T>
-constexpr Precision kPrecision = sizeof(T) == sizeof(float) ? Precision::fine : Precision::coarse;
 
-// Of each channel: the pivot, the mean less the pivot, and the sum of squares around the mean.
+// Of each channel: a pivot, the mean less the pivot, and the sum of squares around the mean.
 struct Moments {
   float *pivot, *mean, *squares;
 };
 
 template <class T>
 void pixel_moments(const T* x, int64_t stride, int64_t pixels, int64_t channels, Moments out) {
+  const float each = 1.0f / float(pixels);
   blocks(pixels, [=](int64_t first, int64_t in_block) {
-    const float each = 1.0f / float(in_block);
-    const float share = float(in_block) / float(first + in_block), weight = share * float(first);
-    tiles<kTile>(channels, [=](int64_t c, auto tile, int64_t last) {
+    tiles<kTile>(channels, [=](int64_t c, auto tile, int64_t last) DDPM_INLINED {
       constexpr int V = decltype(tile)::value;
       const T* block = x + first * stride + c;
-      Floats v[V], pivot[V] = {}, mean[V], squares[V] = {};
-      const auto mean_around_pivot = [&] {
-        for (int i = 0; i < V; ++i) mean[i] = Floats{};
+      Floats v[V], pivot[V] = {}, sum[V] = {}, squares[V] = {};
+      if (first == 0) {
         for (int64_t p = 0; p < in_block; ++p) {
           load_tile(v, block + p * stride, last);
-          for (int i = 0; i < V; ++i) mean[i] += v[i] - pivot[i];
+          for (int i = 0; i < V; ++i) pivot[i] += v[i];
         }
-        for (int i = 0; i < V; ++i) mean[i] *= each;
-      };
-      if (first == 0) {
-        if (sizeof(T) == sizeof(float)) {  // bf16 has so few digits that a mean of float32 keeps them all
-          mean_around_pivot();
-          for (int i = 0; i < V; ++i) pivot[i] = mean[i];
-        }
+        for (int i = 0; i < V; ++i) pivot[i] *= 1.0f / float(in_block);
         store_tile(out.pivot + c, pivot, last);
       } else {
         load_tile(pivot, out.pivot + c, last);
+        load_tile(sum, out.mean + c, last);
+        load_tile(squares, out.squares + c, last);
       }
-      mean_around_pivot();
       for (int64_t p = 0; p < in_block; ++p) {
         load_tile(v, block + p * stride, last);
         for (int i = 0; i < V; ++i) {
-          const Floats d = v[i] - pivot[i] - mean[i];
+          const Floats d = v[i] - pivot[i];
+          sum[i] += d;
           squares[i] = fma(d, d, squares[i]);
         }
       }
-      if (first != 0) {
-        load_tile(v, out.mean + c, last);
+      if (first + in_block == pixels) {
         for (int i = 0; i < V; ++i) {
-          const Floats d = mean[i] - v[i];
-          mean[i] = fma(d, broadcast(share), v[i]);
-          squares[i] = fma(d * d, broadcast(weight), squares[i]);
+          const Floats mean = sum[i] * each;
+          squares[i] = larger(Floats{}, fma(-sum[i], mean, squares[i]));  // NaN stays
+          sum[i] = mean;
         }
-        load_tile(v, out.squares + c, last);
-        for (int i = 0; i < V; ++i) squares[i] += v[i];
       }
-      store_tile(out.mean + c, mean, last);
+      store_tile(out.mean + c, sum, last);
       store_tile(out.squares + c, squares, last);
     });
   });
@@ -70,33 +60,39 @@ void pixel_moments(const T* x, int64_t stride, int64_t pixels, int64_t channels,
 
 template <class T>
 void row_moments(const T* x, int64_t stride, int64_t pixels, int64_t channels, Moments out) {
-  constexpr int64_t kRow = 128 * kVec;  // pixels of a block
+  constexpr int64_t kRow = 64 * kVec;  // pixels of a piece
   for (int64_t c = 0; c < channels; ++c, x += stride) {
-    float pivot = 0;
     double mean = 0, squares = 0;
     for (int64_t first = 0; first < pixels; first += kRow) {
-      const int64_t in_block = pixels - first < kRow ? pixels - first : kRow;
-      const T* block = x + first;
-      const auto block_mean_around = [=](float middle) {
-        Floats sums[4] = {};
-        vectors(in_block, [&](int64_t p, int k, int64_t last) {
-          sums[k] += zeroed(load_some(block + p, last) - middle, last);
+      const int64_t count = pixels - first < kRow ? pixels - first : kRow, some = count < kRow / 4 ? count : kRow / 4;
+      const T* row = x + first;
+      const auto sums_of = [=](int64_t count, float pivot, float& sum, float& squares) {
+        Floats s[4] = {}, q[4] = {};
+        tiles<4>(count, [&](int64_t p, auto tile, int64_t last) DDPM_INLINED {
+          constexpr int V = decltype(tile)::value;
+          Floats v[V];
+          load_tile(v, row + p, last);
+          for (int i = 0; i < V; ++i) {
+            const Floats d = V == 1 ? zeroed(v[i] - pivot, last) : v[i] - pivot;
+            s[i] += d;
+            q[i] = fma(d, d, q[i]);
+          }
         });
-        return total(sums) / float(in_block);
+        sum = total(s);
+        squares = total(q);
       };
-      if (first == 0) pivot = block_mean_around(0);
-      const float block_mean = block_mean_around(pivot);
-      Floats products[4] = {};
-      vectors(in_block, [&](int64_t p, int k, int64_t last) {
-        const Floats d = zeroed(load_some(block + p, last) - pivot - block_mean, last);
-        products[k] = fma(d, d, products[k]);
-      });
-      const double share = double(in_block) / double(first + in_block), d = double(block_mean) - mean;
+      float sum, around_pivot;
+      sums_of(some, 0.0f, sum, around_pivot);
+      const float pivot = sum / float(some);
+      sums_of(count, pivot, sum, around_pivot);
+      const double part = double(sum) / double(count), share = double(count) / double(first + count);
+      const double d = double(pivot) + part - mean;
+      const double around_mean = double(around_pivot) - double(sum) * part;
       mean += d * share;
-      squares += double(total(products)) + d * d * share * double(first);
+      squares += (around_mean < 0 ? 0 : around_mean) + d * d * share * double(first);
     }
-    out.pivot[c] = pivot;
-    out.mean[c] = float(mean);
+    out.pivot[c] = float(mean);
+    out.mean[c] = float(mean - double(out.pivot[c]));
     out.squares[c] = float(squares);
   }
 }
@@ -106,7 +102,7 @@ template <class T>
 void sum_pixels(const T* x, int64_t stride, const T* residual, int64_t residual_stride, const float* add, T* h,
                 int64_t h_stride, int64_t pixels, int64_t channels) {
   blocks(pixels, [=](int64_t first, int64_t in_block) {
-    tiles<4>(channels, [=](int64_t c, auto tile, int64_t last) {
+    tiles<4>(channels, [=](int64_t c, auto tile, int64_t last) DDPM_INLINED {
       constexpr int V = decltype(tile)::value;
       Floats a[V] = {}, v[V], r[V];
       if (add != nullptr) load_tile(a, add + c, last);
@@ -133,13 +129,23 @@ void sum_rows(const T* x, int64_t stride, const T* residual, int64_t residual_st
   }
 }
 
+// All vectors of a tile are loaded before any is stored: so their long computations go on side by side. Meanwhile memory is
+// idle: it brings y's lines, and of `next`, what will be x then, those in the same place.
 template <Activation A, class T>
-void normalise_pixels(const T* x, int64_t stride, Affine to, T* y, int64_t y_stride, int64_t pixels, int64_t channels) {
+void normalise_pixels(const T* x, int64_t stride, Affine to, T* y, int64_t y_stride, int64_t pixels, int64_t channels,
+                      const T* next) {
   for (int64_t p = 0; p < pixels; ++p) {
-    vectors(channels, [=](int64_t c, int, int64_t last) {
-      const Floats d = load_some(x + p * stride + c, last) - load_some(to.centre + c, last);
-      const Floats z = fma(d, load_some(to.gain + c, last), load_some(to.offset + c, last));
-      store_some(y + p * y_stride + c, activate<A, kPrecision<T>>(z), last);
+    tiles<4>(channels, [=](int64_t c, auto tile, int64_t last) DDPM_INLINED {
+      constexpr int V = decltype(tile)::value;
+      Floats v[V], m[V], a[V], b[V];
+      load_tile(v, x + p * stride + c, last);
+      load_tile(m, to.centre + c, last);
+      load_tile(a, to.gain + c, last);
+      load_tile(b, to.offset + c, last);
+      prefetch<V>(next + p * stride + c);
+      prefetch_to_write<V>(y + (p + kAhead) * y_stride + c);
+      for (int i = 0; i < V; ++i) v[i] = activate<A, kPrecision<T>>(fma(v[i] - m[i], a[i], b[i]));
+      store_tile(y + p * y_stride + c, v, last);
     });
   }
 }
@@ -149,10 +155,12 @@ void normalise_rows(const T* x, int64_t stride, Affine to, T* y, int64_t y_strid
   for (int64_t c = 0; c < channels; ++c) {
     const float m = to.centre[c];
     const Floats a = broadcast(to.gain[c]), b = broadcast(to.offset[c]);
-    const T* from = x + c * stride;
-    T* out = y + c * y_stride;
-    vectors(pixels, [=](int64_t p, int, int64_t last) {
-      store_some(out + p, activate<A, kPrecision<T>>(fma(load_some(from + p, last) - m, a, b)), last);
+    tiles<4>(pixels, [=](int64_t p, auto tile, int64_t last) DDPM_INLINED {
+      constexpr int V = decltype(tile)::value;
+      Floats v[V];
+      load_tile(v, x + c * stride + p, last);
+      for (int i = 0; i < V; ++i) v[i] = activate<A, kPrecision<T>>(fma(v[i] - m, a, b));
+      store_tile(y + c * y_stride + p, v, last);
     });
   }
 }
@@ -225,7 +233,7 @@ void measure(const GroupNorm& g, const GroupNormForward& f, const Place& of, con
 }
 
 template <Activation A, class T>
-void finish(const GroupNorm& g, const GroupNormForward& f, const Place& of, const Affine& map) {
+void finish(const GroupNorm& g, const GroupNormForward& f, const Place& of, const Place& next, const Affine& map) {
   const bool summed = f.h.data != nullptr;
   parts(g, of, [&](const Part& part, bool second) {
     const Image& image = summed ? f.h : second ? g.x2 : g.x;
@@ -233,7 +241,8 @@ void finish(const GroupNorm& g, const GroupNormForward& f, const Place& of, cons
     const Affine to = {map.centre + part.begin, map.gain + part.begin, map.offset + part.begin};
     T* y = at<T>(f.y, of, part.first);
     if (g.channels_last) {
-      normalise_pixels<A>(x, image.pixel, to, y, f.y.pixel, of.pixels, part.count);
+      const T* then = summed ? x : at<T>(image, next, next.first + part.inside - of.first);
+      normalise_pixels<A>(x, image.pixel, to, y, f.y.pixel, of.pixels, part.count, then);
     } else {
       normalise_rows<A>(x, image.channel, to, y, f.y.channel, of.pixels, part.count);
     }
@@ -268,7 +277,8 @@ void forward(const GroupNorm& g, const GroupNormForward& f, int threads) {
       },
       [&](int64_t slab, int64_t piece, float* room) {
         const Moments all = moments_of(0, room);  // now the affine maps
-        finish<A, T>(g, f, place(g, to, slab, piece), {all.pivot, all.mean, all.squares});
+        const Place next = place(g, to, after(to, slab, g.images), piece);
+        finish<A, T>(g, f, place(g, to, slab, piece), next, {all.pivot, all.mean, all.squares});
       });
 }
 

@@ -35,13 +35,22 @@ void sum_pixels(const T* x, int64_t stride, const From* dy, int64_t dy_stride, A
                 Sums sums, int64_t pixels, int64_t channels) {
   blocks(pixels, [=](int64_t first, int64_t in_block) {
     for (int64_t p = first; p < first + in_block; ++p) {
-      vectors(channels, [=](int64_t c, int, int64_t last) {
-        const Floats d = load_some(x + p * stride + c, last) - load_some(of.centre + c, last);
-        const Floats z = fma(d, load_some(of.gain + c, last), load_some(of.offset + c, last));
-        store_some(dz + p * dz_stride + c, through<A>(load_some(dy + p * dy_stride + c, last), z), last);
+      tiles<4>(channels, [=](int64_t c, auto tile, int64_t last) DDPM_INLINED {
+        constexpr int V = decltype(tile)::value;
+        Floats v[V], m[V], a[V], b[V], g[V];
+        load_tile(v, x + p * stride + c, last);
+        load_tile(m, of.centre + c, last);
+        load_tile(a, of.gain + c, last);
+        load_tile(b, of.offset + c, last);
+        load_tile(g, dy + p * dy_stride + c, last);
+        prefetch<V>(x + (p + kAhead) * stride + c);
+        prefetch<V>(dy + (p + kAhead) * dy_stride + c);
+        prefetch_to_write<V>(dz + (p + kAhead) * dz_stride + c);
+        for (int i = 0; i < V; ++i) g[i] = through<A, kPrecision<T>>(g[i], fma(v[i] - m[i], a[i], b[i]));
+        store_tile(dz + p * dz_stride + c, g, last);
       });
     }
-    tiles<kTile>(channels, [=](int64_t c, auto tile, int64_t last) {
+    tiles<kTile>(channels, [=](int64_t c, auto tile, int64_t last) DDPM_INLINED {
       constexpr int V = decltype(tile)::value;
       Floats m[V], v[V], g[V], of_dz[V] = {}, of_product[V] = {}, of_x[V] = {};
       load_tile(m, of.centre + c, last);
@@ -75,13 +84,21 @@ void sum_rows(const T* x, int64_t stride, const From* dy, int64_t dy_stride, Aff
     const float m = of.centre[c];
     const Floats a = broadcast(of.gain[c]), b = broadcast(of.offset[c]);
     Floats all[3][4] = {};
-    vectors(pixels, [&](int64_t p, int k, int64_t last) {
-      const Floats d = zeroed(load_some(x + c * stride + p, last) - m, last);
-      const Floats g = through<A>(load_some(dy + c * dy_stride + p, last), fma(d, a, b));
-      store_some(dz + c * dz_stride + p, g, last);
-      all[0][k] += g;
-      all[1][k] = fma(g, d, all[1][k]);
-      all[2][k] += d;
+    tiles<4>(pixels, [&](int64_t p, auto tile, int64_t last) DDPM_INLINED {
+      constexpr int V = decltype(tile)::value;
+      Floats v[V], g[V];
+      load_tile(v, x + c * stride + p, last);
+      load_tile(g, dy + c * dy_stride + p, last);
+      for (int i = 0; i < V; ++i) {
+        v[i] = zeroed(v[i] - m, V == 1 ? last : kVec);
+        g[i] = through<A, kPrecision<T>>(g[i], fma(v[i], a, b));
+      }
+      store_tile(dz + c * dz_stride + p, g, last);
+      for (int i = 0; i < V; ++i) {
+        all[0][i] += g[i];
+        all[1][i] = fma(g[i], v[i], all[1][i]);
+        all[2][i] += v[i];
+      }
     });
     sums.dz[c] = total(all[0]);
     sums.product[c] = total(all[1]);
@@ -95,12 +112,18 @@ void combine_pixels(const T* x, int64_t stride, const float* dz, int64_t dz_stri
                     const Slab& of, int64_t begin, T* dx, int64_t dx_stride, int64_t pixels, int64_t channels) {
   const float *centre = of.map.centre + begin, *k = of.k + begin, *l = of.l + begin, *m = of.m + begin;
   for (int64_t p = 0; p < pixels; ++p) {
-    vectors(channels, [=](int64_t c, int, int64_t last) {
-      const Floats v = load_some(x + p * stride + c, last) - load_some(centre + c, last);
-      const Floats g = load_some(dz + p * dz_stride + c, last);
-      const Floats h = dh == nullptr ? Floats{} : load_some(dh + p * dh_stride + c, last);
-      const Floats rest = fma(load_some(l + c, last), v, load_some(m + c, last));
-      store_some(dx + p * dx_stride + c, fma(load_some(k + c, last), g, rest) + h, last);
+    tiles<4>(channels, [=](int64_t c, auto tile, int64_t last) DDPM_INLINED {
+      constexpr int V = decltype(tile)::value;
+      Floats v[V], g[V], h[V] = {}, middle[V], of_g[V], of_v[V], rest[V];
+      load_tile(v, x + p * stride + c, last);
+      load_tile(g, dz + p * dz_stride + c, last);
+      if (dh != nullptr) load_tile(h, dh + p * dh_stride + c, last);
+      load_tile(middle, centre + c, last);
+      load_tile(of_g, k + c, last);
+      load_tile(of_v, l + c, last);
+      load_tile(rest, m + c, last);
+      for (int i = 0; i < V; ++i) v[i] = fma(of_g[i], g[i], fma(of_v[i], v[i] - middle[i], rest[i])) + h[i];
+      store_tile(dx + p * dx_stride + c, v, last);
     });
   }
 }
@@ -111,10 +134,14 @@ void combine_rows(const T* x, int64_t stride, const float* dz, int64_t dz_stride
   for (int64_t c = 0; c < channels; ++c) {
     const float centre = of.map.centre[begin + c];
     const Floats k = broadcast(of.k[begin + c]), l = broadcast(of.l[begin + c]), m = broadcast(of.m[begin + c]);
-    vectors(pixels, [=](int64_t p, int, int64_t last) {
-      const Floats v = load_some(x + c * stride + p, last) - centre, g = load_some(dz + c * dz_stride + p, last);
-      const Floats h = dh == nullptr ? Floats{} : load_some(dh + c * dh_stride + p, last);
-      store_some(dx + c * dx_stride + p, fma(k, g, fma(l, v, m)) + h, last);
+    tiles<4>(pixels, [=](int64_t p, auto tile, int64_t last) DDPM_INLINED {
+      constexpr int V = decltype(tile)::value;
+      Floats v[V], g[V], h[V] = {};
+      load_tile(v, x + c * stride + p, last);
+      load_tile(g, dz + c * dz_stride + p, last);
+      if (dh != nullptr) load_tile(h, dh + c * dh_stride + p, last);
+      for (int i = 0; i < V; ++i) v[i] = fma(k, g[i], fma(l, v[i] - centre, m)) + h[i];
+      store_tile(dx + c * dx_stride + p, v, last);
     });
   }
 }
