@@ -27,6 +27,14 @@ def show() -> None:
         print(f"{op:<20} {backend:<10} {reason or 'available'}")
 
 
+def native_isa() -> str | None:
+    """The instruction set that the native module runs; None without one."""
+    try:
+        return str(importlib.import_module("ddpm_fast._C").isa())
+    except (ImportError, ValueError, AttributeError):
+        return None
+
+
 def _native() -> str:
     """Where the native module lies and which instruction set it runs, or how to learn why there is none."""
     if importlib.util.find_spec("ddpm_fast._C") is None:

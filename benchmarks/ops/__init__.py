@@ -3,9 +3,11 @@
 ``python -m benchmarks.ops --help``; the same cases run under pytest-benchmark with ``pytest benchmarks``.
 """
 
+import ctypes
 import importlib
+import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +38,11 @@ OPS = (
     "timestep_embedding",
     "group_norm_silu",
     "conv3x3",
+    "overhead",
 )
 CHANNELS_LAST, NCHW = torch.channels_last, torch.contiguous_format
 MIN_RUN_MS = 2.0
+COPY = "copy of as many bytes"
 
 Inputs = tuple[Any, ...]
 
@@ -58,8 +62,10 @@ class Case:
         dtype: of the data.
         flops: 2 per multiply-add; 0 where only bytes matter.
         grads: positions of the inputs to differentiate by; then forward and backward are timed together.
+        backward_alone: time the backward alone, on graphs that are kept.
         random: the result is a fresh draw; only its spread is compared.
         layouts: whether PyTorch runs in both memory formats and ours in channels_last; else all run in NCHW.
+        beside_copy: time a copy that moves as many bytes, too.
     """
 
     op: str
@@ -72,8 +78,10 @@ class Case:
     dtype: torch.dtype = torch.float32
     flops: int = 0
     grads: tuple[int, ...] = ()
+    backward_alone: bool = False
     random: bool = False
     layouts: bool = True
+    beside_copy: bool = False
 
     def __str__(self) -> str:
         return f"{self.op} {self.label} {NAMES[self.dtype]}"
@@ -86,6 +94,19 @@ class Contender:
     function: Callable[..., Any]
     memory_format: torch.memory_format
     backend: str | None = None
+
+
+def keep_freed_memory() -> None:
+    """Let the process keep memory that is freed, where the C library can be told so.
+
+    Else whoever comes after a large contender pays the page faults of memory that this one gave back.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            trim_threshold, mmap_threshold = -1, -3
+            mallopt(trim_threshold, 2**31 - 1)
+            mallopt(mmap_threshold, 2**30)
 
 
 def cases(names: list[str], batch: int, quick: bool) -> list[Case]:
@@ -105,6 +126,7 @@ def contenders(case: Case, device: torch.device, compile: bool) -> dict[str, Con
         found[f"torch eager{suffix}"] = Contender(case.plain, memory_format)
     if compile:
         torch._dynamo.reset()  # drops what earlier cases compiled
+        torch._functorch.config.donated_buffer = not case.backward_alone  # a graph that is kept keeps its buffers
         function = torch.compile(case.plain, fullgraph=True, dynamic=False, options=compile_options(device))
         for suffix, memory_format in formats.items():
             found[f"torch.compile{suffix}"] = Contender(function, memory_format)
@@ -113,8 +135,43 @@ def contenders(case: Case, device: torch.device, compile: bool) -> dict[str, Con
 
 def prepare(case: Case, contender: Contender, device: torch.device) -> Callable[[], Any]:
     """Return a call of the contender on rotated inputs, colder than the cache."""
-    inputs = rotation(lambda seed: make(case, seed, device, contender.memory_format), case.nbytes, device)
-    return lambda: call(case, contender, inputs())
+
+    def made(seed: int) -> Inputs:
+        return make(case, seed, device, contender.memory_format)
+
+    if not case.backward_alone:
+        inputs = rotation(made, case.nbytes, device)
+        return lambda: call(case, contender, inputs())
+
+    def graph(seed: int) -> Inputs:
+        inputs = made(seed)
+        with forced(contender):
+            return contender.function(*inputs[:-1]), [inputs[i] for i in case.grads], inputs[-1]
+
+    graphs = rotation(graph, case.nbytes, device)
+
+    def backward() -> Any:
+        out, by, cotangent = graphs()
+        with forced(contender):
+            return torch.autograd.grad(out, by, cotangent, retain_graph=True)
+
+    return backward
+
+
+def copying(nbytes: int, device: torch.device) -> Callable[[], Any]:
+    """Return a copy that reads and writes ``nbytes`` in all, on rotated buffers."""
+    pairs = rotation(lambda _: tuple(torch.zeros(nbytes // 8, device=device) for _ in range(2)), nbytes, device)
+
+    def copy() -> None:
+        target, source = pairs()
+        target.copy_(source)
+
+    return copy
+
+
+def forced(contender: Contender) -> AbstractContextManager[None]:
+    """Return the context in which a contender runs."""
+    return ops.use_backend(contender.backend) if contender.backend else nullcontext()
 
 
 def make(case: Case, seed: int, device: torch.device, memory_format: torch.memory_format) -> Inputs:
@@ -132,7 +189,7 @@ def make(case: Case, seed: int, device: torch.device, memory_format: torch.memor
 
 def call(case: Case, contender: Contender, inputs: Inputs) -> Any:
     """Run the contender once: its value, or its gradients."""
-    with ops.use_backend(contender.backend) if contender.backend else nullcontext():
+    with forced(contender):
         if not case.grads:
             with torch.no_grad():
                 return contender.function(*inputs)
@@ -184,6 +241,10 @@ def measure(
             runs[name] = prepare(case, contender, device)
         except Exception as error:  # a failure is a result, whatever it is
             errors[name] = describe(error)
+    names = [*listed]
+    if case.beside_copy:
+        names.append(COPY)
+        runs[COPY] = copying(case.nbytes, device)
     single = time_interleaved(runs, device, 3, errors=errors)
     calls = max(1, round(MIN_RUN_MS / max(min(map(min, single.values()), default=MIN_RUN_MS), 1e-3)))
 
@@ -194,7 +255,7 @@ def measure(
     times = time_interleaved(repeats, device, repetitions, errors=errors)
     bound_ms = max(case.nbytes / copy_rate, case.flops / matmul_rate) * 1e3
     rows = []
-    for name in listed:
+    for name in names:
         row: Row = {
             "case": f"{case.op} {case.label}",
             "precision": NAMES[case.dtype],

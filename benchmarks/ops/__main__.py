@@ -7,8 +7,9 @@ import sys
 
 from benchmarks import ceilings
 from benchmarks.harness import NAMES, OURS, Row, header, markdown, markdown_header, progress, write_json
-from benchmarks.ops import OPS, cases, measure
+from benchmarks.ops import OPS, cases, keep_freed_memory, measure
 from benchmarks.options import Parser, count, device, output_file
+from ddpm_fast.info import native_isa
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,11 +24,13 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--compile", action="store_true", help="time torch.compile too (always so without --quick)")
     args = p.parse_args(argv)
     batch = args.batch or (4 if args.quick else 256 if args.device.type == "cuda" else 16)
+    keep_freed_memory()
     progress("ceilings")
     copy_rate = ceilings.copy(args.device)["gbytes_per_s"] * 1e9
     matmul_rate = {dtype: ceilings.matmul(args.device, dtype)["tflops"] * 1e12 for dtype in NAMES}
     head = header(args.device) | {"copy GB/s": copy_rate * 1e-9}
     head |= {f"matrix product {NAMES[dtype]} TFLOP/s": rate * 1e-12 for dtype, rate in matmul_rate.items()}
+    head["native"] = native_isa()
     print(markdown_header(head), end="\n\n")
     rows: list[Row] = []
     for case in cases(args.ops, batch, args.quick):

@@ -32,19 +32,34 @@ def _case(batch: int, channels: int, size: int, dtype: torch.dtype, training: bo
 
     numel = batch * channels * size * size
     # Forward: read x, write y. Backward: read x and dy, write dx.
-    tensors = 5 if training else 2
-    label = f"{list(shape)} {'forward+backward' if training else 'forward'}"
-    grads = (0, 1, 2, 3) if training else ()
+    tensors = 3 if training else 2
     return Case(
-        "group_norm_silu", label, batch, tensors * numel * dtype.itemsize, make, _ours, _plain, dtype, grads=grads
+        "group_norm_silu",
+        f"{list(shape)} {'backward' if training else 'forward'}",
+        batch,
+        tensors * numel * dtype.itemsize,
+        make,
+        _ours,
+        _plain,
+        dtype,
+        grads=(0, 1, 2, 3) if training else (),
+        backward_alone=training,
     )
 
 
 def cases(batch: int) -> list[Case]:
-    """Return the cases: both precisions at the two resolutions that hold most of the bytes."""
-    return [
+    """Return the cases: both precisions at the two resolutions that hold most of the bytes, and at small batch."""
+    dtypes = (torch.float32, torch.bfloat16)
+    large = [
         _case(batch, channels, size, dtype, training)
         for training in (False, True)
         for channels, size in ((128, 32), (256, 16))
-        for dtype in (torch.float32, torch.bfloat16)
+        for dtype in dtypes
     ]
+    small = [
+        _case(few, channels, size, dtype, False)
+        for few in (1, 4)
+        for channels, size in ((128, 32), (256, 8))
+        for dtype in dtypes
+    ]
+    return large + small

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ops import Case, Inputs
+from benchmarks.original import extract
 from ddpm_fast import ops
 
 TIMESTEPS = 1000
@@ -14,7 +15,7 @@ def _ours(x_start: Tensor, t: Tensor, signal: Tensor, spread: Tensor, state: ops
 
 
 def _plain(x_start: Tensor, t: Tensor, signal: Tensor, spread: Tensor, state: ops.NoiseState) -> Tensor:
-    return signal[t, None, None, None] * x_start + spread[t, None, None, None] * torch.randn_like(x_start)
+    return extract(signal, t, x_start.shape) * x_start + extract(spread, t, x_start.shape) * torch.randn_like(x_start)
 
 
 def _case(batch: int, *image: int) -> Case:
@@ -34,4 +35,4 @@ def _case(batch: int, *image: int) -> Case:
 
 def cases(batch: int) -> list[Case]:
     """Return the cases: a batch of CIFAR-10 images, and one of large images."""
-    return [_case(batch, 3, 32, 32), _case(batch, 3, 256, 256)]
+    return [_case(4 * batch, 3, 32, 32), _case(batch, 3, 256, 256)]
