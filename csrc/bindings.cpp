@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cfloat>
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -47,8 +49,8 @@ void dropout_mask(uintptr_t out, int64_t num_samples, int64_t size, uint32_t thr
 void group_norm_silu(const Norm& norm, const py::object& residual, const py::object& y, const py::object& h,
                      int threads) {
   const auto g = group_norm(norm);
-  const ddpm::cpu::GroupNormForward f = {image(residual, g.half, "residual"), image(y, g.half, "y"),
-                                         image(h, g.half, "h")};
+  const ddpm::cpu::GroupNormForward f = {image(residual, g, "residual", g.channels), image(y, g, "y", g.channels),
+                                         image(h, g, "h", g.channels)};
   const auto run = kernels().group_norm_silu;
   py::gil_scoped_release unlocked;
   run(g, f, threads);
@@ -59,7 +61,7 @@ void group_norm_silu_backward(const Norm& norm, const py::object& dy, const py::
   const auto g = group_norm(norm);
   const auto& [dweight, dbias, dadd, dscale, dshift] = gradients;
   const ddpm::cpu::GroupNormBackward b = {
-      image(dy, g.half, "dy"), image(dh, g.half, "dh"), image(dx, g.half, "dx"), image(dx2, g.half, "dx2"),
+      image(dy, g, "dy", g.channels), image(dh, g, "dh", g.channels), image(dx, g, "dx", g.channels_1), image(dx2, g, "dx2", g.channels - g.channels_1),
       data<float>(dweight, "dweight"), data<float>(dbias, "dbias"), data<float>(dadd, "dadd"),
       data<float>(dscale, "dscale"), data<float>(dshift, "dshift")};
   if (g.statistics == nullptr) throw py::value_error("statistics: the backward needs those of the forward");
@@ -90,7 +92,8 @@ void read_row(SamplerStep& step, py::handle rows, uintptr_t k) {
   switch (element_size(rows)) {
     case 8: return read_row<double>(step, address(rows), first, apart);
     case 4: return read_row<float>(step, address(rows), first, apart);
-    default: return read_row<uint16_t>(step, address(rows), first, apart);
+    case 2: return read_row<uint16_t>(step, address(rows), first, apart);
+    default: throw py::value_error("rows: elements must have 8, 4 or 2 bytes");
   }
 }
 
@@ -186,7 +189,10 @@ template <class T>
 void scaled(std::vector<double>& to, py::handle t, double scale) {
   const auto* from = pointer<const T>(address(t), int64_t(to.size()), "t");
   const int64_t apart = at(strides_of(t), 0);
-  for (size_t n = 0; n < to.size(); ++n) to[n] = double(from[int64_t(n) * apart]) * scale;
+  for (size_t n = 0; n < to.size(); ++n) {
+    const double angle = double(from[int64_t(n) * apart]) * scale;
+    to[n] = std::abs(angle) <= FLT_MAX ? angle : NAN;  // as where it is computed in float32
+  }
 }
 
 void timestep_embedding(uintptr_t out, py::handle t, bool floating, int64_t half, double scale, double ratio,

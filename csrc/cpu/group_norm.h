@@ -266,7 +266,8 @@ inline void affine(const GroupNorm& g, int64_t n, int64_t channel, bool added, d
   if (g.shift != nullptr) shift += double(g.shift[both]);
   centre = float(middle);
   gain = float(slope);
-  offset = float(shift - (middle - double(centre)) * slope);  // with what rounding the centre lost
+  const double lost = __builtin_isfinite(slope) ? (middle - double(centre)) * slope : 0.0;  // by rounding the centre
+  offset = float(shift - lost);
 }
 
 // to = from times the factors of dropout, for a slab's piece or some channels of it. `to` may be `from`.

@@ -193,7 +193,7 @@ void normalisation(const GroupNorm& g, int64_t n, int64_t first, int64_t channel
       const double d = mean(c) - group_mean;
       squares += double(of.squares[c]) + double(g.pixels) * d * d;
     }
-    const double rstd = 1.0 / __builtin_sqrt(squares / (double(per_group) * double(g.pixels)) + double(g.eps));
+    const double rstd = 1.0 / __builtin_sqrt(squares / (double(per_group) * double(g.pixels)) + g.eps);
     for (int64_t c = begin; c < begin + per_group; ++c) {
       affine(g, n, first + c, added, group_mean, rstd, of.pivot[c], of.mean[c], of.squares[c]);
     }

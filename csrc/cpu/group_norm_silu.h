@@ -18,7 +18,7 @@ struct Image {
 struct GroupNorm {
   int64_t images, pixels, channels, channels_1;  // channels_1 of them are in x, the rest in x2
   int64_t groups;
-  float eps;
+  double eps;
   Activation activation;
   bool half, channels_last;    // bf16 storage, or float32
   Image x, x2;                 // in the backward of a sum: that sum

@@ -163,7 +163,10 @@ void coefficients(const GroupNorm& g, int64_t n, int64_t first, int64_t channels
       const double add = g.add == nullptr ? 0.0 : double(g.add[n * g.add_stride + first + c]);
       return mean - add - double(of.map.centre[c]);
     };
-    const auto product = [&](int64_t c) { return double(of.sums.product[c]) - lost(c) * double(of.sums.dz[c]); };
+    const bool alone = count == 1;  // such an element is its mean: then all of x's gradient, and this, is exactly 0
+    const auto product = [&](int64_t c) {
+      return alone ? 0.0 : double(of.sums.product[c]) - lost(c) * double(of.sums.dz[c]);
+    };
     const auto factor = [&](int64_t c) {
       return g.scale == nullptr ? 1.0 : 1.0 + double(g.scale[n * g.channels + first + c]);
     };
@@ -173,10 +176,10 @@ void coefficients(const GroupNorm& g, int64_t n, int64_t first, int64_t channels
       sum += factor(c) * weight(c) * double(of.sums.dz[c]);
       sum_of_products += factor(c) * weight(c) * product(c);
     }
-    const double l = -rstd * rstd * rstd * sum_of_products / count, m = -rstd * sum / count;
+    const double l = -rstd * rstd * rstd * sum_of_products / count, m = alone ? 0.0 : -rstd * sum / count;
     for (int64_t c = begin; c < begin + per_group; ++c) {
       const int64_t both = n * g.channels + first + c;
-      const double k = rstd * factor(c) * weight(c), dz = double(of.sums.dz[c]), normal = rstd * product(c);
+      const double k = alone ? 0.0 : rstd * factor(c) * weight(c), dz = double(of.sums.dz[c]), normal = rstd * product(c);
       const double bias = g.bias == nullptr ? 0.0 : double(g.bias[first + c]);
       of.k[c] = float(k);
       of.l[c] = float(l);

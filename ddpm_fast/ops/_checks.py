@@ -102,6 +102,8 @@ def integer(name: str, value: Any, least: int | None = None, most: int | None = 
 
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
     """`value` as a float; raise TypeError or ValueError unless it is a finite number in [low, high]."""
+    if type(value) is float and low <= value <= high and abs(value) != math.inf:  # nearly always, as in `integer`
+        return value
     ends = "" if low == -math.inf == -high else f" of at least {low}" if high == math.inf else f" in [{low}, {high}]"
     wrong = f"{name} must be a finite number{ends}, got {text(value)}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -157,9 +159,9 @@ def indices(name: str, value: Tensor, size: int) -> None:
     """Raise ValueError unless 0 <= value < size. Only on the CPU: elsewhere the look would wait for the device."""
     if value.device.type != "cpu" or value.numel() == 0 or torch.compiler.is_compiling():
         return
-    low, high = value.aminmax()
+    low, high = (int(value),) * 2 if value.numel() == 1 else map(int, value.aminmax())
     if low < 0 or high >= size:
-        raise ValueError(f"{name} must lie in [0, {size}), got values from {int(low)} to {int(high)}")
+        raise ValueError(f"{name} must lie in [0, {size}), got values from {low} to {high}")
 
 
 def choice(name: str, value: object, options: Sequence[str]) -> None:

@@ -39,10 +39,16 @@ def _placed(x: Tensor, x2: Tensor | None) -> tuple[Tensor, Tensor | None, torch.
     return _image(x, layout), x2 if x2 is None else _image(x2, layout), layout
 
 
+def _like(x: Tensor, layout: torch.memory_format) -> Tensor:
+    """Room for a result like x: laid out as torch would, if that is a layout which the kernels take."""
+    out = torch.empty_like(x)
+    return out if _image(out, layout) is out else torch.empty_like(x, memory_format=layout)
+
+
 def _empty(x: Tensor, x2: Tensor | None, layout: torch.memory_format) -> Tensor:
     """Room for cat(x, x2)."""
     if x2 is None:
-        return torch.empty_like(x)
+        return _like(x, layout)
     n, channels, height, width = x.shape
     shape = n, channels + x2.shape[1], height, width
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
@@ -83,7 +89,7 @@ def forward(
     x, x2, layout = _placed(x, x2)
     y, h = _empty(x, x2, layout), None
     if residual is not None:
-        residual, h = _image(residual, layout), torch.empty_like(y)
+        residual, h = _image(residual, layout), _like(y, layout)
     norm = _norm(x, x2, layout, parameters, statistics, *rest)
     _native.load().group_norm_silu(norm, residual, y, h, _native.threads())
     return y, h
@@ -110,11 +116,11 @@ def backward(
     weight, bias, add, scale, shift = parameters
     given = weight, bias, None if summed else add, scale, shift  # the sum has `add` in it
     x, x2, layout = _placed(x, x2)
-    dx, dx2 = torch.empty_like(x), None if x2 is None else torch.empty_like(x2)
-    dy = torch.zeros_like(x) if dy is None else _image(dy, layout)
-    dh = dh if dh is None else _image(dh, layout)
+    dx, dx2 = _like(x, layout), None if x2 is None else _like(x2, layout)
+    dy = _empty(x, x2, layout).zero_() if dy is None else _image(dy.resolve_neg(), layout)
+    dh = dh if dh is None else _image(dh.resolve_neg(), layout)
     rooms = [
-        torch.empty(v.shape, dtype=torch.float32) if v is not None and need else None
+        torch.empty(v.shape, dtype=torch.float32, device=x.device) if v is not None and need else None
         for v, need in zip(given, needed, strict=True)
     ]
     norm = _norm(x, x2, layout, given, statistics, *rest)
@@ -129,7 +135,9 @@ def _spread(parts: int | None, dx: Tensor, dx2: Tensor | None, *rest: Tensor | N
     """From the gradients of `backward` those of x, x2, the residual and the parameters; `parts` are x's channels."""
     if parts is None:
         return dx, dx2, None, *rest
-    return (dx, None, dx, *rest) if parts == dx.shape[1] else (dx[:, :parts], dx[:, parts:], dx, *rest)
+    if parts == dx.shape[1]:
+        return dx, None, dx, *rest
+    return dx[:, :parts].clone(), dx[:, parts:].clone(), dx, *rest  # slices would share memory with the whole
 
 
 class Differentiable(torch.autograd.Function):
@@ -139,7 +147,7 @@ class Differentiable(torch.autograd.Function):
     def forward(ctx: Any, dropout: Dropout | None, rest: tuple[Any, ...], *tensors: Tensor | None) -> Any:
         x, x2, residual, *parameters = tensors
         x = cast(Tensor, x)
-        statistics = torch.empty((x.shape[0], rest[0], 2), dtype=torch.float64)
+        statistics = torch.empty((x.shape[0], rest[0], 2), dtype=torch.float64, device=x.device)
         y, h = forward(x, x2, residual, parameters, statistics, *rest, dropout)
         if dropout is not None:  # whose owner may advance the state before the backward
             seed, draw, first = cast(NoiseState, dropout.state)
@@ -151,7 +159,9 @@ class Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> Any:
-        _native.refuse_double_backward("group_norm_silu")
+        _native.check_backward("group_norm_silu", dy, dh)
+        if dy is None and dh is None:
+            return (None,) * 10
         x, x2, *parameters, statistics = ctx.saved_tensors
         needed = ctx.needs_input_grad[5:]
         found = backward(dy, dh, x, x2, parameters, statistics, ctx.parts is not None, needed, *ctx.rest)
@@ -168,9 +178,12 @@ def _source(p: float, first_sample: int, stream: int, seed: Tensor, draw: Tensor
 
 
 def _node_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    x, x2, residual, *parameters, groups, eps, activation, p, first_sample, stream, seed, draw = arguments
+    *tensors, groups, eps, activation, p, first_sample, stream, seed, draw = arguments
+    x, *others = tensors
+    x2, residual, *parameters = (v if v is None else v.resolve_neg() for v in others)
+    x = x.resolve_neg()
     _native.check_not_forced_away("group_norm_silu")
-    statistics = torch.empty((x.shape[0], groups, 2), dtype=torch.float64)
+    statistics = torch.empty((x.shape[0], groups, 2), dtype=torch.float64, device=x.device)
     dropout = None if seed is None else _source(p, first_sample, stream, seed, draw)
     y, h = forward(x, x2, residual, parameters, statistics, groups, eps, activation, dropout)
     state = statistics.new_empty(0, dtype=torch.int64) if seed is None else torch.stack((seed, draw))
@@ -179,10 +192,11 @@ def _node_forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     x, x2, residual, *_, seed, draw = arguments
-    y = _empty(*_placed(x, x2))
+    x, x2, layout = _placed(x, x2)
+    y = _empty(x, x2, layout)
     statistics = x.new_empty((x.shape[0], arguments[8], 2), dtype=torch.float64)
     state = x.new_empty(0 if seed is None else 2, dtype=torch.int64)
-    return y, y.new_empty(0) if residual is None else torch.empty_like(y), statistics, state
+    return y, y.new_empty(0) if residual is None else _like(y, layout), statistics, state
 
 
 def _node_backward(*arguments: Any) -> list[Tensor]:
@@ -195,8 +209,8 @@ def _node_backward(*arguments: Any) -> list[Tensor]:
 def _fake_backward(*arguments: Any) -> list[Tensor]:
     _, _, x, x2, *parameters = arguments[:9]
     needed = arguments[12]
-    x, x2, _ = _placed(x, x2)
-    images = [torch.empty_like(v) for v in (x, x2) if v is not None]
+    x, x2, layout = _placed(x, x2)
+    images = [_like(v, layout) for v in (x, x2) if v is not None]
     return images + [v.new_empty(v.shape) for v, need in zip(parameters, needed, strict=True) if v is not None and need]
 
 
@@ -218,6 +232,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _formula(ctx: Any, dy: Tensor | None, dh: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dy is None and dh is None:
+        return (None,) * 16
     saved = ctx.saved_tensors
     summed, needed = ctx.parts is not None, list(ctx.needs_input_grad[3:8])
     found = iter(_BACKWARD(dy, dh if summed else None, *saved, summed, needed, *ctx.rest))

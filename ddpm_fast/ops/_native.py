@@ -66,8 +66,12 @@ def unfit(*values: Tensor | None) -> str | None:
                 return f"needs plain tensors, got a {kind.__name__}"
             if not value.is_cpu:
                 return f"runs on the CPU, the data is on {value.device}"
+            if value.layout is not _STRIDED:
+                return f"needs plain memory, got {value.layout}"
     if torch.compiler.is_compiling():
         return None  # the rest is of the moment, and compilers can't follow it
+    if any(value is not None and value.is_neg() for value in values):
+        return "needs plain memory, got a negated view"
     if _C._len_torch_dispatch_stack() or _C._get_tracing_state() is not None:
         return "a dispatch mode or tracer wants to see torch's own operators"
     if _C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
@@ -82,17 +86,19 @@ def unfit_arrays(*values: Tensor | None, grads: bool = False) -> str | None:
         if value is not None:
             if value.dtype not in ARRAY_DTYPES:
                 return f"takes float32 and bfloat16, got {value.dtype}"
-            if value.is_neg() or value.layout is not _STRIDED or value.ndim > MAX_NDIM:
-                return f"needs plain memory of at most {MAX_NDIM} dimensions"
+            if value.ndim > MAX_NDIM:
+                return f"takes at most {MAX_NDIM} dimensions"
             if wanted and value.requires_grad:
                 return "has no gradient for these arguments"
     return None
 
 
-def refuse_double_backward(op: str) -> None:
-    """Raise where a backward is to be differentiated itself."""
+def check_backward(op: str, *grads: Tensor | None) -> None:
+    """Raise where a backward is to be differentiated itself, or gets several gradients at once."""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{op}: the native backend has no second derivative; ops.use_backend('reference') has one")
+    if any(g is not None and _C._functorch.is_legacy_batchedtensor(g) for g in grads):
+        raise RuntimeError(f"{op}: the native backend takes no batched gradients; ops.use_backend('reference') does")
 
 
 @torch.compiler.assume_constant_result  # where a compiler asks

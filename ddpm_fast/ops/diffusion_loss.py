@@ -78,7 +78,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        _native.refuse_double_backward("diffusion_loss")
+        _native.check_backward("diffusion_loss", grad_loss)
         model_out, noise, *target = ctx.saved_tensors
         grad = torch.empty_like(model_out)
         arguments = _arguments(model_out, ctx.values or noise, *target, ctx.l1)

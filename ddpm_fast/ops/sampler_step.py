@@ -65,8 +65,8 @@ def _rejects(
     **rest: Any,
 ) -> str | None:
     state, z = (noise[:2], None) if isinstance(noise, NoiseState) else ((), noise)
-    if rows.dtype is torch.float16:
-        return "takes no float16 rows"
+    if rows.dtype not in (torch.float64, torch.float32, torch.bfloat16):
+        return f"takes no rows of {rows.dtype}"
     if rows.requires_grad and torch.is_grad_enabled():
         return "has no gradient for rows"
     arrays = (x, model_out, z, hist, out, x0_out)

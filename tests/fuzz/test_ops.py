@@ -1,6 +1,6 @@
 """The ops: by the oracle's rule what their references are in float64, values and gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,9 +46,19 @@ def run(function: Callable[..., Any], args: dict[str, Any], seed: int, different
     return [o.detach() for o in outs], list(grads)
 
 
-def held(draw: Draw, op: Callable[..., Any], oracle: Callable[..., Any], args: dict[str, Any], drop: Any = ()) -> bool:
-    """Whether an op took its arguments; if so, it agrees with its reference. `drop`: what the reference has not."""
-    seed, differentiate = draw(st.integers(0, 99)), not any(args.get(k) is not None for k in drop)
+def held(
+    draw: Draw,
+    op: Callable[..., Any],
+    oracle: Callable[..., Any],
+    args: dict[str, Any],
+    drop: Sequence[str] = (),
+    numbers: Sequence[str] = (),
+) -> bool:
+    """Whether an op took its arguments; if so, it agrees with its reference.
+
+    `drop`: what the reference has not; `numbers`: what may be integers, and is float64 for the truth.
+    """
+    seed, differentiate = draw(st.integers(0, 99)), not any(args.get(k) is not None for k in (*drop, *numbers))
     fast = run(op, args, seed, differentiate)
     if fast is REFUSED:
         return False
@@ -59,6 +69,7 @@ def held(draw: Draw, op: Callable[..., Any], oracle: Callable[..., Any], args: d
         args["groups"] = int(args["groups"])
     plain = run(oracle, args, seed, differentiate)
     exact = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, args)
+    exact |= {k: args[k].double() for k in numbers if isinstance(args[k], Tensor)}
     truth = run(oracle, exact, seed, differentiate)
     for factor, what, results in zip((2, 3), ("output", "gradient"), zip(fast, plain, truth, strict=True), strict=True):
         for i, (f, p, t) in enumerate(zip(*results, strict=True)):
@@ -131,7 +142,8 @@ def test_timestep_embedding(draw: Draw) -> bool:
     t = tensor(draw, (draw(SIZES),)) * 100
     args = {"t": t, "dim": 2 * draw(SMALL), "scale": one(draw, 1.0, 1000, -0.0, 1e300)}
     args["t"] = t.to(one(draw, t.dtype, torch.int64, torch.int32)) if t.isfinite().all() else t
-    return held(draw, ops.timestep_embedding, reference.timestep_embedding.timestep_embedding, spoilt(draw, args))
+    oracle = reference.timestep_embedding.timestep_embedding
+    return held(draw, ops.timestep_embedding, oracle, spoilt(draw, args), numbers=("t",))
 
 
 def channels(draw: Draw, size: int) -> tuple[dict[str, Any], int]:

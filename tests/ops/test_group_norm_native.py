@@ -184,6 +184,80 @@ def test_what_native_rejects_goes_to_the_reference() -> None:
             ops.group_norm_silu(wrong, None, None, 2)
 
 
+# Expanded over pixels, over channels and over images; overlapping; dense, but with no dimension where torch has it.
+STRIDES = [(8, 1, 0, 0), (20, 0, 5, 1), (0, 20, 5, 1), (1, 10, 5, 1), (100, 1, 5, 1), (1, 1, 40, 8), (20, 40, 1, 4)]
+
+
+@pytest.mark.parametrize("strides", STRIDES, ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_memory_that_is_laid_out_otherwise(strides: tuple[int, ...], compiled: bool, poison_empty: None) -> None:
+    x = torch.as_strided(torch.randn(2000), (2, 8, 4, 5), strides)
+    results = []
+    for backend in ("native", "reference"):
+        leaf, x2 = x.detach().requires_grad_(), x.flip(0).requires_grad_()
+        with ops.use_backend(backend):
+            run = (
+                torch.compile(ops.group_norm_silu, backend="aot_eager", fullgraph=True)
+                if compiled
+                else ops.group_norm_silu
+            )
+            y = run(leaf, None, None, 2), run(leaf, None, None, 4, x2=x2)
+            results.append([*y, *torch.autograd.grad((y[0] * 2).sin().sum() + y[1].sin().sum(), (leaf, x2))])
+        torch._dynamo.reset()
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results, strict=True))
+
+
+class Cut(torch.autograd.Function):
+    """Has no gradient to give: what comes before gets none, not even zeros."""
+
+    forward = staticmethod(lambda ctx, y: y * 2)
+    backward = staticmethod(lambda ctx, dy: None)
+
+
+def test_no_gradient_at_all() -> None:
+    x, x2 = torch.randn(2, 8, 4, 4, requires_grad=True), torch.randn(2, 8, 4, 4, requires_grad=True)
+    Cut.apply(ops.group_norm_silu(x, None, None, 8, x2=x2)).sum().backward()
+    assert x.grad is None and x2.grad is None
+
+
+def test_gradients_share_no_memory() -> None:
+    """Where they are kept and added to, one would change the other."""
+    leaves = [torch.randn(1, c, 4, 4, requires_grad=True) for c in (8, 4, 12)]
+    after = []
+    for _ in range(2):
+        y, h = ops.group_norm_silu(leaves[0], None, None, 4, x2=leaves[1], residual=leaves[2])
+        ((y * y).sum() + h.sum()).backward()
+        after.append([leaf.grad.clone() for leaf in leaves])
+    assert all(torch.allclose(twice, 2 * once) for once, twice in zip(*after, strict=True))
+
+
+def test_a_negated_view() -> None:
+    x = torch.complex(torch.randn(2, 8, 1, 1), torch.randn(2, 8, 1, 1)).conj().imag
+    expected = reference.group_norm_silu(x, None, None, 1)
+    assert torch.allclose(ops.group_norm_silu(x, None, None, 1), expected, atol=1e-6)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda v: ops.group_norm_silu(v, None, None, 1), backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(x), expected, atol=1e-6)
+
+
+def test_batched_gradients_raise() -> None:
+    x = torch.randn(2, 8, 4, 4, requires_grad=True)
+    y, batch = ops.group_norm_silu(x, None, None, 2), torch.randn(3, 2, 8, 4, 4)
+    with pytest.raises(RuntimeError, match="native backend takes no batched gradients"):
+        torch.autograd.grad(y, x, batch, is_grads_batched=True)
+
+
+def test_a_default_device_is_not_where_the_data_is() -> None:
+    x = torch.randn(2, 8, 4, 4, requires_grad=True)
+    with torch.device("meta"):
+        ops.group_norm_silu(x, None, None, 2).sum().backward()
+    assert x.grad is not None and x.grad.is_cpu
+
+
+def test_a_tiny_eps() -> None:
+    assert ops.group_norm_silu(torch.zeros(1, 4, 2, 2), None, None, 2, eps=1e-50).abs().max() == 0
+
+
 def test_two_threads_at_once() -> None:
     x = torch.randn(4, 64, 16, 16).contiguous(memory_format=CHANNELS_LAST)
     alone = ops.group_norm_silu(x, None, None, 8)
