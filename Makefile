@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 # What the API reference shows; the rest is nobody's interface.
 API := ddpm_fast $(addprefix ddpm_fast.,ops schedules samplers script_utils training.trainer training.recipe training.checkpoint training.data training.images evaluation.metrics evaluation.classifier)
 
-.PHONY: help demo test check lint fuzz docs bench gpu clean
+.PHONY: help demo test check lint sanitize fuzz docs bench gpu clean
 .DELETE_ON_ERROR:
 
 help: ## show this list (default)
@@ -30,6 +30,16 @@ lint: $(READY) ## lint, format and types only
 
 docs: $(READY) ## write the API reference, from the docstrings, into build/api/
 	$(PY) -W error -m pdoc -d google -o build/api $(API)
+
+# The package with its sanitized module lies in build/sanitize/ and is found first from there. The sanitizers' libraries
+# must be loaded before Python's, and libstdc++ before they look for its functions. Python itself leaks, so leaks are not
+# looked for.
+SANITIZED := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DDPM_FAST_SANITIZE=1 \
+	LD_PRELOAD="$$(for name in libasan libubsan libstdc++; do printf '%s ' "$$($${CXX:-g++} -print-file-name=$$name.so)"; done)"
+sanitize: $(READY) ## run the tests of the ops on a native module that stops at every bad address and overflow (gcc)
+	DDPM_FAST_NATIVE=1 DDPM_FAST_SANITIZE=1 $(PY) setup.py -q build --build-lib build/sanitize
+	cd build/sanitize && $(SANITIZED) $(CURDIR)/$(PY) -m pytest -o pythonpath= -p no:cacheprovider --rootdir=$(CURDIR) \
+		$(CURDIR)/tests/test_native.py $(CURDIR)/tests/ops
 
 fuzz: $(READY) ## call every public function with CASES=1000000 right and wrong arguments; SEED=... repeats a run
 	@echo "SEED=$(SEED) CASES=$(CASES)"
