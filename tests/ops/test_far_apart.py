@@ -48,24 +48,29 @@ def images(number: int, shape: tuple[int, ...], dim: int, dtype: torch.dtype) ->
 
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-# Images, channels, and the pixels of one row.
-SHAPES = pytest.mark.parametrize(
-    ("shape", "dim"), [((2, 8, 5, 7), 0), ((3, 2, 9, 9), 1), ((2, 72, 1, 2), 3)], ids=["image", "channel", "pixel"]
-)
+# Images of a piece in place and one that fills no vector; channels; the pixels of a row.
+SHAPES = [
+    pytest.param((2, 10, 11, 13), 0, id="image"),
+    pytest.param((3, 2, 9, 9), 1, id="channel"),
+    pytest.param((2, 72, 1, 2), 3, id="pixel"),
+]
+IMAGES = pytest.mark.parametrize(("shape", "dim"), [*SHAPES, pytest.param((1, 2, 64, 64), 1, id="slab")])
+ARRAYS = pytest.mark.parametrize(("shape", "dim"), [*SHAPES, pytest.param((3, 2, 1, 1), 1, id="element")])
 
 
 @DTYPES
-@SHAPES
+@IMAGES
 @pytest.mark.parametrize("joined", [False, True])
 def test_group_norm_silu(shape: tuple[int, ...], dim: int, dtype: torch.dtype, joined: bool) -> None:
     x, x2, dy, dh = images(4, shape, dim, dtype)
     memory = Memory(dtype)
+    torch.set_num_threads(2)  # which take one slab each
 
     def run(x: Tensor, x2: Tensor, dy: Tensor, dh: Tensor) -> list[Tensor]:
         leaves = [x.detach().requires_grad_(), x2.detach().requires_grad_()]
         x, x2 = leaves
         if joined:  # dy and dh would have the channels of both
-            y = ops.group_norm_silu(x, None, None, 1, x2=x2)
+            y = ops.group_norm_silu(x, None, None, 2, x2=x2)
             return [y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)]
         outs = ops.group_norm_silu(x, None, None, 2, residual=x2)
         return [*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, [dy, dh])]
@@ -77,7 +82,7 @@ def test_group_norm_silu(shape: tuple[int, ...], dim: int, dtype: torch.dtype, j
 
 
 @DTYPES
-@SHAPES
+@ARRAYS
 def test_q_sample(shape: tuple[int, ...], dim: int, dtype: torch.dtype) -> None:
     x, z = images(2, shape, dim, dtype)
     t, tables, memory = torch.arange(shape[0]), torch.rand(2, 5), Memory(dtype)
@@ -87,7 +92,7 @@ def test_q_sample(shape: tuple[int, ...], dim: int, dtype: torch.dtype) -> None:
 
 
 @DTYPES
-@SHAPES
+@ARRAYS
 @pytest.mark.parametrize("which", ["in", "out", "x0_out"])
 def test_sampler_step(shape: tuple[int, ...], dim: int, dtype: torch.dtype, which: str) -> None:
     x, model_out, hist, z, out, x0_out = images(6, shape, dim, dtype)
