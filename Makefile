@@ -31,12 +31,11 @@ lint: $(READY) ## lint, format and types only
 docs: $(READY) ## write the API reference, from the docstrings, into build/api/
 	$(PY) -W error -m pdoc -d google -o build/api $(API)
 
-# The package with its sanitized module lies in build/sanitize/ and is found first from there. The sanitizers' libraries
-# must be loaded before Python's, and libstdc++ before they look for its functions. Python itself leaks, so leaks are not
-# looked for. Their reports come past pytest, which could not show them any more.
-SANITIZED := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DDPM_FAST_SANITIZE=1 \
-	LD_PRELOAD="$$(for name in libasan libubsan libstdc++; do printf '%s ' "$$($${CXX:-g++} -print-file-name=$$name.so)"; done)"
-sanitize: $(READY) ## run the tests of the ops on a native module that stops at every bad address and overflow (gcc)
+# The package with its sanitized module is found first from build/sanitize/. The sanitizers must be loaded before Python,
+# and libstdc++ with them. Python itself leaks, so leaks aren't looked for. Reports go past pytest, which can't show them.
+PRELOAD = $(foreach name,libasan libubsan libstdc++,$(shell $${CXX:-g++} -print-file-name=$(name).so))
+SANITIZED = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DDPM_FAST_SANITIZE=1 LD_PRELOAD="$(PRELOAD)"
+sanitize: $(READY) ## run the ops' tests on a native module that stops at bad addresses and overflows (gcc)
 	DDPM_FAST_NATIVE=1 DDPM_FAST_SANITIZE=1 $(PY) setup.py -q build --build-lib build/sanitize
 	cd build/sanitize && $(SANITIZED) $(abspath $(PY)) -m pytest --capture=sys -o pythonpath= -p no:cacheprovider \
 		-k "not reference-" $(CURDIR)/tests/test_native.py $(CURDIR)/tests/ops $(PYTEST_ARGS)

@@ -85,10 +85,10 @@ def test_group_norm_silu(shape: tuple[int, ...], dim: int, dtype: torch.dtype, j
 @ARRAYS
 def test_q_sample(shape: tuple[int, ...], dim: int, dtype: torch.dtype) -> None:
     x, z = images(2, shape, dim, dtype)
-    t, tables, memory = torch.arange(shape[0]), torch.rand(2, 5), Memory(dtype)
+    t, (signal, sigma), memory = torch.arange(shape[0]), torch.rand(2, 5), Memory(dtype)
     with ops.use_backend("native"):
-        near = ops.q_sample(x, t, *tables, z)
-        assert torch.equal(ops.q_sample(memory.far(x, dim), t, *tables, memory.far(z, dim)), near)
+        near = ops.q_sample(x, t, signal, sigma, z)
+        assert torch.equal(ops.q_sample(memory.far(x, dim), t, signal, sigma, memory.far(z, dim)), near)
 
 
 @DTYPES
