@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 # What the API reference shows; the rest is nobody's interface.
 API := ddpm_fast $(addprefix ddpm_fast.,ops schedules samplers script_utils training.trainer training.recipe training.checkpoint training.data training.images evaluation.metrics evaluation.classifier)
 
-.PHONY: help demo test check lint fuzz docs bench gpu clean
+.PHONY: help demo test check lint sanitize fuzz docs bench gpu clean
 .DELETE_ON_ERROR:
 
 help: ## show this list (default)
@@ -30,6 +30,15 @@ lint: $(READY) ## lint, format and types only
 
 docs: $(READY) ## write the API reference, from the docstrings, into build/api/
 	$(PY) -W error -m pdoc -d google -o build/api $(API)
+
+# The package with its sanitized module is found first from build/sanitize/. The sanitizers must be loaded before Python,
+# and libstdc++ with them. Python itself leaks, so leaks aren't looked for. Reports go past pytest, which can't show them.
+PRELOAD = $(foreach name,libasan libubsan libstdc++,$(shell $${CXX:-g++} -print-file-name=$(name).so))
+SANITIZED = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DDPM_FAST_SANITIZE=1 LD_PRELOAD="$(PRELOAD)"
+sanitize: $(READY) ## run the ops' tests on a native module that stops at bad addresses and overflows (gcc)
+	DDPM_FAST_NATIVE=1 DDPM_FAST_SANITIZE=1 $(PY) setup.py -q build --build-lib build/sanitize
+	cd build/sanitize && $(SANITIZED) $(abspath $(PY)) -m pytest --capture=sys -o pythonpath= -p no:cacheprovider \
+		-k "not reference-" $(CURDIR)/tests/test_native.py $(CURDIR)/tests/ops $(PYTEST_ARGS)
 
 fuzz: $(READY) ## call every public function with CASES=1000000 right and wrong arguments; SEED=... repeats a run
 	@echo "SEED=$(SEED) CASES=$(CASES)"

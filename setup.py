@@ -2,7 +2,8 @@
 
 The package works without it, only slower. When it can't be built, the reason goes into
 `ddpm_fast/_C_unavailable.txt`, which `python -m ddpm_fast info` shows.
-`DDPM_FAST_NATIVE=0` skips the build, `DDPM_FAST_NATIVE=1` makes a failure fatal.
+`DDPM_FAST_NATIVE=0` skips the build, `DDPM_FAST_NATIVE=1` makes a failure fatal. `DDPM_FAST_SANITIZE=1` is for
+`make sanitize`.
 """
 
 import hashlib
@@ -64,14 +65,15 @@ def compile_native() -> Path:
     except ImportError:
         raise CompileError("pybind11 was not found: pip install pybind11") from None
     cmake, ninja = tool("cmake"), tool("ninja")
+    kind = "sanitized" if os.environ.get("DDPM_FAST_SANITIZE") == "1" else "native"
     # CMake keeps these for the life of a build directory, so each combination gets its own.
     fixed = [str(ROOT), sys.executable, *(os.environ.get(name, "") for name in ("CXX", "CXXFLAGS", "LDFLAGS"))]
     key = hashlib.sha256("\n".join(fixed).encode()).hexdigest()[:8]
-    directory = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{key}"
+    directory = ROOT / "build" / f"{kind}-{sys.implementation.cache_tag}-{key}"
     run(
         *(cmake, "-S", ROOT, "-B", directory, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"),
         *("-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}"),
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        *(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DDDPM_SANITIZE={'ON' if kind == 'sanitized' else 'OFF'}"),
     )
     run(cmake, "--build", directory)
     return directory

@@ -171,10 +171,23 @@ print(os.waitpid(child, 0)[1])
     assert run(code.replace("LOADED", str(loaded))).stdout == "0\n"
 
 
+@pytest.mark.skipif(os.environ.get("DDPM_FAST_SANITIZE") != "1", reason="only in `make sanitize`")
+def test_the_sanitizers_watch() -> None:
+    """They are in the module that the other tests call, and end the process."""
+    code = """
+import torch
+from ddpm_fast import _C
+out, state = torch.empty(100), torch.zeros(1, dtype=torch.int64)
+_C.noise(out.data_ptr(), 1, 101, state.data_ptr(), state.data_ptr(), 0, 1, 1)
+"""
+    result = run(code)
+    assert result.returncode and "heap-buffer-overflow" in result.stderr
+
+
 @pytest.mark.skipif(shutil.which("nm") is None or sys.platform != "linux", reason="reads ELF objects with nm")
 def test_no_set_lends_its_code_to_another() -> None:
     """A function that the linker may share would run one set's instructions on a processor that has another."""
-    objects = [p for name in SETS for p in BUILD.glob(f"**/cpu_{name}.dir/**/*.o")]
+    objects = [p for name in SETS for p in BUILD.glob(f"native-*/**/cpu_{name}.dir/**/*.o")]
     if not objects:
         pytest.skip("the build folder is gone")
     listing = subprocess.run(["nm", "-C", "--defined-only", *objects], capture_output=True, text=True, check=True)
