@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from benchmarks.harness import (
 )
 from benchmarks.original import UNet
 from ddpm_fast.models.presets import ACTIVATIONS, Config
+from ddpm_fast.ops import use_backend
 
 X_SEED, DRAWS_SEED = 1, 2
 
@@ -201,6 +202,23 @@ class Contender:
 
 Builder = Callable[[Problem], Contender]
 Check = Callable[[Problem, str, Contender], None]
+
+
+def on_reference(build: Builder) -> Builder:
+    """Return the builder of the same contender with every op on its reference: what the fast ones are held against."""
+
+    def forced(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def inside() -> Tensor:
+            with use_backend("reference"):
+                return run()
+
+        return inside
+
+    def built(problem: Problem) -> Contender:
+        contender = build(problem)
+        return replace(contender, run=forced(contender.run), predict=forced(contender.predict))
+
+    return built
 
 
 def measure(

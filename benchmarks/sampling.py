@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from benchmarks import harness, original
 from benchmarks.harness import OURS
-from benchmarks.problem import X_SEED, Builder, Contender, Problem
+from benchmarks.problem import X_SEED, Builder, Contender, Problem, on_reference
 from ddpm_fast import Diffusion
 from ddpm_fast.samplers.plan import COLUMNS, Plan
 
@@ -171,6 +171,7 @@ def contenders(compile: bool) -> dict[str, Builder]:
     """Return the contenders of ``sample_throughput.py``, ours first."""
     eagerly: dict[str, Builder] = {
         OURS: ours,
+        f"{OURS} on reference ops": on_reference(ours),
         "original": original_loop,
         "torch eager NCHW": eager(NCHW),
         "torch eager channels_last": eager(CHANNELS_LAST),

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from benchmarks import original
 from benchmarks.harness import OURS
-from benchmarks.problem import DRAWS_SEED, Builder, Contender, Draws, Problem
+from benchmarks.problem import DRAWS_SEED, Builder, Contender, Draws, Problem, on_reference
 from benchmarks.sampling import CHANNELS_LAST, NCHW, compile_module, geometry, with_sdpa
 from ddpm_fast import Diffusion
 from ddpm_fast.reference import noise as reference
@@ -194,6 +194,7 @@ def contenders(compile: bool) -> dict[str, Builder]:
     """Return the contenders of ``train_throughput.py``, ours first."""
     eagerly: dict[str, Builder] = {
         OURS: ours,
+        f"{OURS} on reference ops": on_reference(ours),
         "original": original_loop,
         "torch eager NCHW": plain(NCHW),
         "torch eager channels_last": plain(CHANNELS_LAST),
