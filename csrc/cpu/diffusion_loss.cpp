@@ -54,7 +54,7 @@ void diffusion_loss_backward(const DiffusionLoss& of, float factor, const Array&
     float* const to = to_write(out, p, of_out);
     for (int64_t i = 0; i < p.count; i += kVec) {
       const Floats v = load(d + i);
-      store(to + i, of.l1 ? (v > zero ? up : v < zero ? down : v * up) : v * twice);  // 0 and NaN stay
+      store(to + i, of.l1 ? (v > zero ? up : v < zero ? down : zero) : v * twice);
     }
     written(out, p, to, of_out);
   });

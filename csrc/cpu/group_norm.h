@@ -100,12 +100,6 @@ inline float total(const Floats (&sums)[4]) {
   return sum;
 }
 
-// e^-z, held where 1 + e^-z has a reciprocal; NaN stays.
-template <Precision P>
-inline Floats exp_minus(Floats z) {
-  return exp2<P>(smaller(broadcast(126.0f), z * -kLog2E));
-}
-
 // e^z, held where (1 + e^z)^2 is finite: with u = (1 + e^z)^2 - 1, mish is z u / (u + 2).
 template <Precision P>
 inline Floats mish_exp(Floats z) {
@@ -114,7 +108,7 @@ inline Floats mish_exp(Floats z) {
 
 template <Activation A, Precision P>
 inline Floats activate(Floats z) {
-  if constexpr (A == Activation::silu) return z * reciprocal<P>(1.0f + exp_minus<P>(z));
+  if constexpr (A == Activation::silu) return z * reciprocal<P>(1.0f + exp2<P>(z * -kLog2E));
   if constexpr (A == Activation::relu) return larger(Floats{}, z);
   if constexpr (A == Activation::mish) {
     const Floats e = mish_exp<P>(z), u = e * (e + 2.0f);
@@ -127,13 +121,15 @@ inline Floats activate(Floats z) {
 template <Activation A, Precision P>
 inline Floats through(Floats dy, Floats z) {
   if constexpr (A == Activation::silu) {
-    const Floats e = exp_minus<P>(z), s = reciprocal<P>(1.0f + e);
-    return dy * s * fma(z, e * s, broadcast(1.0f));  // 1 - s = e s, without its cancellation
+    const Floats e = exp2<P>(z * -kLog2E), s = reciprocal<P>(1.0f + e);
+    const Floats rest = smaller(broadcast(0x1p126f), e) * s;  // 1 - s, without its cancellation; e may be inf
+    return dy * s * fma(z, rest, broadcast(1.0f));
   }
   if constexpr (A == Activation::relu) return z <= 0.0f ? Floats{} : dy;
   if constexpr (A == Activation::mish) {
     const Floats e = mish_exp<P>(z), u = e * (e + 2.0f), v = u + 2.0f;
-    return dy * ((u + z * (4.0f * e * (e + 1.0f) / v)) / v);
+    const Floats held = z > 21.0f ? 21.0f + (z - z) : z;  // from there on the rest is 0; inf becomes NaN
+    return dy * ((u + held * (4.0f * e * (e + 1.0f) / v)) / v);
   }
   return dy;
 }

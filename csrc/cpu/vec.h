@@ -107,27 +107,28 @@ static inline Floats larger(Floats a, Floats b) {
 // How exactly a function is computed: to 3 ulp of float32, or to a twentieth of an ulp of bf16.
 enum class Precision { fine, coarse };
 
-// 1 / x for x in [1, 2^126].
+// 1 / x for x in [1, inf].
 template <Precision P>
 static inline Floats reciprocal(Floats x) {
 #if defined(__AVX512F__)
   const Floats r = (Floats)_mm512_maskz_rcp14_ps(0xFFFF, (__m512)x);
-  return P == Precision::fine ? fma(r, fma(-x, r, broadcast(1.0f)), r) : r;
+  if (P == Precision::coarse) return r;
+  return fma(r, fma(-smaller(broadcast(0x1p126f), x), r, broadcast(1.0f)), r);  // without inf * 0; NaN stays
 #else
   return 1.0f / x;
 #endif
 }
 
-// 2^u for u at most 126; at the least 2^-126, or 0. The polynomials are minimax for 2^f / f's own value on [0, 1].
+// 2^u, 0 and inf beyond the ends. The polynomials have the least relative error on [0, 1].
 template <Precision P>
 static inline Floats exp2(Floats u) {
 #if defined(__AVX512F__)
   const Floats f = (Floats)_mm512_maskz_reduce_ps(0xFFFF, (__m512)u, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
-  u = larger(broadcast(-126.0f), u);  // NaN stays
+  const Floats held = larger(broadcast(-126.0f), smaller(broadcast(126.0f), u));  // NaN stays
   const Floats magic = broadcast(0x1.8p23f);
-  const Floats shifted = (u - 0.5f) + magic;  // the floor of u is in its low bits
-  const Floats f = u - (shifted - magic);
+  const Floats shifted = (held - 0.5f) + magic;  // the floor of it is in the low bits
+  const Floats f = held - (shifted - magic);
 #endif
   Floats p;
   if constexpr (P == Precision::fine) {
@@ -145,7 +146,9 @@ static inline Floats exp2(Floats u) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_maskz_scalef_ps(0xFFFF, (__m512)p, (__m512)u);
 #else
-  return (Floats)((Ints)p + ((Ints)shifted << 23));
+  p = (Floats)((Ints)p + ((Ints)shifted << 23));
+  p = u > 126.0f ? broadcast(__builtin_inff()) : p;
+  return u < -126.0f ? Floats{} : p;
 #endif
 }
 

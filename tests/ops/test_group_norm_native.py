@@ -254,6 +254,22 @@ def test_a_default_device_is_not_where_the_data_is() -> None:
     assert x.grad is not None and x.grad.is_cpu
 
 
+@pytest.mark.parametrize("activation", ["silu", "relu", "mish"])
+def test_the_ends_of_float32(activation: str) -> None:
+    """Through `shift`: values whose exponentials float32 doesn't hold, and what isn't finite."""
+    x, w = torch.randn(1, 8, 2, 2, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
+    shift = torch.tensor([[3e38, -3e38, 1e3, -1e3, 90.0, -90.0, float("inf"), float("-inf")]], dtype=torch.float64)
+    truth = run({"x": x, "weight": w, "bias": w, "shift": shift}, "reference", groups=1, activation=activation)
+    for isa in _C.isas():
+        _C.force_isa(isa)
+        got = run({k: v.float() for k, v in {"x": x, "weight": w, "bias": w, "shift": shift}.items()}, "native",
+                  groups=1, activation=activation)  # fmt: skip
+        for mine, theirs in ((got[0], truth[0]), (got[4], truth[4])):  # y, and the gradient of shift
+            finite = theirs.isfinite()
+            assert torch.allclose(mine[finite].double(), theirs[finite], rtol=1e-5, atol=1e-6)
+            assert not mine[theirs.isnan()].isfinite().any()
+
+
 def test_a_tiny_eps() -> None:
     assert ops.group_norm_silu(torch.zeros(1, 4, 2, 2), None, None, 2, eps=1e-50).abs().max() == 0
 
