@@ -1,17 +1,14 @@
 // Tensors of Python made into the kernels' arrays; None into one without data.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <array>
 #include <string>
 
 #include "cpu/kernels.h"
+#include "tensors.h"
 
 namespace ddpm::cpu {
-
-namespace py = pybind11;
 
 enum Stream { kPerturb = 1, kReverse = 3 };  // as in ddpm_fast/reference/philox.py
 
@@ -32,49 +29,20 @@ inline int64_t count(int64_t num_samples, int64_t size) {
 inline Counter counter(uintptr_t seed, uintptr_t draw, uint64_t first_sample, int stream) {
   if (stream < 0 || stream > 255) throw py::value_error("stream must be in [0, 255], got " + std::to_string(stream));
   // Seed and draw are read through their addresses: they are device scalars everywhere.
-  const auto seed_value = *pointer<const int64_t>(seed, 1, "seed"), draw_value = *pointer<const int64_t>(draw, 1, "draw");
+  const auto seed_value = *pointer<const int64_t>(seed, 1, "seed");
+  const auto draw_value = *pointer<const int64_t>(draw, 1, "draw");
   return {uint64_t(seed_value), first_sample, uint32_t(draw_value), uint32_t(stream)};
 }
-
-// Tensors that come as such are asked for what they are, by names that are made once.
-inline py::object ask(py::handle tensor, py::handle method) {
-  PyObject* answer = PyObject_CallMethodNoArgs(tensor.ptr(), method.ptr());
-  if (answer == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(answer);
-}
-
-inline uintptr_t address(py::handle tensor) {
-  static const py::handle data_ptr = PyUnicode_InternFromString("data_ptr");
-  return tensor.is_none() ? 0 : PyLong_AsSize_t(ask(tensor, data_ptr).ptr());
-}
-
-inline int element_size(py::handle tensor) {
-  static const py::handle element_size = PyUnicode_InternFromString("element_size");
-  return int(PyLong_AsLong(ask(tensor, element_size).ptr()));
-}
-
-inline py::tuple shape_of(py::handle tensor) {
-  static const py::handle size = PyUnicode_InternFromString("size");
-  return py::reinterpret_steal<py::tuple>(ask(tensor, size).release());
-}
-
-inline py::tuple strides_of(py::handle tensor) {
-  static const py::handle stride = PyUnicode_InternFromString("stride");
-  return py::reinterpret_steal<py::tuple>(ask(tensor, stride).release());
-}
-
-inline int64_t at(const py::tuple& numbers, int i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(numbers.ptr(), i)); }
 
 // A shape [N, ...], and the order in which its elements are taken.
 class Shape {
  public:
-  explicit Shape(py::handle tensor) {
-    const py::tuple shape = shape_of(tensor);
-    dims_ = int(shape.size()) - 1;
+  explicit Shape(const Tensor& tensor) {
+    dims_ = tensor.dims - 1;
     if (dims_ < 0 || dims_ > kDims) throw py::value_error("a shape [N, ...] has at most 8 dimensions");
-    batch = {at(shape, 0), 1};
+    batch = {tensor.size[0], 1};
     for (int d = 0; d < dims_; ++d) {
-      size_[d] = at(shape, d + 1);
+      size_[d] = tensor.size[d + 1];
       order_[d] = d;
       batch.size = count(batch.size, size_[d]);
     }
@@ -82,29 +50,25 @@ class Shape {
   }
 
   // From now on by the strides of this tensor: what lies alike is then worked on in the order of memory.
-  void order_by(py::handle tensor) {
-    const py::tuple strides = strides_of(tensor);
-    int64_t stride[kDims];
-    for (int d = 0; d < dims_; ++d) stride[d] = at(strides, d + 1);
+  void order_by(const Tensor& tensor) {
+    const int64_t* stride = tensor.stride + 1;
     std::stable_sort(order_.begin(), order_.begin() + dims_, [&](int a, int b) { return stride[a] > stride[b]; });
   }
 
-  Array array(py::handle tensor, const char* name) const {
+  Array array(const Tensor& tensor, const char* name) const {
     Array a{};
-    if (tensor.is_none()) return a;
-    const py::tuple shape = shape_of(tensor), strides = strides_of(tensor);
-    bool fits = int(shape.size()) == dims_ + 1 && at(shape, 0) == batch.num_samples;
-    for (int d = 0; fits && d < dims_; ++d) fits = at(shape, d + 1) == size_[d];
+    if (!tensor.given) return a;
+    bool fits = tensor.dims == dims_ + 1 && tensor.size[0] == batch.num_samples;
+    for (int d = 0; fits && d < dims_; ++d) fits = tensor.size[d + 1] == size_[d];
     if (!fits) throw py::value_error(std::string(name) + ": another shape than the batch");
-    const int bytes = element_size(tensor);
-    if (bytes != 4 && bytes != 2) throw py::value_error(std::string(name) + ": elements must have 4 or 2 bytes");
-    a.type = bytes == 4 ? Type::float32 : Type::bf16;
-    const int64_t elements = batch.num_samples * batch.size;
-    if (bytes == 4) a.data = reinterpret_cast<char*>(pointer<float>(address(tensor), elements, name));
-    if (bytes == 2) a.data = reinterpret_cast<char*>(pointer<uint16_t>(address(tensor), elements, name));
-    a.sample_stride = at(strides, 0);
+    a.type = tensor.dtype == Dtype::float32 ? Type::float32 : Type::bf16;
+    if (a.type == Type::bf16 && tensor.dtype != Dtype::bf16) {
+      throw py::value_error(std::string(name) + ": neither float32 nor bfloat16");
+    }
+    a.data = static_cast<char*>(tensor.data);
+    a.sample_stride = tensor.stride[0];
     for (int i = 0; i < dims_; ++i) {
-      const int64_t size = size_[order_[i]], stride = at(strides, order_[i] + 1);
+      const int64_t size = size_[order_[i]], stride = tensor.stride[order_[i] + 1];
       if (size == 1) continue;
       if (a.dims > 0 && a.stride[a.dims - 1] == size * stride) {  // lies on like the dimension outside
         a.size[a.dims - 1] *= size;
@@ -142,11 +106,19 @@ class Shape {
   std::array<int, kDims> order_;
 };
 
-// Noise given as a tensor, or as (seed, draw, first sample) to be drawn, or not at all.
+inline Counter counter(py::handle seed, py::handle draw, uint64_t first_sample, int stream) {
+  const Tensor seed_of(seed, "seed"), draw_of(draw, "draw");
+  return counter(reinterpret_cast<uintptr_t>(seed_of.data), reinterpret_cast<uintptr_t>(draw_of.data), first_sample,
+                 stream);
+}
+
+// Noise given as a tensor, or as (seed, draw, first sample), tensors or values, to be drawn, or not at all.
 inline Noise noise_of(const Shape& shape, py::handle noise, Stream stream) {
-  if (!PyTuple_CheckExact(noise.ptr())) return {shape.array(noise, "noise"), false, {}};
+  if (!PyTuple_Check(noise.ptr())) return {shape.array(Tensor(noise, "noise"), "noise"), false, {}};
   const auto parts = py::reinterpret_borrow<py::tuple>(noise);
-  const auto seed = uint64_t(parts[0].cast<int64_t>()), first_sample = parts[2].cast<uint64_t>();
+  const auto first_sample = parts[2].cast<uint64_t>();
+  if (!PyLong_Check(parts[0].ptr())) return {{}, true, counter(parts[0], parts[1], first_sample, stream)};
+  const auto seed = uint64_t(parts[0].cast<int64_t>());
   return {{}, true, {seed, first_sample, uint32_t(parts[1].cast<int64_t>()), uint32_t(stream)}};
 }
 

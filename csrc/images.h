@@ -1,68 +1,102 @@
-// Image tensors of Python made into what the kernels of group_norm_silu are told.
+// Tensors of Python made into what the kernels of group_norm_silu are told.
 #pragma once
-
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <array>
 #include <string>
-#include <tuple>
+#include <vector>
 
 #include "arrays.h"
+#include "cpu/group_norm_silu.h"
+#include "math.h"
+#include "tensors.h"
 
 namespace ddpm::cpu {
 
-inline std::array<int64_t, 4> four(const py::tuple& numbers, const char* name) {
-  if (numbers.size() != 4) throw py::value_error(std::string(name) + ": not of four dimensions");
-  return {at(numbers, 0), at(numbers, 1), at(numbers, 2), at(numbers, 3)};
-}
-
-template <class T>
-T* data(py::handle tensor, const char* name) {
-  return pointer<T>(address(tensor), 0, name);
-}
-
-// [N, C, H, W] with rows that are as far apart as their pixels.
-inline Image image(py::handle tensor, bool half, const char* name, int64_t expected_images, int64_t expected_channels,
-                   int64_t expected_pixels) {
-  if (tensor.is_none()) return {};
-  const auto [per_image, per_channel, per_row, per_pixel] = four(strides_of(tensor), name);
-  const auto [images, channels, height, width] = four(shape_of(tensor), name);
-  if (images != expected_images || channels != expected_channels || height * width != expected_pixels) {
-    throw py::value_error(std::string(name) + ": another shape than x asks for");
+// An image tensor [N, C, H, W] as it came, or none.
+class Pixels : public Tensor {
+ public:
+  Pixels(py::handle object, const char* name) : Tensor(object, name), name_(name) {
+    if (given && dims != 4) throw py::value_error(std::string(name) + ": not of four dimensions");
   }
-  const int64_t step = width == 1 ? per_row : per_pixel;
-  if (height > 1 && per_row != width * step) throw py::value_error(std::string(name) + ": rows are not adjacent");
-  return {half ? static_cast<void*>(data<uint16_t>(tensor, name)) : data<float>(tensor, name), per_image, per_channel,
-          step};
-}
 
-// What forward and backward are told in the same way: x; x2; weight, bias, add, scale, shift; statistics; groups; eps;
-// activation; bf16; channels_last; threshold, factor, state's tensors, first sample and stream of dropout.
-using Norm = std::tuple<py::object, py::object, std::array<py::object, 5>, py::object, int64_t, double, int, bool, bool,
-                        std::tuple<uint32_t, float, py::object, py::object, uint64_t, int>>;
+  int64_t channels() const { return given ? size[1] : 0; }
 
-inline GroupNorm group_norm(const Norm& norm) {
-  const auto& [x, x2, parameters, statistics, groups, eps, activation, half, channels_last, dropout] = norm;
-  const auto [images, channels_1, height, width] = four(shape_of(x), "x");
-  const int64_t channels_2 = x2.is_none() ? 0 : four(shape_of(x2), "x2")[1], channels = channels_1 + channels_2;
-  const int64_t pixels = height * width;
-  if (groups < 1 || channels % groups != 0) throw py::value_error("groups must divide the channels");
-  if (activation < 0 || activation > 3) throw py::value_error("activation must be in [0, 3]");
-  const auto& [weight, bias, add, scale, shift] = parameters;
-  const auto& [threshold, factor, seed, draw, first_sample, stream] = dropout;
-  return {images, pixels, channels, channels_1, groups, eps, Activation(activation), half,
-          channels_last, image(x, half, "x", images, channels_1, pixels),
-          image(x2, half, "x2", images, channels_2, pixels), data<const float>(weight, "weight"),
-          data<const float>(bias, "bias"), data<const float>(add, "add"),
-          !add.is_none() && add.attr("ndim").cast<int>() == 2 ? channels : 0, data<const float>(scale, "scale"),
-          data<const float>(shift, "shift"), data<double>(statistics, "statistics"), threshold, factor,
-          threshold == 0 ? Counter{} : counter(address(seed), address(draw), first_sample, stream)};
-}
+  // For the kernels, if it lies so that they take it: with rows as far apart as their pixels, and adjacent channels
+  // in channels_last, else pixels. Another shape than expected is an error.
+  bool placed(const GroupNorm& g, int64_t channels, Image& to) const {
+    to = {};
+    if (!given) return true;
+    if (dtype != (g.half ? Dtype::bf16 : Dtype::float32)) {
+      throw py::value_error(std::string(name_) + ": another dtype than x");
+    }
+    if (size[0] != g.images || size[1] != channels || size[2] * size[3] != g.pixels) {
+      throw py::value_error(std::string(name_) + ": another shape than x asks for");
+    }
+    const int64_t pixel = size[3] == 1 ? stride[2] : stride[3];
+    const bool adjacent = g.channels_last ? channels == 1 || stride[1] == 1 : g.pixels == 1 || pixel == 1;
+    if (!adjacent || (size[2] > 1 && stride[2] != size[3] * pixel)) return false;
+    to = {data, stride[0], stride[1], pixel};
+    return true;
+  }
 
-// Another image of the call, of all channels or of some.
-inline Image image(py::handle tensor, const GroupNorm& g, const char* name, int64_t channels) {
-  return image(tensor, g.half, name, g.images, channels, g.pixels);
-}
+ private:
+  const char* name_;
+};
+
+// The arguments that forward and backward share. Keeps what was converted for as long as the kernel runs.
+class NormArguments {
+ public:
+  // parameters: weight, bias, add, scale, shift. dropout: None or threshold, factor, seed, draw, first sample, stream.
+  // Not fit where memory must be copied first.
+  NormArguments(const Pixels& x, const Pixels& x2, const py::tuple& parameters, py::handle statistics, int64_t groups,
+                double eps, int activation, py::handle dropout) {
+    const int64_t channels = x.channels() + x2.channels();
+    if (!x.given) throw py::value_error("x: None");
+    if (groups < 1 || channels % groups != 0) throw py::value_error("groups must divide the channels");
+    if (activation < 0 || activation > 3) throw py::value_error("activation must be in [0, 3]");
+    g.images = x.size[0];
+    g.pixels = x.size[2] * x.size[3];
+    g.channels = channels;
+    g.channels_1 = x.channels();
+    g.groups = groups;
+    g.eps = eps;
+    g.activation = Activation(activation);
+    g.half = x.dtype == Dtype::bf16;
+    g.channels_last = x.stride[1] == 1 && x.size[1] > 1;
+    fit = x.placed(g, g.channels_1, g.x) && x2.placed(g, channels - g.channels_1, g.x2);
+    const float** const rows[] = {&g.weight, &g.bias, &g.add, &g.scale, &g.shift};
+    for (size_t i = 0; i < 5 && fit; ++i) {
+      const Tensor row(parameters[i], "a parameter");
+      fit = floats(row, converted_[i], *rows[i]);
+      if (i == 2 && row.dims == 2) g.add_stride = channels;
+    }
+    g.statistics = static_cast<double*>(Tensor(statistics, "statistics").data);
+    if (!dropout.is_none()) {
+      const auto given = py::reinterpret_borrow<py::tuple>(dropout);
+      g.threshold = given[0].cast<uint32_t>();
+      g.factor = given[1].cast<float>();
+      g.at = counter(given[2], given[3], given[4].cast<uint64_t>(), given[5].cast<int>());
+    }
+  }
+
+  GroupNorm g{};
+  bool fit;
+
+ private:
+  static bool floats(const Tensor& row, std::vector<float>& room, const float*& to) {
+    if (!row.given) return true;
+    if (!row.contiguous()) return false;
+    to = static_cast<const float*>(row.data);
+    if (row.dtype == Dtype::float32) return true;
+    if (row.dtype != Dtype::bf16) return false;
+    const auto* from = static_cast<const uint16_t*>(row.data);
+    room.resize(size_t(row.elements()));
+    for (size_t i = 0; i < room.size(); ++i) room[i] = as<float>(uint32_t{from[i]} << 16);
+    to = room.data();
+    return true;
+  }
+
+  std::array<std::vector<float>, 5> converted_;
+};
 
 }  // namespace ddpm::cpu

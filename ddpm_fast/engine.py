@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from .ops import X_T, NoiseState
 from .ops import _checks as checks
 from .ops import noise as draw_noise
-from .ops.sampler_step import OP as sampler_step  # a chain's arguments are right by construction: no checks
+from .ops.sampler_step import OP as SAMPLER_STEP
 from .samplers import Plan
 
 Network = Callable[[Tensor, Tensor], Tensor]  # (x [N, ...], t [N]) -> model_out [N, ...]
@@ -122,18 +122,9 @@ class Chain:
         x, row = self.x, self.k.reshape(1)
         model_in = x * self.rows[:, 1].index_select(0, row) if self.scaled else x
         model_out = network(model_in, self.t.index_select(0, row).repeat(x.shape[0]))
-        sampler_step(
-            x,
-            model_out,
-            self.rows,
-            self.k,
-            noise=self.noise if z is None else z,
-            hist=self.hist,
-            clip=self.clip,
-            return_x0=self.hist is not None,
-            out=x,
-            x0_out=self.hist,
-        )
+        noise, keeps = self.noise if z is None else z, self.hist is not None
+        # Unchecked: a chain's arguments are right by construction.
+        SAMPLER_STEP.unchecked(x, model_out, self.rows, self.k, noise, self.hist, self.clip, keeps, x, self.hist)
         self.k += 1
 
 

@@ -25,6 +25,7 @@ def make_op() -> Op:
         Impl("cuda", missing),
         Impl("native", lambda: lambda x: ("native", 2 * x), only_cpu),
         Impl("reference", lambda: lambda x: ("reference", 2 * x)),
+        check=lambda *args: args,
         traced=pytest.fail,
     )
 
@@ -56,12 +57,31 @@ def test_forced_runs_or_raises_with_every_reason() -> None:
     assert op(torch.ones(1))[0] == "native", "the force ends with the block"
 
 
+def test_what_is_ready_is_not_checked() -> None:
+    """Once loaded, an implementation that knows its arguments runs at once; others are checked, and asked in order."""
+    seen = []
+
+    def check(x: int) -> tuple[int]:
+        seen.append(x)
+        return (x,)
+
+    native = Impl("native", lambda: lambda x: ("native", x), lambda x: None, lambda x: x > 0)
+    op = Op("x", native, Impl("reference", lambda: lambda x: ("reference", x)), check=check, traced=pytest.fail)
+    assert op(1) == ("native", 1) and seen == [1], "not loaded yet"
+    assert op(1) == ("native", 1) and seen == [1]
+    assert op(0) == ("native", 0) and seen == [1, 0]
+    assert op.unchecked(0) == ("native", 0) and seen == [1, 0]
+    with ops.use_backend("reference"):
+        assert op(1) == ("reference", 1) and seen == [1, 0, 1]
+
+
 def test_load_is_called_once() -> None:
     calls = []
     op = Op(
         "x",
         Impl("native", lambda: calls.append(1) or missing()),
         Impl("reference", lambda: lambda: 1),
+        check=lambda *args: args,
         traced=pytest.fail,
     )
     assert op() == op() == 1 and len(calls) == 1

@@ -8,15 +8,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from ddpm_fast import ops
 from ddpm_fast.ops import DROPOUT, PERTURB, NoiseState
-from ddpm_fast.ops.q_sample import OP as q_sample
-from ddpm_fast.ops.sampler_step import OP as sampler_step
+from ddpm_fast.ops.q_sample import OP as Q_SAMPLE
+from ddpm_fast.ops.sampler_step import OP as SAMPLER_STEP
 from ddpm_fast.reference import noise as reference
 
 if find_spec("ddpm_fast._C") is None:
@@ -111,17 +110,17 @@ def test_two_threads_may_call_at_once() -> None:
 
 def test_what_the_module_itself_refuses() -> None:
     """The public functions look first; these guard memory where someone calls past them."""
-    x, t, table = torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64), torch.zeros(5)
-    step: dict[str, Any] = {"noise": None, "hist": None, "clip": None, "return_x0": False, "out": None, "x0_out": None}
+    x, rows = torch.zeros(2, 3, 4, 4), torch.zeros(4, 8)
+    t, table = torch.zeros(2, dtype=torch.int64), torch.zeros(5)
     with ops.use_backend("native"):
         for k in (-1, 4):
             with pytest.raises(ValueError, match=r"k must lie in \[0, 4\)"):
-                sampler_step(x, x, torch.zeros(4, 8), torch.tensor(k), **step)
+                SAMPLER_STEP.unchecked(x, x, rows, torch.tensor(k), None, None, None, False, None, None)
             with pytest.raises(ValueError, match=rf"t must lie in \[0, 5\), got {k + 1 if k > 0 else k}"):
-                q_sample(x, t + (k + 1 if k > 0 else k), table, table, x)
+                Q_SAMPLE.unchecked(x, t + (k + 1 if k > 0 else k), table, table, x)
         for hist in (x[0], x[:1], x[:, :, 1:]):
             with pytest.raises(ValueError, match="hist: another shape than the batch"):
-                sampler_step(x, x, torch.zeros(4, 8), torch.tensor(0), **step | {"hist": hist})
+                SAMPLER_STEP.unchecked(x, x, rows, torch.tensor(0), None, hist, None, False, None, None)
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import Dropout, apply_dropout
-from ..ops.group_norm_silu import OP as group_norm_silu  # without the public function's checks: modules have theirs
+from ..ops.group_norm_silu import OP as GROUP_NORM_SILU
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -84,9 +84,12 @@ def norm_act(
     else:
         groups = norm.num_groups if type(norm) is nn.GroupNorm else 0
     if groups and is_plain(norm):
-        inside = {"activation": fused, "dropout": dropout} if fused else {"activation": "none"}
+        inside = (fused, dropout) if fused else ("none", None)
         norm = cast(nn.GroupNorm, norm)
-        y = cast(Tensor, group_norm_silu(x, norm.weight, norm.bias, groups, eps=norm.eps, add=add, **inside))
+        # Unchecked: the module's own arguments are right.
+        y: Tensor = GROUP_NORM_SILU.unchecked(
+            x, norm.weight, norm.bias, groups, norm.eps, None, add, None, None, None, *inside
+        )
         if fused:
             return y
     else:

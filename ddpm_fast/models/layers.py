@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..ops import DROPOUT, Dropout, NoiseState, timestep_embedding
 from ..ops import _checks as checks
-from ..ops.conv3x3 import OP as conv3x3  # without the public function's checks: modules have theirs
+from ..ops.conv3x3 import OP as CONV3X3
 from .fusing import Activation, TakesNoiseState, is_conv3x3, is_plain, norm_act
 
 
@@ -197,11 +197,14 @@ class ResidualBlock(TakesNoiseState):
         ):
             drop, last_conv = cast(nn.Dropout, layers[0]), cast(nn.Conv2d, layers[1])
             # conv_1's bias joins the time and class biases in norm_2: one pass less over the activations.
-            h = conv3x3(norm_act(norm_1, self.activation, x), conv_1.weight)
+            # The op unchecked: the modules' own arguments are right.
+            x_1 = norm_act(norm_1, self.activation, x)
+            h = CONV3X3.unchecked(x_1, conv_1.weight, None, None, None, None, False)
             add = self._bias(x.shape[0], time_emb, y, conv_1.bias)
             dropout = Dropout(drop.p, noise_state, self.dropout_stream) if drop.training and drop.p > 0 else None
             h = norm_act(norm_2, self.activation, h, add=add, dropout=dropout)
-            out = conv3x3(h, last_conv.weight, last_conv.bias, residual=self.residual_connection(x))
+            residual = self.residual_connection(x)
+            out = CONV3X3.unchecked(h, last_conv.weight, last_conv.bias, None, None, residual, False)
         else:
             h = self.conv_1(self.activation(self.norm_1(x)))
             bias = self._bias(x.shape[0], time_emb, y)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -55,12 +55,18 @@ class Impl:
         load: returns the function that runs it, or raises Unavailable; called once, at the first use.
         rejects: takes the op's arguments and answers, from metadata alone, why they can't run here, or None;
             without it everything can.
+        ready: takes the op's arguments before they are checked and answers, fast, whether all is right with them
+            and they run here, as nearly always; else they are checked, and `rejects` asked. Used once loaded.
     """
 
     def __init__(
-        self, backend: str, load: Callable[[], Callable[..., Any]], rejects: Callable[..., str | None] | None = None
+        self,
+        backend: str,
+        load: Callable[[], Callable[..., Any]],
+        rejects: Callable[..., str | None] | None = None,
+        ready: Callable[..., bool] | None = None,
     ):
-        self.backend, self.rejects, self._load = backend, rejects, load
+        self.backend, self.rejects, self.ready, self._load = backend, rejects, ready, load
         self.run: Callable[..., Any] | None = None  # once loaded
         self._reason: str | None = None
 
@@ -80,27 +86,38 @@ class Op:
     Args:
         name: of the op.
         impls: the implementations.
+        check: takes the op's arguments as a user gave them and returns them as implementations take them, or raises.
         traced: the same call as a node of a graph, for compilers, which can't follow what happens here.
     """
 
-    def __init__(self, name: str, *impls: Impl, traced: Callable[..., Any]):
-        self.name, self.impls, self.traced = name, impls, traced
+    def __init__(self, name: str, *impls: Impl, check: Callable[..., tuple[Any, ...]], traced: Callable[..., Any]):
+        self.name, self.impls, self.check, self.traced = name, impls, check, traced
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any) -> Any:
+        return self._run(args, self.check)
+
+    def unchecked(self, *args: Any) -> Any:
+        """The call with arguments that are right by construction."""
+        return self._run(args, None)
+
+    def _run(self, args: tuple[Any, ...], check: Callable[..., tuple[Any, ...]] | None) -> Any:
         if torch.compiler.is_compiling():
-            return self.traced(*args, **kwargs)
+            return self.traced(*(check(*args) if check else args))
         forced = _forced.get()
         for impl in self.impls:
-            if forced is None or forced == impl.backend:
-                run = impl.run or (None if impl.unavailable() else impl.run)
-                if run is not None and not (impl.rejects and impl.rejects(*args, **kwargs)):
-                    return run(*args, **kwargs)
+            if impl.ready and impl.run and (forced is None or forced == impl.backend) and impl.ready(*args):
+                return impl.run(*args)
+        if check:
+            args = check(*args)
+        for impl in self.impls:
+            if (forced is None or forced == impl.backend) and not impl.unavailable():
+                run = cast(Callable[..., Any], impl.run)
+                if not (impl.rejects and impl.rejects(*args)):
+                    return run(*args)
         assert forced is not None
-        raise RuntimeError(self._why_not(_check_backend(forced, "DDPM_FAST_BACKEND"), args, kwargs))
+        raise RuntimeError(self._why_not(_check_backend(forced, "DDPM_FAST_BACKEND"), args))
 
-    def _why_not(self, forced: str, args: Any, kwargs: Any) -> str:
-        reasons = {
-            i.backend: i.unavailable() or (i.rejects and i.rejects(*args, **kwargs)) or "can run" for i in self.impls
-        }
+    def _why_not(self, forced: str, args: Any) -> str:
+        reasons = {i.backend: i.unavailable() or (i.rejects and i.rejects(*args)) or "can run" for i in self.impls}
         lines = [f"  {b}: {reasons.get(b, 'not implemented for this op')}" for b in BACKENDS]
         return f"{self.name}: the forced backend {forced!r} can't run these arguments\n" + "\n".join(lines)

@@ -14,7 +14,6 @@ from ._library import differentiable, opaque
 
 Parameters = Sequence[Tensor | None]  # weight, bias, add, scale, shift
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # as csrc/cpu/group_norm_silu.h numbers them
-_NO_DROPOUT = 0, 1.0, None, None, 0, 0
 
 
 def _image(x: Tensor, layout: torch.memory_format) -> Tensor:
@@ -54,45 +53,42 @@ def _empty(x: Tensor, x2: Tensor | None, layout: torch.memory_format) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
-def _norm(
+def _dropout(dropout: Dropout | None) -> tuple[Any, ...] | None:
+    """As the kernels take it."""
+    if dropout is None:
+        return None
+    return *dropout_threshold(dropout.p), *cast(NoiseState, dropout.state), dropout.stream
+
+
+def forward(
     x: Tensor,
     x2: Tensor | None,
-    layout: torch.memory_format,
+    residual: Tensor | None,
     parameters: Parameters,
     statistics: Tensor | None,
     groups: int,
     eps: float,
     activation: str,
     dropout: Dropout | None,
-) -> tuple[Any, ...]:
-    """What both kernels take first."""
-    return (
-        x,
-        x2,
-        tuple(map(_vector, parameters)),
-        statistics,
-        groups,
-        eps,
-        _CODES[activation],
-        x.dtype is torch.bfloat16,
-        layout is torch.channels_last,
-        _NO_DROPOUT
-        if dropout is None
-        else (*dropout_threshold(dropout.p), *cast(NoiseState, dropout.state), dropout.stream),
-    )
-
-
-def forward(
-    x: Tensor, x2: Tensor | None, residual: Tensor | None, parameters: Parameters, statistics: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """y, and h where there is a residual; `rest` are groups, eps, activation and dropout."""
+    """y, and h where there is a residual."""
+    kernel, rest = _native.load().group_norm_silu, (groups, eps, _CODES[activation], _dropout(dropout))
+    parameters = tuple(parameters)
+    if x2 is None:
+        y = torch.empty_like(x)
+        h = None if residual is None else torch.empty_like(x)
+        if kernel(x, x2, residual, parameters, statistics, y, h, *rest, _native.threads()):
+            return y, h
     x, x2, layout = _placed(x, x2)
-    y, h = _empty(x, x2, layout), None
-    if residual is not None:
-        residual, h = _image(residual, layout), _like(y, layout)
-    norm = _norm(x, x2, layout, parameters, statistics, *rest)
-    _native.load().group_norm_silu(norm, residual, y, h, _native.threads())
+    y = _empty(x, x2, layout)
+    residual, h = (None, None) if residual is None else (_image(residual, layout), _like(y, layout))
+    _must(kernel(x, x2, residual, tuple(map(_vector, parameters)), statistics, y, h, *rest, _native.threads()))
     return y, h
+
+
+def _must(done: bool) -> None:
+    if not done:
+        raise AssertionError("group_norm_silu: images that were laid out for the kernel don't fit it")
 
 
 def backward(
@@ -104,31 +100,40 @@ def backward(
     statistics: Tensor,
     summed: bool,
     needed: Sequence[bool],
-    *rest: Any,
+    groups: int,
+    eps: float,
+    activation: str,
+    dropout: Dropout | None,
 ) -> list[Tensor | None]:
     """Gradients of x, x2 and the parameters that are `needed`.
 
     Args:
         dy, dh: gradients of the outputs, None where there is none.
         x, x2: the forward's; if `summed` the sum with the residual, whose gradient is x's too, and None.
-        rest: groups, eps, activation and dropout.
     """
     weight, bias, add, scale, shift = parameters
     given = weight, bias, None if summed else add, scale, shift  # the sum has `add` in it
-    x, x2, layout = _placed(x, x2)
-    dx, dx2 = _like(x, layout), None if x2 is None else _like(x2, layout)
-    dy = _empty(x, x2, layout).zero_() if dy is None else _image(dy.resolve_neg(), layout)
-    dh = dh if dh is None else _image(dh.resolve_neg(), layout)
-    rooms = [
-        torch.empty(v.shape, dtype=torch.float32, device=x.device) if v is not None and need else None
-        for v, need in zip(given, needed, strict=True)
-    ]
-    norm = _norm(x, x2, layout, given, statistics, *rest)
-    _native.load().group_norm_silu_backward(norm, dy, dh, dx, dx2, tuple(rooms), _native.threads())
+    kernel, rest = _native.load().group_norm_silu_backward, (groups, eps, _CODES[activation], _dropout(dropout))
+    rooms = tuple(_room(v) if v is not None and need else None for v, need in zip(given, needed, strict=True))
+    dx, dx2 = torch.empty_like(x), None if x2 is None else torch.empty_like(x2)
+    dy, dh = (v if v is None else v.resolve_neg() for v in (dy, dh))
+    if dy is None or not kernel(x, x2, dy, dh, given, statistics, dx, dx2, rooms, *rest, _native.threads()):
+        x, x2, layout = _placed(x, x2)
+        dx, dx2 = _like(x, layout), None if x2 is None else _like(x2, layout)
+        dy = _empty(x, x2, layout).zero_() if dy is None else _image(dy, layout)
+        dh = dh if dh is None else _image(dh, layout)
+        vectors = tuple(map(_vector, given))
+        _must(kernel(x, x2, dy, dh, vectors, statistics, dx, dx2, rooms, *rest, _native.threads()))
+    dweight, dbias, dadd, dscale, dshift = rooms
     if summed and add is not None and needed[2]:
-        rooms[2] = dx.sum((0, 2, 3) if add.ndim == 1 else (2, 3), dtype=torch.float32)
-    typed = [None if g is None else g.to(cast(Tensor, v).dtype) for g, v in zip(rooms, parameters, strict=True)]
+        dadd = dx.sum((0, 2, 3) if add.ndim == 1 else (2, 3), dtype=torch.float32)
+    found = dweight, dbias, dadd, dscale, dshift
+    typed = (g if v is None or g is None else g.to(v.dtype) for g, v in zip(found, parameters, strict=True))
     return [dx, dx2, *typed]
+
+
+def _room(parameter: Tensor) -> Tensor:
+    return torch.empty_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
 def _spread(parts: int | None, dx: Tensor, dx2: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -144,28 +149,53 @@ class Differentiable(torch.autograd.Function):
     """group_norm_silu with a gradient; saves x and its groups' statistics, and computes the rest again."""
 
     @staticmethod
-    def forward(ctx: Any, dropout: Dropout | None, rest: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+    def forward(ctx: Any, rest: tuple[Any, ...], *tensors: Any) -> Any:
         x, x2, residual, *parameters = tensors
-        x = cast(Tensor, x)
-        statistics = torch.empty((x.shape[0], rest[0], 2), dtype=torch.float64, device=x.device)
-        y, h = forward(x, x2, residual, parameters, statistics, *rest, dropout)
+        groups, dropout = rest[0], rest[-1]
+        # Strides make this call cheaper than torch.empty.
+        statistics = torch.empty_strided((x.shape[0], groups, 2), (2 * groups, 2, 1), dtype=torch.float64, device="cpu")
+        y, h = forward(x, x2, residual, parameters, statistics, *rest)
         if dropout is not None:  # whose owner may advance the state before the backward
-            seed, draw, first = cast(NoiseState, dropout.state)
-            dropout = dropout._replace(state=NoiseState(seed.clone(), draw.clone(), first))
+            seed, draw, first = dropout.state
+            rest = *rest[:-1], dropout._replace(state=NoiseState(seed.clone(), draw.clone(), first))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*((x, x2) if h is None else (h, None)), *parameters, statistics)
-        ctx.rest, ctx.parts = (*rest, dropout), None if h is None else x.shape[1]
+        ctx.rest, ctx.parts = rest, None if h is None else x.shape[1]
         return y if h is None else (y, h)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> Any:
         _native.check_backward("group_norm_silu", dy, dh)
         if dy is None and dh is None:
-            return (None,) * 10
+            return (None,) * 9
         x, x2, *parameters, statistics = ctx.saved_tensors
-        needed = ctx.needs_input_grad[5:]
+        needed = ctx.needs_input_grad[4:]
         found = backward(dy, dh, x, x2, parameters, statistics, ctx.parts is not None, needed, *ctx.rest)
-        return None, None, *_spread(ctx.parts, *cast(list[Any], found))
+        return None, *_spread(ctx.parts, *cast(list[Any], found))
+
+
+def run(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    x2: Tensor | None,
+    add: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+    dropout: Dropout | None,
+) -> Any:
+    """The op on plain tensors, with a gradient where one is asked for."""
+    if torch.is_grad_enabled():
+        tensors = x, x2, residual, weight, bias, add, scale, shift
+        for v in tensors:
+            if v is not None and v.requires_grad:
+                return Differentiable.apply((groups, eps, activation, dropout), *tensors)
+    y, h = forward(x, x2, residual, (weight, bias, add, scale, shift), None, groups, eps, activation, dropout)
+    return y if h is None else (y, h)
 
 
 # The same as a node of compiled graphs. Results that the arguments leave out are empty.
@@ -250,3 +280,15 @@ NODE = differentiable(
     _formula,
     _save,
 )
+
+
+def traced(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, x2: Tensor | None, *rest: Any
+) -> Any:
+    """The op as that node."""
+    add, residual, scale, shift, activation, dropout = rest
+    p, state, stream = dropout if dropout is not None else (0.0, None, 0)
+    seed, draw, first_sample = state if state is not None else (None, None, 0)
+    tensors = x, x2, residual, weight, bias, add, scale, shift
+    y, h, *_ = NODE(*tensors, groups, eps, activation, p, first_sample, stream, seed, draw)
+    return y if residual is None else (y, h)

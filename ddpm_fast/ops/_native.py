@@ -72,6 +72,11 @@ def unfit(*values: Tensor | None) -> str | None:
         return None  # the rest is of the moment, and compilers can't follow it
     if any(value is not None and value.is_neg() for value in values):
         return "needs plain memory, got a negated view"
+    return in_the_way()
+
+
+def in_the_way() -> str | None:
+    """What of torch's present state would not see a kernel's work."""
     if _C._len_torch_dispatch_stack() or _C._get_tracing_state() is not None:
         return "a dispatch mode or tracer wants to see torch's own operators"
     if _C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:

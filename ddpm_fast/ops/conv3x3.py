@@ -36,12 +36,46 @@ _NODE = composition(
 )
 
 
-def _traced(*args: Any, norm: Norm | None = None, stats: bool = False, **rest: Any) -> Any:
-    out = _NODE(*args, stats=stats, **rest, **({} if norm is None else norm._asdict()))
+def _traced(x: Tensor, weight: Tensor, bias: Tensor | None, x2: Tensor | None, norm: Norm | None, *rest: Any) -> Any:
+    residual, stats = rest
+    named = {} if norm is None else norm._asdict()
+    out = _NODE(x, weight, bias, x2=x2, residual=residual, stats=stats, **named)
     return out if stats else out[0]
 
 
-OP = Op("conv3x3", Impl("reference", lambda: reference.conv3x3), traced=_traced)
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+    return reference.conv3x3(x, weight, bias, **dict(zip(("x2", "norm", "residual", "stats"), rest, strict=True)))
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, x2: Tensor | None, norm: Norm | None, *rest: Any
+) -> tuple[Any, ...]:
+    residual, stats = rest
+    n, channels, height, width = _checks.concatenated(x, x2)
+    _checks.tensor("weight", weight, ndim=4, device=x.device)
+    for name, value in (("weight", weight), ("bias", bias)):
+        given = isinstance(value, Tensor) and value.dtype != x.dtype
+        if given and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{name} must have the dtype of x, {x.dtype}; got {_checks.text(value)}")
+    out_channels = weight.shape[0]
+    _checks.tensor("weight", weight, shape=(out_channels, channels, 3, 3))
+    if 0 in (channels, out_channels, height, width):
+        raise ValueError(f"x and weight must have channels and pixels, got {_checks.text(x)}, {_checks.text(weight)}")
+    if bias is not None:
+        _checks.tensor("bias", bias, shape=(out_channels,), device=x.device)
+    if residual is not None:
+        _checks.tensor("residual", residual, shape=(n, out_channels, height, width), device=x.device)
+    if norm is not None:
+        if not isinstance(norm, Norm):
+            raise TypeError(f"norm must be a Norm, got {_checks.text(norm)}")
+        _checks.tensor("norm.scale", norm.scale, shape=(n, channels), device=x.device)
+        _checks.tensor("norm.shift", norm.shift, shape=(n, channels), device=x.device)
+        _checks.choice("norm.activation", norm.activation, tuple(ACTIVATIONS))
+    _checks.flag("stats", stats)
+    return x, weight, bias, x2, norm, residual, stats
+
+
+OP = Op("conv3x3", Impl("reference", lambda: _reference), check=_check, traced=_traced)
 
 
 def conv3x3(
@@ -71,25 +105,4 @@ def conv3x3(
     Raises:
         ValueError, TypeError: an argument has the wrong type, shape, device or value.
     """
-    n, channels, height, width = _checks.concatenated(x, x2)
-    _checks.tensor("weight", weight, ndim=4, device=x.device)
-    for name, value in (("weight", weight), ("bias", bias)):
-        given = isinstance(value, Tensor) and value.dtype != x.dtype
-        if given and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"{name} must have the dtype of x, {x.dtype}; got {_checks.text(value)}")
-    out_channels = weight.shape[0]
-    _checks.tensor("weight", weight, shape=(out_channels, channels, 3, 3))
-    if 0 in (channels, out_channels, height, width):
-        raise ValueError(f"x and weight must have channels and pixels, got {_checks.text(x)}, {_checks.text(weight)}")
-    if bias is not None:
-        _checks.tensor("bias", bias, shape=(out_channels,), device=x.device)
-    if residual is not None:
-        _checks.tensor("residual", residual, shape=(n, out_channels, height, width), device=x.device)
-    if norm is not None:
-        if not isinstance(norm, Norm):
-            raise TypeError(f"norm must be a Norm, got {_checks.text(norm)}")
-        _checks.tensor("norm.scale", norm.scale, shape=(n, channels), device=x.device)
-        _checks.tensor("norm.shift", norm.shift, shape=(n, channels), device=x.device)
-        _checks.choice("norm.activation", norm.activation, tuple(ACTIVATIONS))
-    _checks.flag("stats", stats)
-    return OP(x, weight, bias, x2=x2, norm=norm, residual=residual, stats=stats)
+    return OP(x, weight, bias, x2, norm, residual, stats)

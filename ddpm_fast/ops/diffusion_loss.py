@@ -11,13 +11,17 @@ from ..reference.philox import PERTURB, NoiseState
 from . import _checks, _native
 from ._dispatch import Impl, Op
 from ._library import composition
-from .noise import check_source, drawn, source
+from .noise import check_source, drawn
 
 LOSSES = ("l1", "l2")
 
 
-def _reference(model_out: Tensor, noise: Tensor | NoiseState, **rest: Any) -> Tensor:
-    return reference.diffusion_loss(model_out, drawn(noise, model_out, PERTURB), **rest)
+_OPTIONS = "loss_type", "noise_coef", "x_coef", "x_start"
+
+
+def _reference(model_out: Tensor, noise: Tensor | NoiseState, *rest: Any) -> Tensor:
+    named = dict(zip(_OPTIONS, rest, strict=True))
+    return reference.diffusion_loss(model_out, drawn(noise, model_out, PERTURB), **named)
 
 
 _NODE = composition(
@@ -27,19 +31,12 @@ _NODE = composition(
 )
 
 
-def _traced(model_out: Tensor, noise: Tensor | NoiseState, **rest: Any) -> Tensor:
-    return _NODE(model_out, drawn(noise, model_out, PERTURB), **rest)
+def _traced(model_out: Tensor, noise: Tensor | NoiseState, *rest: Any) -> Tensor:
+    return _NODE(model_out, drawn(noise, model_out, PERTURB), **dict(zip(_OPTIONS, rest, strict=True)))
 
 
-def _rejects(
-    model_out: Tensor,
-    noise: Tensor | NoiseState,
-    *,
-    noise_coef: Tensor | None,
-    x_coef: Tensor | None,
-    x_start: Tensor | None,
-    **rest: Any,
-) -> str | None:
+def _rejects(model_out: Tensor, noise: Tensor | NoiseState, loss_type: str, *target: Tensor | None) -> str | None:
+    noise_coef, x_coef, x_start = target
     for coef in (noise_coef, x_coef):
         if coef is not None and coef.dtype is not torch.float32:
             return f"takes float32 coefficients, got {coef.dtype}"
@@ -52,16 +49,9 @@ def _rejects(
     )
 
 
-def _arguments(model_out: Tensor, noise: Any, *rest: Any) -> tuple[Any, ...]:
-    """As the native module takes them, forward and backward."""
-    noise_coef, x_coef, x_start, l1 = rest
-    coefs = (0 if noise_coef is None else noise_coef.data_ptr(), 0 if x_coef is None else x_coef.data_ptr())
-    return (model_out, noise, *coefs, x_start, l1, _native.threads())
-
-
 def _forward(*arguments: Any) -> Tensor:
     loss = torch.empty((), dtype=torch.float32, device="cpu")
-    _native.load().diffusion_loss(loss.data_ptr(), *_arguments(*arguments))
+    _native.load().diffusion_loss(loss, *arguments, _native.threads())
     return loss
 
 
@@ -81,8 +71,8 @@ class _Loss(torch.autograd.Function):
         _native.check_backward("diffusion_loss", grad_loss)
         model_out, noise, *target = ctx.saved_tensors
         grad = torch.empty_like(model_out)
-        arguments = _arguments(model_out, ctx.values or noise, *target, ctx.l1)
-        _native.load().diffusion_loss_backward(grad, grad_loss.data_ptr(), *arguments)
+        arguments = model_out, ctx.values or noise, *target, ctx.l1
+        _native.load().diffusion_loss_backward(grad, grad_loss, *arguments, _native.threads())
         return grad, None, None, None, None, None
 
 
@@ -93,25 +83,47 @@ def _contiguous(coef: Tensor | None) -> Tensor | None:
 def _load() -> Callable[..., Tensor]:
     _native.load()
 
-    def run(
-        model_out: Tensor,
-        noise: Tensor | NoiseState,
-        *,
-        loss_type: str,
-        noise_coef: Tensor | None,
-        x_coef: Tensor | None,
-        x_start: Tensor | None,
-    ) -> Tensor:
-        rest = (source(noise), _contiguous(noise_coef), _contiguous(x_coef), x_start, loss_type == "l1")
+    def run(model_out: Tensor, noise: Tensor | NoiseState, loss_type: str, *target: Tensor | None) -> Tensor:
+        noise_coef, x_coef, x_start = target
+        rest = _contiguous(noise_coef), _contiguous(x_coef), x_start, loss_type == "l1"
         if model_out.requires_grad and torch.is_grad_enabled():
-            loss: Tensor = _Loss.apply(model_out, *rest)
+            values = (noise[0].item(), noise[1].item(), noise[2]) if isinstance(noise, NoiseState) else noise
+            loss: Tensor = _Loss.apply(model_out, values, *rest)
             return loss
-        return _forward(model_out, *rest)
+        return _forward(model_out, noise, *rest)
 
     return run
 
 
-OP = Op("diffusion_loss", Impl("native", _load, _rejects), Impl("reference", lambda: _reference), traced=_traced)
+def _ready(*arguments: Any) -> bool:
+    fits: bool = _native.load().diffusion_loss_ready(*arguments, torch.is_grad_enabled())
+    return fits and _native.in_the_way() is None
+
+
+def _check(model_out: Tensor, noise: Tensor | NoiseState, loss_type: str, *target: Any) -> tuple[Any, ...]:
+    noise_coef, x_coef, x_start = target
+    _checks.tensor("model_out", model_out)
+    if model_out.ndim < 1:
+        raise ValueError("model_out must have a batch dimension, got a scalar")
+    check_source(noise, model_out)
+    _checks.choice("loss_type", loss_type, LOSSES)
+    for name, coef in (("noise_coef", noise_coef), ("x_coef", x_coef)):
+        if coef is not None:
+            _checks.tensor(name, coef, shape=model_out.shape[:1], device=model_out.device)
+    if (x_coef is None) != (x_start is None):
+        raise ValueError("x_coef and x_start go together: give both or neither")
+    if x_start is not None:
+        _checks.tensor("x_start", x_start, shape=model_out.shape, device=model_out.device)
+    return model_out, noise, loss_type, *target
+
+
+OP = Op(
+    "diffusion_loss",
+    Impl("native", _load, _rejects, _ready),
+    Impl("reference", lambda: _reference),
+    check=_check,
+    traced=_traced,
+)
 
 
 def diffusion_loss(
@@ -140,16 +152,4 @@ def diffusion_loss(
     Raises:
         ValueError, TypeError: an argument has the wrong type, shape, device or value.
     """
-    _checks.tensor("model_out", model_out)
-    if model_out.ndim < 1:
-        raise ValueError("model_out must have a batch dimension, got a scalar")
-    check_source(noise, model_out)
-    _checks.choice("loss_type", loss_type, LOSSES)
-    for name, coef in (("noise_coef", noise_coef), ("x_coef", x_coef)):
-        if coef is not None:
-            _checks.tensor(name, coef, shape=model_out.shape[:1], device=model_out.device)
-    if (x_coef is None) != (x_start is None):
-        raise ValueError("x_coef and x_start go together: give both or neither")
-    if x_start is not None:
-        _checks.tensor("x_start", x_start, shape=model_out.shape, device=model_out.device)
-    return OP(model_out, noise, loss_type=loss_type, noise_coef=noise_coef, x_coef=x_coef, x_start=x_start)
+    return OP(model_out, noise, loss_type, noise_coef, x_coef, x_start)

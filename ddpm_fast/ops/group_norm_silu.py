@@ -14,16 +14,20 @@ from ._dispatch import Impl, Op
 from ._library import composition
 from .noise import check_dropout, drawn_dropout
 
+# Inside, the arguments go by place: x, weight, bias, groups and these.
+_OPTIONS = "eps", "x2", "add", "residual", "scale", "shift", "activation", "dropout"
 
-def _reference(x: Tensor, *args: Any, dropout: Dropout | None = None, **rest: Any) -> Any:
-    return reference.group_norm_silu(x, *args, dropout=_drawn(dropout, x, rest.get("x2")), **rest)
 
-
-def _drawn(dropout: Dropout | None, x: Tensor, x2: Tensor | None) -> Dropout | Tensor | None:
-    if dropout is None:
-        return None
+def _drawn(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, *options: Any) -> dict[str, Any]:
+    """The options by name, with the factors of dropout where they don't come from torch's generator."""
+    named = dict(zip(_OPTIONS, options, strict=True))
+    x2, dropout = named["x2"], named["dropout"]
     n, c, h, w = x.shape
-    return drawn_dropout(dropout, (n, c if x2 is None else c + x2.shape[1], h, w))
+    return named | {"dropout": drawn_dropout(dropout, (n, c if x2 is None else c + x2.shape[1], h, w))}
+
+
+def _reference(*arguments: Any) -> Any:
+    return reference.group_norm_silu(*arguments[:4], **_drawn(*arguments))
 
 
 def _composed(
@@ -42,29 +46,20 @@ _NODE = composition(
 )
 
 
-def _traced(x: Tensor, *args: Any, dropout: Dropout | None = None, **rest: Any) -> Any:
-    if not torch.compiler.is_exporting() and _native.wanted() and _rejects(x, *args, dropout=dropout, **rest) is None:
-        return _traced_native(x, *args, dropout=dropout, **rest)
-    factors = _drawn(dropout, x, rest.get("x2"))
-    drop = {"p": factors.p} if isinstance(factors, Dropout) else {"mask": factors}
-    y, h = _NODE(x, *args, **rest, **drop)
-    return y if rest.get("residual") is None else (y, h)
+def _traced(*arguments: Any) -> Any:
+    if not torch.compiler.is_exporting() and _native.wanted() and _rejects(*arguments) is None:
+        return _group_norm.traced(*arguments)
+    options = _drawn(*arguments)
+    dropout = options.pop("dropout")
+    drop = {"p": dropout.p} if isinstance(dropout, Dropout) else {"mask": dropout}
+    y, h = _NODE(*arguments[:4], **options, **drop)
+    return y if options["residual"] is None else (y, h)
 
 
 def _rejects(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    groups: int,
-    *,
-    x2: Tensor | None = None,
-    add: Tensor | None = None,
-    residual: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    dropout: Dropout | None = None,
-    **rest: Any,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, *options: Any
 ) -> str | None:
+    x2, add, residual, scale, shift, _, dropout = options
     if x.dtype is not torch.float32 and x.dtype is not torch.bfloat16:
         return f"takes float32 and bfloat16, x is {x.dtype}"
     for image in (x2, residual):
@@ -82,62 +77,50 @@ def _rejects(
     return _native.unfit(x, weight, bias, x2, add, residual, scale, shift, dropout.state.seed, dropout.state.draw)
 
 
-def _traced_native(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    groups: int,
-    *,
-    eps: float = 1e-5,
-    x2: Tensor | None = None,
-    add: Tensor | None = None,
-    residual: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    activation: str = "silu",
-    dropout: Dropout | None = None,
-) -> Any:
-    p, state, stream = dropout if dropout is not None else (0.0, None, 0)
-    seed, draw, first_sample = state if state is not None else (None, None, 0)
-    parameters = weight, bias, add, scale, shift
-    rest = groups, eps, activation, p, first_sample, stream, seed, draw
-    y, h, *_ = _group_norm.NODE(x, x2, residual, *parameters, *rest)
-    return y if residual is None else (y, h)
+def _ready(*arguments: Any) -> bool:
+    fits: bool = _native.load().group_norm_silu_ready(*arguments)
+    return fits and _native.in_the_way() is None
 
 
 def _load_native() -> Callable[..., Any]:
     _native.load()
+    return _group_norm.run
 
-    def run(
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        groups: int,
-        *,
-        eps: float = 1e-5,
-        x2: Tensor | None = None,
-        add: Tensor | None = None,
-        residual: Tensor | None = None,
-        scale: Tensor | None = None,
-        shift: Tensor | None = None,
-        activation: str = "silu",
-        dropout: Dropout | None = None,
-    ) -> Any:
-        parameters = weight, bias, add, scale, shift
-        if torch.is_grad_enabled():
-            tensors = x, x2, residual, *parameters
-            if any(v is not None and v.requires_grad for v in tensors):
-                return _group_norm.Differentiable.apply(dropout, (groups, eps, activation), *tensors)
-        y, h = _group_norm.forward(x, x2, residual, parameters, None, groups, eps, activation, dropout)
-        return y if h is None else (y, h)
 
-    return run
+def _check(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, *options: Any
+) -> tuple[Any, ...]:
+    x2, add, residual, scale, shift, activation, dropout = options
+    n, channels, height, width = _checks.concatenated(x, x2)
+    groups, eps = _checks.integer("groups", groups, 1), _checks.number("eps", eps, 0)
+    if channels % groups:
+        raise ValueError(f"groups must divide the {channels} channels, got {groups}")
+    if (weight is None) != (bias is None):
+        raise ValueError("weight and bias go together: give both or neither")
+    for name, value, shape in (
+        ("weight", weight, (channels,)),
+        ("bias", bias, (channels,)),
+        ("residual", residual, (n, channels, height, width)),
+        ("scale", scale, (n, channels)),
+        ("shift", shift, (n, channels)),
+    ):
+        if value is not None:
+            _checks.tensor(name, value, shape=shape, device=x.device)
+    if add is not None:
+        _checks.tensor("add", add, device=x.device)
+        if add.shape not in (torch.Size((channels,)), torch.Size((n, channels))):
+            raise ValueError(f"add must have shape [{channels}] or [{n}, {channels}], got {_checks.text(add)}")
+    _checks.choice("activation", activation, tuple(ACTIVATIONS))
+    if dropout is not None:
+        dropout = check_dropout(dropout, x)
+    return x, weight, bias, groups, eps, x2, add, residual, scale, shift, activation, dropout
 
 
 OP = Op(
     "group_norm_silu",
-    Impl("native", _load_native, _rejects),
+    Impl("native", _load_native, _rejects, _ready),
     Impl("reference", lambda: _reference),
+    check=_check,
     traced=_traced,
 )
 
@@ -177,39 +160,4 @@ def group_norm_silu(
     Raises:
         ValueError, TypeError: an argument has the wrong type, shape, device or value.
     """
-    n, channels, height, width = _checks.concatenated(x, x2)
-    groups, eps = _checks.integer("groups", groups, 1), _checks.number("eps", eps, 0)
-    if channels % groups:
-        raise ValueError(f"groups must divide the {channels} channels, got {groups}")
-    if (weight is None) != (bias is None):
-        raise ValueError("weight and bias go together: give both or neither")
-    for name, value, shape in (
-        ("weight", weight, (channels,)),
-        ("bias", bias, (channels,)),
-        ("residual", residual, (n, channels, height, width)),
-        ("scale", scale, (n, channels)),
-        ("shift", shift, (n, channels)),
-    ):
-        if value is not None:
-            _checks.tensor(name, value, shape=shape, device=x.device)
-    if add is not None:
-        _checks.tensor("add", add, device=x.device)
-        if add.shape not in (torch.Size((channels,)), torch.Size((n, channels))):
-            raise ValueError(f"add must have shape [{channels}] or [{n}, {channels}], got {_checks.text(add)}")
-    _checks.choice("activation", activation, tuple(ACTIVATIONS))
-    if dropout is not None:
-        dropout = check_dropout(dropout, x)
-    return OP(
-        x,
-        weight,
-        bias,
-        groups,
-        eps=eps,
-        x2=x2,
-        add=add,
-        residual=residual,
-        scale=scale,
-        shift=shift,
-        activation=activation,
-        dropout=dropout,
-    )
+    return OP(x, weight, bias, groups, eps, x2, add, residual, scale, shift, activation, dropout)

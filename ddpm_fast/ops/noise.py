@@ -24,17 +24,10 @@ def _state(state: NoiseState) -> tuple[int, int, int]:
     return state.seed.data_ptr(), state.draw.data_ptr(), state.first_sample
 
 
-def source(noise: Tensor | NoiseState | None) -> Tensor | tuple[float, float, int] | None:
-    """The noise as native ops take it, a state by its values."""
-    if isinstance(noise, NoiseState):
-        return noise.seed.item(), noise.draw.item(), noise.first_sample
-    return noise
-
-
 def _load_noise() -> Callable[..., Tensor]:
     native = _native.load().noise
 
-    def run(shape: Sequence[int], state: NoiseState, stream: int, *, dtype: torch.dtype) -> Tensor:
+    def run(shape: Sequence[int], state: NoiseState, stream: int, dtype: torch.dtype) -> Tensor:
         out = torch.empty(shape, dtype=torch.float32, device="cpu")
         native(out.data_ptr(), shape[0], math.prod(shape[1:]), *_state(state), stream, _native.threads())
         return out if dtype is torch.float32 else out.to(dtype)
@@ -66,10 +59,53 @@ def _load_dropout_mask() -> Callable[..., Tensor]:
     return run
 
 
+def _check_state(state: object, name: str = "state") -> None:
+    if not isinstance(state, NoiseState):
+        raise TypeError(f"{name} must be a NoiseState, got {_checks.text(state)}: NoiseState.at(seed, draw) makes one")
+    _checks.tensor(f"{name}.seed", state.seed, shape=(), dtype=torch.int64)
+    _checks.tensor(f"{name}.draw", state.draw, shape=(), dtype=torch.int64, device=state.seed.device)
+    first: object = state.first_sample
+    if isinstance(first, (Tensor, np.ndarray)):  # operator.index would take them, the sums to come would not
+        raise TypeError(f"{name}.first_sample must be an integer, got {_checks.text(first)}")
+    _checks.integer(f"{name}.first_sample", first, 0, 2**56 - 1)
+
+
+def _check_noise(shape: Any, state: NoiseState, stream: int, dtype: Any) -> tuple[Any, ...]:
+    shape = _checks.integers("shape", shape, 0)
+    if not shape:
+        raise ValueError("shape must be [N, ...], got an empty one")
+    if math.prod(shape[1:]) > 2**34:
+        raise ValueError(f"shape: a sample holds at most 2^34 elements, got {math.prod(shape[1:])}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating point type, got {dtype}")
+    _check_state(state)
+    return shape, state, _checks.integer("stream", stream, 0, MAX_STREAM), dtype
+
+
+def _check_timesteps(num_samples: int, num_timesteps: int, state: NoiseState) -> tuple[Any, ...]:
+    num_samples = _checks.integer("num_samples", num_samples, 0)
+    num_timesteps = _checks.integer("num_timesteps", num_timesteps, 1, 2**31)
+    _check_state(state)
+    return num_samples, num_timesteps, state
+
+
+def _check_dropout_mask(shape: Any, p: float, state: NoiseState, stream: int) -> tuple[Any, ...]:
+    shape, p = _checks.integers("shape", shape, 0), _checks.number("p", p, 0, 1)
+    if len(shape) != 4:
+        raise ValueError(f"shape must be [N, C, H, W], got {list(shape)}")
+    _check_state(state)
+    return shape, p, state, _checks.integer("stream", stream, 0, MAX_STREAM)
+
+
+def _ready(shape: Any, state: NoiseState, stream: int, dtype: Any) -> bool:
+    fits: bool = _native.load().draw_ready(shape, state, stream)
+    return fits and dtype is torch.float32 and _native.in_the_way() is None
+
+
 # Opaque to compilers, which would be free to fuse what must not be fused, and to draw it slower.
 _NOISE = opaque(
     "noise(SymInt[] shape, Tensor seed, Tensor draw, SymInt first_sample, int stream, *, ScalarType dtype) -> Tensor",
-    lambda shape, *state, dtype: OP(shape, NoiseState(*state[:3]), state[3], dtype=dtype),
+    lambda shape, *state, dtype: OP(shape, NoiseState(*state[:3]), state[3], dtype),
     lambda shape, seed, *_, dtype: seed.new_empty(shape, dtype=dtype),
 )
 _TIMESTEPS = opaque(
@@ -86,33 +122,25 @@ _DROPOUT_MASK = opaque(
 )
 OP: Op = Op(
     "noise",
-    Impl("native", _load_noise, _rejects),
-    Impl("reference", lambda: reference.noise),
-    traced=lambda shape, state, stream, *, dtype: _NOISE(shape, *state, stream, dtype=dtype),
+    Impl("native", _load_noise, _rejects, _ready),
+    Impl("reference", lambda: lambda *args: reference.noise(*args[:3], dtype=args[3])),
+    check=_check_noise,
+    traced=lambda shape, state, stream, dtype: _NOISE(shape, *state, stream, dtype=dtype),
 )
 _timesteps: Op = Op(
     "noise",
     Impl("native", _load_timesteps, _rejects),
     Impl("reference", lambda: reference.timesteps),
+    check=_check_timesteps,
     traced=lambda num_samples, num_timesteps, state: _TIMESTEPS(num_samples, num_timesteps, *state),
 )
 _dropout_mask: Op = Op(
     "noise",
     Impl("native", _load_dropout_mask, _rejects),
     Impl("reference", lambda: reference.dropout_mask),
+    check=_check_dropout_mask,
     traced=lambda shape, p, state, stream: _DROPOUT_MASK(shape, p, *state, stream),
 )
-
-
-def _check_state(state: object, name: str = "state") -> None:
-    if not isinstance(state, NoiseState):
-        raise TypeError(f"{name} must be a NoiseState, got {_checks.text(state)}: NoiseState.at(seed, draw) makes one")
-    _checks.tensor(f"{name}.seed", state.seed, shape=(), dtype=torch.int64)
-    _checks.tensor(f"{name}.draw", state.draw, shape=(), dtype=torch.int64, device=state.seed.device)
-    first: object = state.first_sample
-    if isinstance(first, (Tensor, np.ndarray)):  # operator.index would take them, the sums to come would not
-        raise TypeError(f"{name}.first_sample must be an integer, got {_checks.text(first)}")
-    _checks.integer(f"{name}.first_sample", first, 0, 2**56 - 1)
 
 
 def noise(shape: Sequence[int], state: NoiseState, stream: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -130,33 +158,16 @@ def noise(shape: Sequence[int], state: NoiseState, stream: int, *, dtype: torch.
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type.
     """
-    shape = _checks.integers("shape", shape, 0)
-    if not shape:
-        raise ValueError("shape must be [N, ...], got an empty one")
-    if math.prod(shape[1:]) > 2**34:
-        raise ValueError(f"shape: a sample holds at most 2^34 elements, got {math.prod(shape[1:])}")
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating point type, got {dtype}")
-    _check_state(state)
-    stream = _checks.integer("stream", stream, 0, MAX_STREAM)
-    return OP(shape, state, stream, dtype=dtype)
+    return OP(shape, state, stream, dtype)
 
 
 def timesteps(num_samples: int, num_timesteps: int, state: NoiseState) -> Tensor:
     """Training timesteps, uniform in [0, num_timesteps): int64 [num_samples]. Errors as in `noise`."""
-    num_samples = _checks.integer("num_samples", num_samples, 0)
-    num_timesteps = _checks.integer("num_timesteps", num_timesteps, 1, 2**31)
-    _check_state(state)
     return _timesteps(num_samples, num_timesteps, state)
 
 
 def dropout_mask(shape: Sequence[int], p: float, state: NoiseState, stream: int) -> Tensor:
     """Dropout factors, 0 or 1 / (1 - p): float32 [N, C, H, W] in channels_last order. Errors as in `noise`."""
-    shape, p = _checks.integers("shape", shape, 0), _checks.number("p", p, 0, 1)
-    if len(shape) != 4:
-        raise ValueError(f"shape must be [N, C, H, W], got {list(shape)}")
-    _check_state(state)
-    stream = _checks.integer("stream", stream, 0, MAX_STREAM)
     return _dropout_mask(shape, p, state, stream)
 
 
@@ -164,7 +175,7 @@ def drawn(source: Tensor | NoiseState, like: Tensor, stream: int) -> Tensor:
     """The noise itself where that is given, else drawn by the best backend like `like`, at least in float32."""
     if not isinstance(source, NoiseState):
         return source
-    return OP(like.shape, source, stream, dtype=torch.promote_types(like.dtype, torch.float32))
+    return OP(like.shape, source, stream, torch.promote_types(like.dtype, torch.float32))
 
 
 def drawn_dropout(dropout: Dropout | None, shape: Sequence[int]) -> Dropout | Tensor | None:

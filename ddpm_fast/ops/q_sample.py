@@ -1,6 +1,7 @@
 """The perturb step of training: x_start and noise to x_t."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from ..reference.philox import PERTURB, NoiseState
 from . import _checks, _native
 from ._dispatch import Impl, Op
 from ._library import composition
-from .noise import check_source, drawn, source
+from .noise import check_source, drawn
 
 
 def _reference(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Tensor | NoiseState) -> Tensor:
@@ -42,14 +43,36 @@ def _load() -> Callable[..., Tensor]:
     def run(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Tensor | NoiseState) -> Tensor:
         x_t = torch.empty_like(x_start)
         t, signal, sigma = t.contiguous(), signal.contiguous(), sigma.contiguous()
-        tables = (t.data_ptr(), signal.data_ptr(), sigma.data_ptr(), signal.shape[0])
-        native(x_t, x_start, *tables, source(noise), _native.threads())
+        native(x_t, x_start, t, signal, sigma, noise, _native.threads())
         return x_t
 
     return run
 
 
-OP = Op("q_sample", Impl("native", _load, _rejects), Impl("reference", lambda: _reference), traced=_traced)
+def _ready(*arguments: Any) -> bool:
+    fits: bool = _native.load().q_sample_ready(*arguments, torch.is_grad_enabled())
+    return fits and _native.in_the_way() is None
+
+
+def _check(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Tensor | NoiseState) -> tuple[Any, ...]:
+    _checks.tensor("x_start", x_start)
+    if x_start.ndim < 1:
+        raise ValueError("x_start must have a batch dimension, got a scalar")
+    _checks.tensor("t", t, shape=x_start.shape[:1], dtype=torch.int64, device=x_start.device)
+    _checks.tensor("sqrt_alphas_cumprod", signal, ndim=1, device=x_start.device)
+    _checks.tensor("sqrt_one_minus_alphas_cumprod", sigma, shape=signal.shape, device=x_start.device)
+    _checks.indices("t", t, signal.shape[0])
+    check_source(noise, x_start)
+    return x_start, t, signal, sigma, noise
+
+
+OP = Op(
+    "q_sample",
+    Impl("native", _load, _rejects, _ready),
+    Impl("reference", lambda: _reference),
+    check=_check,
+    traced=_traced,
+)
 
 
 def extract(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
@@ -96,17 +119,4 @@ def q_sample(
     Raises:
         ValueError, TypeError: an argument has the wrong type, shape, dtype, device or range.
     """
-    _checks.tensor("x_start", x_start)
-    if x_start.ndim < 1:
-        raise ValueError("x_start must have a batch dimension, got a scalar")
-    _checks.tensor("t", t, shape=x_start.shape[:1], dtype=torch.int64, device=x_start.device)
-    _checks.tensor("sqrt_alphas_cumprod", sqrt_alphas_cumprod, ndim=1, device=x_start.device)
-    _checks.tensor(
-        "sqrt_one_minus_alphas_cumprod",
-        sqrt_one_minus_alphas_cumprod,
-        shape=sqrt_alphas_cumprod.shape,
-        device=x_start.device,
-    )
-    _checks.indices("t", t, sqrt_alphas_cumprod.shape[0])
-    check_source(noise, x_start)
     return OP(x_start, t, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, noise)

@@ -14,7 +14,7 @@ from ..reference.philox import REVERSE, NoiseState
 from . import _checks, _native
 from ._dispatch import Impl, Op
 from ._library import composition
-from .noise import check_source, drawn, source
+from .noise import check_source, drawn
 
 NUM_COLUMNS = 8
 
@@ -22,20 +22,10 @@ NUM_COLUMNS = 8
 def _delivering(step: Callable[..., Any]) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     """`step`, which returns x' and x0_hat, with the noise drawn and the results where the caller asked for them."""
 
-    def run(
-        x: Tensor,
-        model_out: Tensor,
-        rows: Tensor,
-        k: Tensor,
-        *,
-        noise: Tensor | NoiseState | None,
-        out: Tensor | None,
-        x0_out: Tensor | None,
-        return_x0: bool,
-        **rest: Any,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def run(x: Tensor, model_out: Tensor, rows: Tensor, k: Tensor, *rest: Any) -> Tensor | tuple[Tensor, Tensor]:
+        noise, hist, clip, return_x0, out, x0_out = rest
         z = None if noise is None else drawn(noise, x, REVERSE)
-        x_next, x0_hat = step(x, model_out, rows, k, noise=z, **rest)
+        x_next, x0_hat = step(x, model_out, rows, k, noise=z, hist=hist, clip=clip)
         x_next = x_next if out is None else out.copy_(x_next)
         if not return_x0:
             return x_next
@@ -52,18 +42,8 @@ _NODE = composition(
 )
 
 
-def _rejects(
-    x: Tensor,
-    model_out: Tensor,
-    rows: Tensor,
-    k: Tensor,
-    *,
-    noise: Tensor | NoiseState | None,
-    hist: Tensor | None,
-    out: Tensor | None,
-    x0_out: Tensor | None,
-    **rest: Any,
-) -> str | None:
+def _rejects(x: Tensor, model_out: Tensor, rows: Tensor, k: Tensor, *rest: Any) -> str | None:
+    noise, hist, _, _, out, x0_out = rest
     state, z = (noise[:2], None) if isinstance(noise, NoiseState) else ((), noise)
     if rows.dtype not in (torch.float64, torch.float32, torch.bfloat16):
         return f"takes no rows of {rows.dtype}"
@@ -73,30 +53,22 @@ def _rejects(
     return _native.unfit(*arrays, rows, k, *state) or _native.unfit_arrays(*arrays)
 
 
+def _ready(*arguments: Any) -> bool:
+    fits: bool = _native.load().sampler_step_ready(*arguments, torch.is_grad_enabled())
+    return fits and _native.in_the_way() is None
+
+
 def _load() -> Callable[..., Any]:
     native = _native.load().sampler_step
 
-    def run(
-        x: Tensor,
-        model_out: Tensor,
-        rows: Tensor,
-        k: Tensor,
-        *,
-        noise: Tensor | NoiseState | None,
-        hist: Tensor | None,
-        clip: float | None,
-        return_x0: bool,
-        out: Tensor | None,
-        x0_out: Tensor | None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def run(x: Tensor, model_out: Tensor, rows: Tensor, k: Tensor, *rest: Any) -> Tensor | tuple[Tensor, Tensor]:
+        noise, hist, clip, return_x0, out, x0_out = rest
         x_next = torch.empty_like(x) if out is None else out
         x0_hat = None if not return_x0 else torch.empty_like(x) if x0_out is None else x0_out
         bound = math.inf if clip is None else clip
-        z = source(noise)
-        done = native(x_next, x0_hat, x, model_out, hist, z, rows, k.data_ptr(), bound, _native.threads())
+        done = native(x_next, x0_hat, x, model_out, hist, noise, rows, k, bound, _native.threads())
         if not done:  # a result would overwrite what is still to be read
-            rest = {"noise": noise, "hist": hist, "clip": clip, "return_x0": return_x0}
-            return aside(x, model_out, rows, k, out=out, x0_out=x0_out, **rest)
+            return aside(x, model_out, rows, k, *rest)
         if out is not None:
             increment_version(out)
         if x0_hat is None:
@@ -105,14 +77,48 @@ def _load() -> Callable[..., Any]:
             increment_version(x0_out)
         return x_next, x0_hat
 
-    aside = _delivering(partial(run, out=None, x0_out=None, return_x0=True))
+    def step(*arguments: Any, noise: Tensor | None, hist: Tensor | None, clip: float | None) -> Any:
+        return run(*arguments, noise, hist, clip, True, None, None)
+
+    aside = _delivering(step)
     return run
+
+
+def _check(x: Tensor, model_out: Tensor, rows: Tensor, k: Tensor, *rest: Any) -> tuple[Any, ...]:
+    noise, hist, clip, return_x0, out, x0_out = rest
+    _checks.tensor("x", x)
+    if x.ndim < 1:
+        raise ValueError("x must have a batch dimension, got a scalar")
+    _checks.tensor("model_out", model_out, shape=x.shape, device=x.device)
+    _checks.tensor("rows", rows, ndim=2, device=x.device)
+    if rows.shape[1] != NUM_COLUMNS:
+        raise ValueError(f"rows must have {NUM_COLUMNS} columns, got {_checks.text(rows)}")
+    _checks.tensor("k", k, shape=(), dtype=torch.int64, device=x.device)
+    _checks.indices("k", k, rows.shape[0])
+    for name, value in (("hist", hist), ("out", out), ("x0_out", x0_out)):
+        if value is not None:
+            dtype = None if name == "hist" else x.dtype
+            _checks.tensor(name, value, shape=x.shape, dtype=dtype, device=x.device)
+            if name != "hist":
+                _checks.own_memory(name, value)
+    if noise is not None:
+        check_source(noise, x)
+    clip = None if clip is None else _checks.number("clip", clip)
+    if clip is not None and clip <= 0:
+        raise ValueError(f"clip must be positive, got {clip}: None is for no clipping")
+    if x0_out is not None and x0_out is out:
+        raise ValueError("x0_out must be another tensor than out: each receives a result of its own")
+    _checks.flag("return_x0", return_x0)
+    if x0_out is not None and not return_x0:
+        raise ValueError("x0_out needs return_x0=True")
+    return x, model_out, rows, k, noise, hist, clip, return_x0, out, x0_out
 
 
 OP = Op(
     "sampler_step",
-    Impl("native", _load, _rejects),
+    Impl("native", _load, _rejects, _ready),
     Impl("reference", lambda: _delivering(_plain)),
+    check=_check,
     traced=_delivering(_NODE),
 )
 
@@ -147,29 +153,4 @@ def sampler_step(
     Raises:
         ValueError, TypeError: an argument has the wrong type, shape, dtype, device or range.
     """
-    _checks.tensor("x", x)
-    if x.ndim < 1:
-        raise ValueError("x must have a batch dimension, got a scalar")
-    _checks.tensor("model_out", model_out, shape=x.shape, device=x.device)
-    _checks.tensor("rows", rows, ndim=2, device=x.device)
-    if rows.shape[1] != NUM_COLUMNS:
-        raise ValueError(f"rows must have {NUM_COLUMNS} columns, got {_checks.text(rows)}")
-    _checks.tensor("k", k, shape=(), dtype=torch.int64, device=x.device)
-    _checks.indices("k", k, rows.shape[0])
-    for name, value in (("hist", hist), ("out", out), ("x0_out", x0_out)):
-        if value is not None:
-            dtype = None if name == "hist" else x.dtype
-            _checks.tensor(name, value, shape=x.shape, dtype=dtype, device=x.device)
-            if name != "hist":
-                _checks.own_memory(name, value)
-    if noise is not None:
-        check_source(noise, x)
-    clip = None if clip is None else _checks.number("clip", clip)
-    if clip is not None and clip <= 0:
-        raise ValueError(f"clip must be positive, got {clip}: None is for no clipping")
-    if x0_out is not None and x0_out is out:
-        raise ValueError("x0_out must be another tensor than out: each receives a result of its own")
-    _checks.flag("return_x0", return_x0)
-    if x0_out is not None and not return_x0:
-        raise ValueError("x0_out needs return_x0=True")
-    return OP(x, model_out, rows, k, noise=noise, hist=hist, clip=clip, return_x0=return_x0, out=out, x0_out=x0_out)
+    return OP(x, model_out, rows, k, noise, hist, clip, return_x0, out, x0_out)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,16 +32,28 @@ def _load() -> Callable[..., Tensor]:
         out = torch.empty(t.shape[0], dim, dtype=torch.float32, device="cpu")
         half = dim // 2
         ratio = math.exp(-math.log(10000) / half)
-        native(out.data_ptr(), t, t.is_floating_point(), half, scale, ratio, _native.threads())
+        native(out.data_ptr(), t, half, scale, ratio, _native.threads())
         return out
 
     return run
+
+
+def _check(t: Tensor, dim: int, scale: float) -> tuple[Any, ...]:
+    if not isinstance(t, Tensor) or t.is_complex():
+        raise TypeError(f"t must be a tensor of numbers, got {_checks.text(t)}")
+    if t.ndim != 1:
+        raise ValueError(f"t must have shape [N], got {_checks.text(t)}: one timestep per image")
+    dim, scale = _checks.integer("dim", dim, 2), _checks.number("scale", scale)
+    if dim % 2:
+        raise ValueError(f"dim must be a positive even number, got {dim}: {dim + 1} would work")
+    return t, dim, scale
 
 
 OP = Op(
     "timestep_embedding",
     Impl("native", _load, _rejects),
     Impl("reference", lambda: reference.timestep_embedding),
+    check=_check,
     traced=_NODE,
 )
 
@@ -59,11 +72,4 @@ def timestep_embedding(t: Tensor, dim: int, scale: float = 1.0) -> Tensor:
     Raises:
         ValueError, TypeError: `t` is no vector, or `dim` is not a positive even number.
     """
-    if not isinstance(t, Tensor) or t.is_complex():
-        raise TypeError(f"t must be a tensor of numbers, got {_checks.text(t)}")
-    if t.ndim != 1:
-        raise ValueError(f"t must have shape [N], got {_checks.text(t)}: one timestep per image")
-    dim, scale = _checks.integer("dim", dim, 2), _checks.number("scale", scale)
-    if dim % 2:
-        raise ValueError(f"dim must be a positive even number, got {dim}: {dim + 1} would work")
     return OP(t, dim, scale)

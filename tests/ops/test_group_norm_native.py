@@ -297,9 +297,21 @@ def test_autocast_keeps_bf16() -> None:
 
 
 def test_the_native_boundary_refuses_what_it_can_not_address() -> None:
-    x = torch.randn(2, 8, 4, 4)
-    norm = (x[..., :2], None, (None,) * 5, None, 2, 1e-5, 1, False, False, (0, 1.0, None, None, 0, 0))
-    with pytest.raises(ValueError, match="x: rows are not adjacent"):
-        _C.group_norm_silu(norm, None, x, None, 1)
+    x, y = torch.randn(2, 8, 4, 4), torch.empty(2, 8, 4, 4)
+
+    def call(x: Tensor = x, y: Tensor = y, groups: int = 2, weight: Tensor | None = None) -> bool:
+        rows = (weight, weight, None, None, None)
+        return _C.group_norm_silu(x, None, None, rows, None, y, None, groups, 1e-5, 1, None, 1)
+
+    assert call()
+    apart = torch.randn(2, 8, 4, 5)[..., :4]  # rows that aren't adjacent
+    assert not call(x=apart) and not call(y=apart), "memory that needs a copy"
+    assert not call(weight=torch.ones(8, 2)[:, 0]) and not call(weight=torch.ones(8, dtype=torch.float64))
     with pytest.raises(ValueError, match="groups must divide the channels"):
-        _C.group_norm_silu((x, None, (None,) * 5, None, 3, *norm[5:]), None, x, None, 1)
+        call(groups=3)
+    with pytest.raises(ValueError, match="y: another shape"):
+        call(y=y[:1])
+    with pytest.raises(ValueError, match="y: another dtype"):
+        call(y=y.bfloat16())
+    with pytest.raises(ValueError, match="y: not a plain tensor"):
+        call(y=y.to("meta"))
