@@ -29,7 +29,7 @@ struct Count {
 // Calls body(first, Count<vectors>, last) over the channels in tiles of `Tile` vectors, then of half as many and so on;
 // `last` are the numbers in use of the last, partial vector, kVec elsewhere.
 template <int Tile, class Body>
-inline void tiles(int64_t channels, const Body& body, int64_t c = 0) {
+DDPM_INLINED inline void tiles(int64_t channels, const Body& body, int64_t c = 0) {
   for (; c + Tile * kVec <= channels; c += Tile * kVec) body(c, Count<Tile>{}, int64_t{kVec});
   if constexpr (Tile > 1) {
     tiles<Tile / 2>(channels, body, c);
@@ -40,14 +40,14 @@ inline void tiles(int64_t channels, const Body& body, int64_t c = 0) {
 
 // Calls body(first, count) for blocks of pixels, few enough to stay in the first cache.
 template <class Body>
-inline void blocks(int64_t pixels, const Body& body) {
+DDPM_INLINED inline void blocks(int64_t pixels, const Body& body) {
   constexpr int64_t kBlock = 32;
   for (int64_t p = 0; p < pixels; p += kBlock) body(p, pixels - p < kBlock ? pixels - p : kBlock);
 }
 
 // Calls body(first, k, last) for each vector of `count` numbers; k goes round four accumulators.
 template <class Body>
-inline void vectors(int64_t count, const Body& body) {
+DDPM_INLINED inline void vectors(int64_t count, const Body& body) {
   int64_t p = 0;
   for (; p + 4 * kVec <= count; p += 4 * kVec) {
     for (int k = 0; k < 4; ++k) body(p + k * kVec, k, int64_t{kVec});
@@ -56,22 +56,22 @@ inline void vectors(int64_t count, const Body& body) {
 }
 
 template <class T>
-inline Floats load_some(const T* p, int64_t last) {
+DDPM_INLINED inline Floats load_some(const T* p, int64_t last) {
   return last < kVec ? load_part(p, last) : load(p);
 }
 
 template <class T>
-inline void store_some(T* p, Floats v, int64_t last) {
+DDPM_INLINED inline void store_some(T* p, Floats v, int64_t last) {
   last < kVec ? store_part(p, v, last) : store(p, v);
 }
 
 template <int V, class T>
-inline void load_tile(Floats (&v)[V], const T* p, int64_t last) {
+DDPM_INLINED inline void load_tile(Floats (&v)[V], const T* p, int64_t last) {
   for (int i = 0; i < V; ++i) v[i] = load_some(p + i * kVec, V == 1 ? last : kVec);
 }
 
 template <int V, class T>
-inline void store_tile(T* p, const Floats (&v)[V], int64_t last) {
+DDPM_INLINED inline void store_tile(T* p, const Floats (&v)[V], int64_t last) {
   for (int i = 0; i < V; ++i) store_some(p + i * kVec, v[i], V == 1 ? last : kVec);
 }
 
@@ -79,12 +79,12 @@ constexpr int64_t kAhead = 8;  // pixels from what is written to what is asked f
 
 // Asks for the lines of V vectors, in the second cache, or in the first to be written; any address will do.
 template <int V, class T>
-inline void prefetch(const T* p) {
+DDPM_INLINED inline void prefetch(const T* p) {
   for (int i = 0; i < V; i += 64 / kVecBytes * int(sizeof(float) / sizeof(T))) __builtin_prefetch(p + i * kVec, 0, 2);
 }
 
 template <int V, class T>
-inline void prefetch_to_write(const T* p) {
+DDPM_INLINED inline void prefetch_to_write(const T* p) {
   for (int i = 0; i < V; i += 64 / kVecBytes * int(sizeof(float) / sizeof(T))) __builtin_prefetch(p + i * kVec, 1, 3);
 }
 
