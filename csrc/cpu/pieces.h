@@ -108,7 +108,7 @@ static inline const float* read(const Noise& noise, const Piece& p, Buffer& buff
 static inline void store_exact(bf16* p, Floats v) {
   const Words32 bits = (Words32)v;
   const Words32 rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16;
-  const Halves h = __builtin_convertvector(v == v ? rounded : (bits >> 16) | 0x40, Halves);
+  const Halves h = narrowed(v == v ? rounded : (bits >> 16) | 0x40);
   std::memcpy(p, &h, sizeof h);
 }
 

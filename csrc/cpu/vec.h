@@ -37,10 +37,32 @@ static inline Floats load(const float* p) {
   return v;
 }
 
+// By intrinsics: gcc makes the conversions of a whole vector out of those of its halves.
 static inline Floats load(const bf16* p) {
+#if defined(__AVX512F__)
+  return (Floats)((Words32)_mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_loadu_si256((const __m256i*)p)) << 16);
+#elif defined(__AVX2__)
+  return (Floats)((Words32)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
+#elif defined(__SSE2__)
+  return (Floats)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i*)p));
+#else
   Halves h;
   std::memcpy(&h, p, sizeof h);
   return (Floats)(__builtin_convertvector(h, Words32) << 16);
+#endif
+}
+
+// The low halves.
+static inline Halves narrowed(Words32 x) {
+#if defined(__AVX512F__)
+  return (Halves)_mm512_maskz_cvtepi32_epi16(0xFFFF, (__m512i)x);
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_and_si256((__m256i)x, _mm256_set1_epi32(0xFFFF));
+  const __m256i pairs = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
+  return (Halves)_mm256_castsi256_si128(pairs);
+#else
+  return __builtin_convertvector(x, Halves);
+#endif
 }
 
 static inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
@@ -52,7 +74,7 @@ static inline void store(bf16* p, Floats v) {
   const Words32 bits = (Words32)v;
   const Words32 rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16;  // to nearest, ties to even
   const Words32 quiet = (bits >> 16) | 0x40;
-  const Halves h = __builtin_convertvector(v == v ? rounded : quiet, Halves);
+  const Halves h = narrowed(v == v ? rounded : quiet);
 #endif
   std::memcpy(p, &h, sizeof h);
 }
