@@ -102,8 +102,11 @@ def check_backward(op: str, *grads: Tensor | None) -> None:
     """Raise where a backward is to be differentiated itself, or gets several gradients at once."""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{op}: the native backend has no second derivative; ops.use_backend('reference') has one")
-    if any(g is not None and _C._functorch.is_legacy_batchedtensor(g) for g in grads):
-        raise RuntimeError(f"{op}: the native backend takes no batched gradients; ops.use_backend('reference') does")
+    for g in grads:
+        if g is not None and _C._functorch.is_legacy_batchedtensor(g):
+            raise RuntimeError(
+                f"{op}: the native backend takes no batched gradients; ops.use_backend('reference') does"
+            )
 
 
 @torch.compiler.assume_constant_result  # where a compiler asks
