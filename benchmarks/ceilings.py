@@ -1,6 +1,6 @@
 """The two ceilings of a machine, measured in the run: a large matrix product and a large copy, the best of several."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import cycle
 from typing import TypeVar
 
@@ -18,11 +18,10 @@ def cache_bytes(device: torch.device) -> int:
     return 64 << 20  # beyond any private cache; the last level of a virtual machine is shared and unknown
 
 
-def rotation(make: Callable[[int], T], nbytes: int, device: torch.device) -> Callable[[], T]:
-    """Return a function giving ``make(0), make(1), ...`` in turn, enough of them (at most 64) to pass the cache."""
+def rotation(make: Callable[[int], T], nbytes: int, device: torch.device) -> Iterator[T]:
+    """Give ``make(0), make(1), ...`` in turn and again, enough of them (at most 64) to pass the cache."""
     sets = min(64, cache_bytes(device) // max(nbytes, 1) + 2)
-    made = cycle([make(i) for i in range(sets)])
-    return lambda: next(made)
+    return cycle([make(i) for i in range(sets)])
 
 
 def matmul(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] = (), repetitions: int = 9) -> Row:

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -66,6 +68,7 @@ class Case:
         random: the result is a fresh draw; only its spread is compared.
         layouts: whether PyTorch runs in both memory formats and ours in channels_last; else all run in NCHW.
         beside_copy: time a copy that moves as many bytes, too.
+        hot: time calls on the same inputs; else on enough of them, in turn, to find each out of the caches.
     """
 
     op: str
@@ -82,6 +85,7 @@ class Case:
     random: bool = False
     layouts: bool = True
     beside_copy: bool = False
+    hot: bool = False
 
     def __str__(self) -> str:
         return f"{self.op} {self.label} {NAMES[self.dtype]}"
@@ -133,40 +137,46 @@ def contenders(case: Case, device: torch.device, compile: bool) -> dict[str, Con
     return found
 
 
-def prepare(case: Case, contender: Contender, device: torch.device) -> Callable[[], Any]:
-    """Return a call of the contender on rotated inputs, colder than the cache."""
+def prepare(case: Case, contender: Contender, device: torch.device) -> Callable[[int], None]:
+    """Return a function that runs the contender so many times, unless ``case.hot`` on rotated inputs."""
+
+    def graph(inputs: Inputs) -> Inputs:
+        return contender.function(*inputs[:-1]), [inputs[i] for i in case.grads], inputs[-1]
 
     def made(seed: int) -> Inputs:
-        return make(case, seed, device, contender.memory_format)
-
-    if not case.backward_alone:
-        inputs = rotation(made, case.nbytes, device)
-        return lambda: call(case, contender, inputs())
-
-    def graph(seed: int) -> Inputs:
-        inputs = made(seed)
+        inputs = make(case, seed, device, contender.memory_format)
+        if not case.backward_alone:
+            return inputs
         with forced(contender):
-            return contender.function(*inputs[:-1]), [inputs[i] for i in case.grads], inputs[-1]
+            return graph(inputs)
 
-    graphs = rotation(graph, case.nbytes, device)
+    turns = cycle([made(0)]) if case.hot else rotation(made, case.nbytes, device)
 
-    def backward() -> Any:
-        out, by, cotangent = graphs()
-        with forced(contender):
-            return torch.autograd.grad(out, by, cotangent, retain_graph=True)
+    def run(calls: int) -> None:
+        function = contender.function  # nothing but the call stands in the loop
+        with forced(contender), torch.set_grad_enabled(bool(case.grads)):
+            if case.backward_alone:
+                for out, by, cotangent in islice(turns, calls):
+                    torch.autograd.grad(out, by, cotangent, retain_graph=True)
+            elif case.grads:
+                for inputs in islice(turns, calls):
+                    torch.autograd.grad(*graph(inputs))
+            else:
+                for inputs in islice(turns, calls):
+                    function(*inputs)
 
-    return backward
+    return run
 
 
-def copying(nbytes: int, device: torch.device) -> Callable[[], Any]:
-    """Return a copy that reads and writes ``nbytes`` in all, on rotated buffers."""
+def copying(nbytes: int, device: torch.device) -> Callable[[int], None]:
+    """Return a function that runs so many copies, each of ``nbytes`` read and written in all, on rotated buffers."""
     pairs = rotation(lambda _: tuple(torch.zeros(nbytes // 8, device=device) for _ in range(2)), nbytes, device)
 
-    def copy() -> None:
-        target, source = pairs()
-        target.copy_(source)
+    def run(calls: int) -> None:
+        for target, source in islice(pairs, calls):
+            target.copy_(source)
 
-    return copy
+    return run
 
 
 def forced(contender: Contender) -> AbstractContextManager[None]:
@@ -232,7 +242,7 @@ def measure(
         copy_rate: bytes/s of a copy; with ``matmul_rate``, FLOP/s in the case's dtype, the bound behind ``share``.
     """
     progress(str(case))
-    runs: dict[str, Callable[[], Any]] = {}
+    runs: dict[str, Callable[[int], None]] = {}
     errors: dict[str, str] = {}
     listed = contenders(case, device, compile)
     for name, contender in listed.items():
@@ -245,14 +255,13 @@ def measure(
     if case.beside_copy:
         names.append(COPY)
         runs[COPY] = copying(case.nbytes, device)
-    single = time_interleaved(runs, device, 3, errors=errors)
+
+    def repeated(calls: int) -> dict[str, Callable[[], None]]:
+        return {name: partial(run, calls) for name, run in runs.items() if name not in errors}
+
+    single = time_interleaved(repeated(1), device, 3, errors=errors)
     calls = max(1, round(MIN_RUN_MS / max(min(map(min, single.values()), default=MIN_RUN_MS), 1e-3)))
-
-    def repeated(run: Callable[[], Any]) -> Callable[[], None]:
-        return lambda: [run() for _ in range(calls)].clear()
-
-    repeats = {name: repeated(runs[name]) for name in single}
-    times = time_interleaved(repeats, device, repetitions, errors=errors)
+    times = time_interleaved(repeated(calls), device, repetitions, errors=errors)
     bound_ms = max(case.nbytes / copy_rate, case.flops / matmul_rate) * 1e3
     rows = []
     for name in names:

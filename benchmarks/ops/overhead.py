@@ -42,10 +42,10 @@ def _make_step(seed: int, device: torch.device, memory_format: torch.memory_form
 
 
 def cases(batch: int) -> list[Case]:
-    """Return the cases; the bytes are of no importance."""
-    common = {"op": "group_norm_silu", "batch": N, "nbytes": 8 * N * C * 4, "make": _make}
+    """Return the cases; all is in the caches, and the bytes are of no importance."""
+    common = {"op": "group_norm_silu", "batch": N, "nbytes": 8 * N * C * 4, "make": _make, "hot": True}
     return [
         Case(label="one call, forward", ours=_norm, plain=_plain_norm, **common),
         Case(label="one call, forward+backward", ours=_norm, plain=_plain_norm, grads=(0, 1, 2, 3), **common),
-        Case("sampler_step", "one call", N, 144, _make_step, _step, _plain_step, random=True, layouts=False),
+        Case("sampler_step", "one call", N, 144, _make_step, _step, _plain_step, random=True, layouts=False, hot=True),
     ]

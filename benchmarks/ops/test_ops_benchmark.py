@@ -24,6 +24,6 @@ def test_op(benchmark, case, name, contender):
     if DEVICE.type == "cuda":
         import torch
 
-        benchmark(lambda: (run(), torch.cuda.synchronize(DEVICE)))
+        benchmark(lambda: (run(1), torch.cuda.synchronize(DEVICE)))
     else:
-        benchmark(run)
+        benchmark(run, 1)
