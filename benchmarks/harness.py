@@ -170,6 +170,7 @@ def time_interleaved(
     repetitions: int,
     warmup: int = 1,
     errors: dict[str, str] | None = None,
+    before: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, list[float]]:
     """Time the contenders in turn, A B C A B C, so that drift of the machine meets all of them alike.
 
@@ -179,6 +180,8 @@ def time_interleaved(
         repetitions: timed runs of each.
         warmup: runs of each before.
         errors: receives the message of a contender that fails, which is then left out; without it the error is raised.
+        before: contender name -> what runs untimed before each of its runs, so that none pays for who came before it
+            (threads gone to sleep, pages of code).
 
     Returns:
         milliseconds of each repetition, by contender.
@@ -188,6 +191,8 @@ def time_interleaved(
     for i in range(warmup + repetitions):
         for name in list(times):
             try:
+                if before:
+                    before[name]()
                 ms = _time_once(runs[name], device)
             except Exception as error:
                 if errors is None:

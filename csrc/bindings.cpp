@@ -75,11 +75,11 @@ bool group_norm_silu_backward(py::handle x, py::handle x2, py::handle dy, py::ha
     return false;
   }
   if (g.statistics == nullptr) throw py::value_error("statistics: the backward needs those of the forward");
-  float** const rows[] = {&b.dweight, &b.dbias, &b.dadd, &b.dscale, &b.dshift};
-  for (size_t i = 0; i < 5; ++i) *rows[i] = static_cast<float*>(Tensor(gradients[i], "gradients").data);
+  const Gradients to(gradients, b);
   const auto run = kernels().group_norm_silu_backward;
   py::gil_scoped_release unlocked;
   run(g, b, threads);
+  to.narrow();
   return true;
 }
 

@@ -99,4 +99,35 @@ class NormArguments {
   std::array<std::vector<float>, 5> converted_;
 };
 
+// Where the gradients of the parameters go, or none: in place, or where they are bf16 by way of float32.
+class Gradients {
+ public:
+  Gradients(const py::tuple& tensors, GroupNormBackward& b) {
+    float** const rows[] = {&b.dweight, &b.dbias, &b.dadd, &b.dscale, &b.dshift};
+    for (size_t i = 0; i < 5; ++i) {
+      const Tensor to(tensors[i], "a gradient");
+      *rows[i] = static_cast<float*>(to.data);
+      if (!to.given || to.dtype == Dtype::float32) continue;
+      if (to.dtype != Dtype::bf16) throw py::value_error("a gradient: neither float32 nor bfloat16");
+      rooms_[i].resize(size_t(to.elements()));
+      narrow_[i] = static_cast<uint16_t*>(to.data);
+      *rows[i] = rooms_[i].data();
+    }
+  }
+
+  void narrow() const {
+    for (size_t i = 0; i < 5; ++i) {
+      for (size_t j = 0; j < rooms_[i].size(); ++j) {
+        const float v = rooms_[i][j];
+        const auto bits = as<uint32_t>(v);
+        narrow_[i][j] = uint16_t(v == v ? (bits + ((bits >> 16 & 1) + 0x7FFF)) >> 16 : bits >> 16 | 0x40);
+      }
+    }
+  }
+
+ private:
+  std::array<std::vector<float>, 5> rooms_;
+  std::array<uint16_t*, 5> narrow_{};
+};
+
 }  // namespace ddpm::cpu

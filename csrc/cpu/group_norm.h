@@ -2,6 +2,7 @@
 // cache. In channels_last a vector holds neighbouring channels of a pixel, else neighbouring pixels of a channel.
 #pragma once
 
+#include <cfloat>
 #include <cstdlib>
 
 #if defined(__unix__)
@@ -246,24 +247,70 @@ inline T* at(const Image& image, const Place& of, int64_t channel) {
   return static_cast<T*>(image.data) + of.n * image.image + channel * image.channel + of.pixel * image.pixel;
 }
 
+// The parameters of a slab's channels; those that are absent point to what they then amount to.
+struct Parameters {
+  const float *weight, *bias, *add, *scale, *shift;
+};
+
+// Numbers for absent parameters: as many zeros and ones as a slab has channels.
+constexpr int64_t kConstants = 2;
+
+inline void fill_constants(float* constants, int64_t width) {
+  for (int64_t c = 0; c < width; ++c) constants[c] = 0.0f;
+  for (int64_t c = 0; c < width; ++c) constants[width + c] = 1.0f;
+}
+
+// `added`: the sum has `add` in it already.
+inline Parameters parameters(const GroupNorm& g, const Cut& to, const Place& of, const float* constants, bool added) {
+  const float *zeros = constants, *ones = constants + to.width;
+  const int64_t both = of.n * g.channels + of.first;
+  return {g.weight == nullptr ? ones : g.weight + of.first, g.bias == nullptr ? zeros : g.bias + of.first,
+          g.add == nullptr || added ? zeros : g.add + of.n * g.add_stride + of.first,
+          g.scale == nullptr ? zeros : g.scale + both, g.shift == nullptr ? zeros : g.shift + both};
+}
+
+// Calls body(first, count, mean, rstd) for stretches of a slab's channels, with their groups' statistics side by side.
+template <class Body>
+inline void stretches(int64_t channels, int64_t per_group, const double* statistics, const Body& body) {
+  constexpr int64_t kStretch = 128;
+  double mean[kStretch], rstd[kStretch];
+  int64_t left = per_group;
+  for (int64_t first = 0; first < channels; first += kStretch) {
+    const int64_t count = channels - first < kStretch ? channels - first : kStretch;
+    for (int64_t i = 0; i < count; ++i) {
+      mean[i] = statistics[0];
+      rstd[i] = statistics[1];
+      if (--left == 0) {
+        statistics += 2;
+        left = per_group;
+      }
+    }
+    body(first, count, mean, rstd);
+  }
+}
+
 // y = (x - centre) gain + offset, of each channel of a slab.
 struct Affine {
   float *centre, *gain, *offset;
 };
 
-// From a group's mean (of x + add, where `add` isn't in x already) and 1 / deviation its channels' affine maps.
-inline void affine(const GroupNorm& g, int64_t n, int64_t channel, bool added, double mean, double rstd,
-                          float& centre, float& gain, float& offset) {
-  const int64_t both = n * g.channels + channel;
-  const double factor = g.scale == nullptr ? 1.0 : 1.0 + double(g.scale[both]);
-  const double slope = (g.weight == nullptr ? rstd : rstd * double(g.weight[channel])) * factor;
-  const double middle = g.add == nullptr || added ? mean : mean - double(g.add[n * g.add_stride + channel]);
-  double shift = g.bias == nullptr ? 0.0 : double(g.bias[channel]) * factor;
-  if (g.shift != nullptr) shift += double(g.shift[both]);
-  centre = float(middle);
-  gain = float(slope);
-  const double lost = __builtin_isfinite(slope) ? (middle - double(centre)) * slope : 0.0;  // by rounding the centre
-  offset = float(shift - lost);
+// The groups' statistics and the parameters as one map. It may take the place of what the statistics came from.
+inline void affine(int64_t channels, int64_t per_group, const double* statistics, const Parameters& of,
+                   const Affine& to) {
+  stretches(channels, per_group, statistics, [&](int64_t first, int64_t count, const double* mean, const double* rstd) {
+    const float *weight = of.weight + first, *bias = of.bias + first, *add = of.add + first;
+    const float *scale = of.scale + first, *shift = of.shift + first;
+    float *centre = to.centre + first, *gain = to.gain + first, *offset = to.offset + first;
+#pragma GCC ivdep
+    for (int64_t c = 0; c < count; ++c) {
+      const double factor = 1.0 + double(scale[c]), slope = rstd[c] * double(weight[c]) * factor;
+      const double middle = mean[c] - double(add[c]);
+      const double lost = __builtin_fabs(slope) <= DBL_MAX ? (middle - double(float(middle))) * slope : 0.0;
+      centre[c] = float(middle);
+      gain[c] = float(slope);
+      offset[c] = float(double(bias[c]) * factor + double(shift[c]) - lost);  // `lost` by rounding the centre
+    }
+  });
 }
 
 // to = from times the factors of dropout, for a slab's piece or some channels of it. `to` may be `from`.

@@ -11,7 +11,6 @@ namespace {
 constexpr int kTile = kVec >= 16 ? 8 : 4;  // vectors of sums in registers
 constexpr int kRows = 3;                   // numbers of a channel in the moments of a piece
 
-
 // Of each channel: a pivot, the mean less the pivot, and the sum of squares around the mean.
 struct Moments {
   float *pivot, *mean, *squares;
@@ -178,30 +177,20 @@ void merge(const Moments& into, int64_t pixels, const Moments& from, int64_t mor
   });
 }
 
-// From the moments of a slab's channels its affine maps, which take their place, and the groups' statistics.
-void normalisation(const GroupNorm& g, int64_t n, int64_t first, int64_t channels, bool added, Moments of) {
-  const int64_t per_group = g.channels / g.groups;
-  for (int64_t begin = 0; begin < channels; begin += per_group) {
-    const auto mean = [&](int64_t c) {
-      const double add = g.add == nullptr || added ? 0.0 : double(g.add[n * g.add_stride + first + c]);
-      return double(of.pivot[c]) + double(of.mean[c]) + add;
-    };
+// From the moments of a slab's channels the statistics of its groups; of x with `add`, where that isn't in it already.
+void merge_groups(int64_t channels, int64_t per_group, const Moments& of, const float* add, double pixels, double eps,
+                  double* statistics) {
+  for (int64_t begin = 0; begin < channels; begin += per_group, statistics += 2) {
+    const auto mean = [&](int64_t c) { return double(of.pivot[c]) + double(of.mean[c]) + double(add[c]); };
     double group_mean = 0, squares = 0;
     for (int64_t c = begin; c < begin + per_group; ++c) group_mean += mean(c);
     group_mean /= double(per_group);
     for (int64_t c = begin; c < begin + per_group; ++c) {
       const double d = mean(c) - group_mean;
-      squares += double(of.squares[c]) + double(g.pixels) * d * d;
+      squares += double(of.squares[c]) + pixels * d * d;
     }
-    const double rstd = 1.0 / __builtin_sqrt(squares / (double(per_group) * double(g.pixels)) + g.eps);
-    for (int64_t c = begin; c < begin + per_group; ++c) {
-      affine(g, n, first + c, added, group_mean, rstd, of.pivot[c], of.mean[c], of.squares[c]);
-    }
-    if (g.statistics != nullptr) {
-      double* of_group = g.statistics + 2 * (n * g.groups + (first + begin) / per_group);
-      of_group[0] = group_mean;
-      of_group[1] = rstd;
-    }
+    statistics[0] = group_mean;
+    statistics[1] = 1.0 / __builtin_sqrt(squares / (double(per_group) * pixels) + eps);
   }
 }
 
@@ -256,10 +245,15 @@ void finish(const GroupNorm& g, const GroupNormForward& f, const Place& of, cons
 template <Activation A, class T>
 void forward(const GroupNorm& g, const GroupNormForward& f, int threads) {
   const Cut to = cut(g, 2 * sizeof(T), threads);
-  const int64_t each = to.pieces * kRows * to.width;
-  const Scratch scratch(rooms(to, g.images) * each);
+  // A slab's room: statistics of its groups (at most as many as channels), and the moments of its pieces.
+  const int64_t in_doubles = int64_t{2 * sizeof(double) / sizeof(float)} * to.width;
+  const int64_t each = in_doubles + (to.pieces * kRows * to.width + 1) / 2 * 2;
+  const int64_t in_rooms = rooms(to, g.images) * each;
+  const Scratch scratch(in_rooms + kConstants * to.width);
+  float* constants = scratch.get() + in_rooms;
+  fill_constants(constants, to.width);
   const auto moments_of = [&](int64_t piece, float* room) {
-    const auto row = [=](int i) { return room + (piece * kRows + i) * to.width; };
+    const auto row = [=](int i) { return room + in_doubles + (piece * kRows + i) * to.width; };
     return Moments{row(0), row(1), row(2)};
   };
   run_cut(
@@ -273,7 +267,11 @@ void forward(const GroupNorm& g, const GroupNormForward& f, int threads) {
         for (int64_t piece = 1; piece < to.pieces; ++piece) {
           merge(all, piece * to.piece, moments_of(piece, room), place(g, to, slab, piece).pixels, of.count);
         }
-        normalisation(g, of.n, of.first, of.count, f.h.data != nullptr, all);
+        const int64_t per_group = g.channels / g.groups, first_group = of.n * g.groups + of.first / per_group;
+        double* statistics = g.statistics ? g.statistics + 2 * first_group : reinterpret_cast<double*>(room);
+        const Parameters with = parameters(g, to, of, constants, f.h.data != nullptr);
+        merge_groups(of.count, per_group, all, with.add, double(g.pixels), g.eps, statistics);
+        affine(of.count, per_group, statistics, with, {all.pivot, all.mean, all.squares});
       },
       [&](int64_t slab, int64_t piece, float* room) {
         const Moments all = moments_of(0, room);  // now the affine maps

@@ -14,20 +14,20 @@ struct Sums {
   float *dz, *product, *x;
 };
 
-// Of a slab: what the forward's map was, the coefficients of the second pass, and the sums of a piece; all of them for the
-// first one, in the end.
+// Of a slab: what the forward's map was, the coefficients of the second pass (k is the map's gain), what the centre lost
+// by its rounding, the groups' 1 / deviation, and the sums of a piece; all of them for the first one, in the end.
 struct Slab {
   Affine map;
-  float *k, *l, *m;
+  float *l, *m, *lost, *rstd;
   Sums sums;
 };
 
-constexpr int kRows = 6, kSums = 3;  // numbers of a channel
+constexpr int kRows = 7, kSums = 3;  // numbers of a channel
 
 Slab slab_in(float* room, int64_t width, int64_t piece) {
   const auto row = [=](int64_t i) { return room + i * width; };
   const int64_t sums = kRows + kSums * piece;
-  return {{row(0), row(1), row(2)}, row(3), row(4), row(5), {row(sums), row(sums + 1), row(sums + 2)}};
+  return {{row(0), row(1), row(2)}, row(3), row(4), row(5), row(6), {row(sums), row(sums + 1), row(sums + 2)}};
 }
 
 template <Activation A, class T, class From>
@@ -110,7 +110,7 @@ void sum_rows(const T* x, int64_t stride, const From* dy, int64_t dy_stride, Aff
 template <class T>
 void combine_pixels(const T* x, int64_t stride, const float* dz, int64_t dz_stride, const T* dh, int64_t dh_stride,
                     const Slab& of, int64_t begin, T* dx, int64_t dx_stride, int64_t pixels, int64_t channels) {
-  const float *centre = of.map.centre + begin, *k = of.k + begin, *l = of.l + begin, *m = of.m + begin;
+  const float *centre = of.map.centre + begin, *k = of.map.gain + begin, *l = of.l + begin, *m = of.m + begin;
   for (int64_t p = 0; p < pixels; ++p) {
     tiles<4>(channels, [=](int64_t c, auto tile, int64_t last) DDPM_INLINED {
       constexpr int V = decltype(tile)::value;
@@ -122,6 +122,7 @@ void combine_pixels(const T* x, int64_t stride, const float* dz, int64_t dz_stri
       load_tile(of_g, k + c, last);
       load_tile(of_v, l + c, last);
       load_tile(rest, m + c, last);
+      if (sizeof(T) != sizeof(float)) prefetch_to_write<V>(dx + (p + kAhead) * dx_stride + c);
       for (int i = 0; i < V; ++i) v[i] = fma(of_g[i], g[i], fma(of_v[i], v[i] - middle[i], rest[i])) + h[i];
       store_tile(dx + p * dx_stride + c, v, last);
     });
@@ -133,7 +134,7 @@ void combine_rows(const T* x, int64_t stride, const float* dz, int64_t dz_stride
                   const Slab& of, int64_t begin, T* dx, int64_t dx_stride, int64_t pixels, int64_t channels) {
   for (int64_t c = 0; c < channels; ++c) {
     const float centre = of.map.centre[begin + c];
-    const Floats k = broadcast(of.k[begin + c]), l = broadcast(of.l[begin + c]), m = broadcast(of.m[begin + c]);
+    const Floats k = broadcast(of.map.gain[begin + c]), l = broadcast(of.l[begin + c]), m = broadcast(of.m[begin + c]);
     tiles<4>(pixels, [=](int64_t p, auto tile, int64_t last) DDPM_INLINED {
       constexpr int V = decltype(tile)::value;
       Floats v[V], g[V], h[V] = {};
@@ -146,62 +147,73 @@ void combine_rows(const T* x, int64_t stride, const float* dz, int64_t dz_stride
   }
 }
 
-// Gradients of image n's parameters, in rows of all channels; those that all images share are added up at the end.
+// Gradients of the parameters, image by image, null where not wanted; those that all images share are added up at the end.
 struct Rows {
   float *dweight, *dbias, *dadd, *dscale, *dshift;  // [N, C]
+
+  Rows operator+(int64_t offset) const {
+    const auto at = [=](float* row) { return row == nullptr ? nullptr : row + offset; };
+    return {at(dweight), at(dbias), at(dadd), at(dscale), at(dshift)};
+  }
 };
 
-// From a slab's sums the gradients of its parameters and the coefficients of dx.
-void coefficients(const GroupNorm& g, int64_t n, int64_t first, int64_t channels, const Slab& of, const Rows& rows) {
-  const int64_t per_group = g.channels / g.groups;
-  const double pixels = double(g.pixels), count = double(per_group) * pixels;
-  for (int64_t begin = 0; begin < channels; begin += per_group) {
-    const double* statistics = g.statistics + 2 * (n * g.groups + (first + begin) / per_group);
-    const double mean = statistics[0], rstd = statistics[1];
-    // The sums are around the centre as float32 has it: `lost` is what that rounded away.
-    const auto lost = [&](int64_t c) {
-      const double add = g.add == nullptr ? 0.0 : double(g.add[n * g.add_stride + first + c]);
-      return mean - add - double(of.map.centre[c]);
-    };
-    const bool alone = count == 1;  // such an element is its mean: then all of x's gradient, and this, is exactly 0
-    const auto product = [&](int64_t c) {
-      return alone ? 0.0 : double(of.sums.product[c]) - lost(c) * double(of.sums.dz[c]);
-    };
-    const auto factor = [&](int64_t c) {
-      return g.scale == nullptr ? 1.0 : 1.0 + double(g.scale[n * g.channels + first + c]);
-    };
-    const auto weight = [&](int64_t c) { return g.weight == nullptr ? 1.0 : double(g.weight[first + c]); };
+// From a slab's sums those of dz (x - mean), with the mean as it is and not as float32 has it, and the coefficients.
+void coefficients(int64_t channels, int64_t per_group, double pixels, const double* statistics, const float* add,
+                  const Slab& of) {
+  stretches(channels, per_group, statistics, [&](int64_t first, int64_t count, const double* mean, const double* rstd) {
+    const float *centre = of.map.centre + first, *dz = of.sums.dz + first, *added = add + first;
+    float *product = of.sums.product + first, *lost = of.lost + first, *of_rstd = of.rstd + first;
+#pragma GCC ivdep
+    for (int64_t c = 0; c < count; ++c) {
+      lost[c] = float(mean[c] - double(added[c]) - double(centre[c]));
+      product[c] = float(double(product[c]) - double(lost[c]) * double(dz[c]));
+      of_rstd[c] = float(rstd[c]);
+    }
+  });
+  const double count = double(per_group) * pixels;
+  for (int64_t begin = 0; begin < channels; begin += per_group, statistics += 2) {
     double sum = 0, sum_of_products = 0;
     for (int64_t c = begin; c < begin + per_group; ++c) {
-      sum += factor(c) * weight(c) * double(of.sums.dz[c]);
-      sum_of_products += factor(c) * weight(c) * product(c);
+      sum += double(of.map.gain[c]) * double(of.sums.dz[c]);
+      sum_of_products += double(of.map.gain[c]) * double(of.sums.product[c]);
     }
-    const double l = -rstd * rstd * rstd * sum_of_products / count, m = alone ? 0.0 : -rstd * sum / count;
+    const float l = float(-statistics[1] * statistics[1] * sum_of_products / count), m = float(-sum / count);
     for (int64_t c = begin; c < begin + per_group; ++c) {
-      const int64_t both = n * g.channels + first + c;
-      const double k = alone ? 0.0 : rstd * factor(c) * weight(c), dz = double(of.sums.dz[c]), normal = rstd * product(c);
-      const double bias = g.bias == nullptr ? 0.0 : double(g.bias[first + c]);
-      of.k[c] = float(k);
-      of.l[c] = float(l);
-      of.m[c] = float(m - l * lost(c));
-      if (rows.dweight != nullptr) rows.dweight[both] = float(factor(c) * normal);
-      if (rows.dbias != nullptr) rows.dbias[both] = float(factor(c) * dz);
-      if (rows.dadd != nullptr) {
-        rows.dadd[both] = float(k * dz + l * (double(of.sums.x[c]) - pixels * lost(c)) + pixels * m);
-      }
-      if (rows.dscale != nullptr) rows.dscale[both] = float(weight(c) * normal + bias * dz);
-      if (rows.dshift != nullptr) rows.dshift[both] = float(dz);
+      of.l[c] = l;
+      of.m[c] = m - l * of.lost[c];
+    }
+  }
+  if (count == 1) {  // such an element is its mean: all of x's gradient, and the products, are exactly 0
+    for (float* row : {of.map.gain, of.l, of.m, of.sums.product}) {
+      for (int64_t c = 0; c < channels; ++c) row[c] = 0.0f;
     }
   }
 }
 
-// What the forward did to each channel of a slab.
-void maps(const GroupNorm& g, const Place& of, const Affine& map) {
-  const int64_t per_group = g.channels / g.groups;
-  for (int64_t c = 0; c < of.count; ++c) {
-    const double* statistics = g.statistics + 2 * (of.n * g.groups + (of.first + c) / per_group);
-    affine(g, of.n, of.first + c, false, statistics[0], statistics[1], map.centre[c], map.gain[c], map.offset[c]);
+// The gradients of a slab's parameters.
+void gradients(int64_t channels, double pixels, const Parameters& of_channels, const Slab& of, const Rows& to) {
+  const float *dz = of.sums.dz, *product = of.sums.product, *rstd = of.rstd, *scale = of_channels.scale;
+  if (float* out = to.dweight) {
+#pragma GCC ivdep
+    for (int64_t c = 0; c < channels; ++c) out[c] = (1.0f + scale[c]) * (rstd[c] * product[c]);
   }
+  if (float* out = to.dbias) {
+#pragma GCC ivdep
+    for (int64_t c = 0; c < channels; ++c) out[c] = (1.0f + scale[c]) * dz[c];
+  }
+  if (float* out = to.dadd) {  // the sum of dx
+    const float *k = of.map.gain, *l = of.l, *m = of.m, *x = of.sums.x;
+#pragma GCC ivdep
+    for (int64_t c = 0; c < channels; ++c) {
+      out[c] = float(double(k[c]) * double(dz[c]) + double(l[c]) * double(x[c]) + pixels * double(m[c]));
+    }
+  }
+  if (float* out = to.dscale) {
+    const float *weight = of_channels.weight, *bias = of_channels.bias;
+#pragma GCC ivdep
+    for (int64_t c = 0; c < channels; ++c) out[c] = weight[c] * (rstd[c] * product[c]) + bias[c] * dz[c];
+  }
+  if (float* out = to.dshift) std::memcpy(out, dz, size_t(channels) * sizeof(float));
 }
 
 // Where a part's dz is: float32 gradients are made in their own memory, others in scratch, a piece after the other.
@@ -263,11 +275,21 @@ void finish(const GroupNorm& g, const GroupNormBackward& b, const Place& of, con
 
 // to[c] = the sum over the images, in their order.
 void add_up(const float* rows, int64_t images, int64_t channels, float* to) {
-  for (int64_t c = 0; c < channels; ++c) {
-    double sum = 0;
-    for (int64_t n = 0; n < images; ++n) sum += double(rows[n * channels + c]);
-    to[c] = float(sum);
+  constexpr int64_t kSums = 64;
+  for (int64_t first = 0; first < channels; first += kSums) {
+    const int64_t count = channels - first < kSums ? channels - first : kSums;
+    double sums[kSums] = {};
+    for (int64_t n = 0; n < images; ++n) {
+      for (int64_t c = 0; c < count; ++c) sums[c] += double(rows[n * channels + first + c]);
+    }
+    for (int64_t c = 0; c < count; ++c) to[first + c] = float(sums[c]);
   }
+}
+
+// to += more
+void add(float* to, const float* more, int64_t count) {
+#pragma GCC ivdep
+  for (int64_t c = 0; c < count; ++c) to[c] += more[c];
 }
 
 template <Activation A, class T>
@@ -277,13 +299,22 @@ void backward(const GroupNorm& g, const GroupNormBackward& b, int threads) {
   const int64_t each = rows_of_slab + (sizeof(T) == sizeof(float) ? 0 : g.pixels * to.width);
   const int64_t all = g.images * g.channels, in_rooms = rooms(to, g.images) * each;
   const bool shared_add = b.dadd != nullptr && g.add_stride == 0;
-  const Scratch scratch(in_rooms + 3 * all);
-  float* shared = scratch.get() + in_rooms;
+  const Scratch scratch(in_rooms + 3 * all + kConstants * to.width);
+  float *shared = scratch.get() + in_rooms, *constants = shared + 3 * all;
+  fill_constants(constants, to.width);
+  const int64_t per_group = g.channels / g.groups;
+  const auto statistics_of = [&](const Place& of) {
+    return g.statistics + 2 * (of.n * g.groups + of.first / per_group);
+  };
   const Rows rows = {b.dweight == nullptr ? nullptr : shared, b.dbias == nullptr ? nullptr : shared + all,
                      shared_add ? shared + 2 * all : b.dadd, b.dscale, b.dshift};
   run_cut(
       to, g.images, each, scratch.get(),
-      [&](int64_t task, float* room) { maps(g, place(g, to, task, 0), slab_in(room, to.width, 0).map); },
+      [&](int64_t task, float* room) {
+        const Place of = place(g, to, task, 0);
+        const Parameters with = parameters(g, to, of, constants, false);
+        affine(of.count, per_group, statistics_of(of), with, slab_in(room, to.width, 0).map);
+      },
       [&](int64_t task, int64_t piece, float* room) {
         measure<A, T>(g, b, place(g, to, task, piece), slab_in(room, to.width, piece), room + rows_of_slab);
       },
@@ -292,13 +323,13 @@ void backward(const GroupNorm& g, const GroupNormBackward& b, int threads) {
         const Slab slab = slab_in(room, to.width, 0);
         for (int64_t piece = 1; piece < to.pieces; ++piece) {
           const Sums more = slab_in(room, to.width, piece).sums;
-          for (int64_t c = 0; c < of.count; ++c) {
-            slab.sums.dz[c] += more.dz[c];
-            slab.sums.product[c] += more.product[c];
-            slab.sums.x[c] += more.x[c];
-          }
+          add(slab.sums.dz, more.dz, of.count);
+          add(slab.sums.product, more.product, of.count);
+          add(slab.sums.x, more.x, of.count);
         }
-        coefficients(g, of.n, of.first, of.count, slab, rows);
+        const Parameters with = parameters(g, to, of, constants, false);
+        coefficients(of.count, per_group, double(g.pixels), statistics_of(of), with.add, slab);
+        gradients(of.count, double(g.pixels), with, slab, rows + (of.n * g.channels + of.first));
       },
       [&](int64_t task, int64_t piece, float* room) {
         finish<T>(g, b, place(g, to, task, piece), slab_in(room, to.width, 0), room + rows_of_slab);

@@ -127,13 +127,14 @@ def backward(
     found = list(rooms)
     if summed and add is not None and needed[2]:
         found[2] = dx.sum((0, 2, 3) if add.ndim == 1 else (2, 3), dtype=torch.float32)
-    if all([v is None or v.dtype is torch.float32 for v in parameters]):
-        return [dx, dx2, *found]
-    return [dx, dx2, *(g if g is None else g.to(cast(Tensor, v).dtype) for g, v in zip(found, parameters, strict=True))]
+    for i, (g, v) in enumerate(zip(found, parameters, strict=True)):
+        if g is not None and v is not None and g.dtype is not v.dtype:
+            found[i] = g.to(v.dtype)
+    return [dx, dx2, *found]
 
 
 def _room(parameter: Tensor) -> Tensor:
-    if parameter.dtype is torch.float32 and parameter.is_contiguous():
+    if parameter.dtype in _native.ARRAY_DTYPES and parameter.is_contiguous():
         return torch.empty_like(parameter)
     return torch.empty_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
 
