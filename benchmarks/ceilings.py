@@ -1,7 +1,7 @@
 """The two ceilings of a machine, measured in the run: a large matrix product and a large copy, the best of several."""
 
-from collections.abc import Callable, Iterator
-from itertools import cycle
+import os
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -12,16 +12,22 @@ T = TypeVar("T")
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Return how many bytes of inputs must pass before a buffer is cold again."""
+    """Return how many bytes must pass before a buffer is out of the caches, on a CPU those of its cores alone.
+
+    A core's inputs have just been written by another op, so the last level, which cores share, may well hold them.
+    """
     if device.type == "cuda":
         return 2 * torch.cuda.get_device_properties(device).L2_cache_size
-    return 64 << 20  # beyond any private cache; the last level of a virtual machine is shared and unknown
+    try:
+        private = os.sysconf("SC_LEVEL2_CACHE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        private = 0
+    return 2 * torch.get_num_threads() * (private if private > 0 else 2 << 20)
 
 
-def rotation(make: Callable[[int], T], nbytes: int, device: torch.device) -> Iterator[T]:
-    """Give ``make(0), make(1), ...`` in turn and again, enough of them (at most 64) to pass the cache."""
-    sets = min(64, cache_bytes(device) // max(nbytes, 1) + 2)
-    return cycle([make(i) for i in range(sets)])
+def rotation(make: Callable[[int], T], nbytes: int, device: torch.device) -> list[T]:
+    """Return ``make(0), make(1), ...``, enough (at most 64) that one used in turn is out of the caches each time."""
+    return [make(i) for i in range(min(64, cache_bytes(device) // max(nbytes, 1) + 2))]
 
 
 def matmul(device: torch.device, dtype: torch.dtype, sizes: tuple[int, ...] = (), repetitions: int = 9) -> Row:

@@ -12,26 +12,13 @@ namespace ddpm::cpu {
 
 enum Stream { kPerturb = 1, kReverse = 3 };  // as in ddpm_fast/reference/philox.py
 
+// The memory of a result that is to be written from end to end.
 template <class T>
-T* pointer(uintptr_t address, int64_t count, const char* name) {
-  if (count > 0 && address == 0) throw py::value_error(std::string(name) + ": null address for a non-empty array");
-  if (address % alignof(T) != 0) throw py::value_error(std::string(name) + ": address is not aligned to its type");
-  return reinterpret_cast<T*>(address);
-}
-
-inline int64_t count(int64_t num_samples, int64_t size) {
-  if (num_samples < 0 || size < 0) throw py::value_error("num_samples and size must not be negative");
-  int64_t total;
-  if (__builtin_mul_overflow(num_samples, size, &total)) throw py::value_error("num_samples * size overflows 64 bits");
-  return total;
-}
-
-inline Counter counter(uintptr_t seed, uintptr_t draw, uint64_t first_sample, int stream) {
-  if (stream < 0 || stream > 255) throw py::value_error("stream must be in [0, 255], got " + std::to_string(stream));
-  // Seed and draw are read through their addresses: they are device scalars everywhere.
-  const auto seed_value = *pointer<const int64_t>(seed, 1, "seed");
-  const auto draw_value = *pointer<const int64_t>(draw, 1, "draw");
-  return {uint64_t(seed_value), first_sample, uint32_t(draw_value), uint32_t(stream)};
+T* whole(const Tensor& to, Dtype dtype, const char* name) {
+  if (!to.given || to.dtype != dtype || to.dims < 1 || !to.contiguous()) {
+    throw py::value_error(std::string(name) + ": of another dtype, or not contiguous");
+  }
+  return static_cast<T*>(to.data);
 }
 
 // A shape [N, ...], and the order in which its elements are taken.
@@ -44,9 +31,8 @@ class Shape {
     for (int d = 0; d < dims_; ++d) {
       size_[d] = tensor.size[d + 1];
       order_[d] = d;
-      batch.size = count(batch.size, size_[d]);
+      batch.size *= size_[d];
     }
-    count(batch.num_samples, batch.size);
   }
 
   // From now on by the strides of this tensor: what lies alike is then worked on in the order of memory.
@@ -106,20 +92,24 @@ class Shape {
   std::array<int, kDims> order_;
 };
 
-inline Counter counter(py::handle seed, py::handle draw, uint64_t first_sample, int stream) {
-  const Tensor seed_of(seed, "seed"), draw_of(draw, "draw");
-  return counter(reinterpret_cast<uintptr_t>(seed_of.data), reinterpret_cast<uintptr_t>(draw_of.data), first_sample,
-                 stream);
+// Of a state (seed, draw, first sample): tensors, or values.
+inline Counter counter(const py::tuple& state, int stream) {
+  if (stream < 0 || stream > 255) throw py::value_error("stream must be in [0, 255], got " + std::to_string(stream));
+  const auto value = [&](size_t i, const char* name) {
+    const py::handle given = PyTuple_GET_ITEM(state.ptr(), Py_ssize_t(i));
+    if (PyLong_Check(given.ptr())) return given.cast<int64_t>();
+    const Tensor number(given, name);
+    if (number.dtype != Dtype::int64 || number.elements() != 1) throw py::value_error(std::string(name) + ": no int64");
+    return *static_cast<const int64_t*>(number.data);
+  };
+  if (state.size() != 3) throw py::value_error("a state is (seed, draw, first sample)");
+  return {uint64_t(value(0, "seed")), uint64_t(value(2, "first_sample")), uint32_t(value(1, "draw")), uint32_t(stream)};
 }
 
-// Noise given as a tensor, or as (seed, draw, first sample), tensors or values, to be drawn, or not at all.
+// Noise given as a tensor, or as a state, to be drawn, or not at all.
 inline Noise noise_of(const Shape& shape, py::handle noise, Stream stream) {
   if (!PyTuple_Check(noise.ptr())) return {shape.array(Tensor(noise, "noise"), "noise"), false, {}};
-  const auto parts = py::reinterpret_borrow<py::tuple>(noise);
-  const auto first_sample = parts[2].cast<uint64_t>();
-  if (!PyLong_Check(parts[0].ptr())) return {{}, true, counter(parts[0], parts[1], first_sample, stream)};
-  const auto seed = uint64_t(parts[0].cast<int64_t>());
-  return {{}, true, {seed, first_sample, uint32_t(parts[1].cast<int64_t>()), uint32_t(stream)}};
+  return {{}, true, counter(py::reinterpret_borrow<py::tuple>(noise), stream)};
 }
 
 }  // namespace ddpm::cpu

@@ -19,31 +19,33 @@ using namespace ddpm::cpu;
 
 namespace {
 
-void noise(uintptr_t out, int64_t num_samples, int64_t size, uintptr_t seed, uintptr_t draw, uint64_t first_sample,
-           int stream, int threads) {
-  auto* data = pointer<float>(out, count(num_samples, size), "out");
-  const auto at = counter(seed, draw, first_sample, stream);
+// How many numbers of a result each image has.
+int64_t each(const Tensor& to) { return to.elements() / std::max<int64_t>(to.size[0], 1); }
+
+void noise(py::handle out, const py::tuple& state, int stream, int threads) {
+  const Tensor to(out, "out");
+  auto* data = whole<float>(to, Dtype::float32, "out");
+  const auto at = counter(state, stream);
   const auto run = kernels().noise;
   py::gil_scoped_release unlocked;
-  run(data, num_samples, size, at, threads);
+  run(data, to.size[0], each(to), at, threads);
 }
 
-void timesteps(uintptr_t out, int64_t num_samples, int64_t num_timesteps, uintptr_t seed, uintptr_t draw,
-               uint64_t first_sample, int stream) {
+void timesteps(py::handle out, int64_t num_timesteps, const py::tuple& state, int stream) {
   if (num_timesteps < 1 || num_timesteps > int64_t{1} << 32) {
     throw py::value_error("num_timesteps must be in [1, 2^32], got " + std::to_string(num_timesteps));
   }
-  auto* data = pointer<int64_t>(out, count(num_samples, 1), "out");
-  kernels().timesteps(data, num_samples, num_timesteps, counter(seed, draw, first_sample, stream));
+  const Tensor to(out, "out");
+  kernels().timesteps(whole<int64_t>(to, Dtype::int64, "out"), to.elements(), num_timesteps, counter(state, stream));
 }
 
-void dropout_mask(uintptr_t out, int64_t num_samples, int64_t size, uint32_t threshold, float scale, uintptr_t seed,
-                  uintptr_t draw, uint64_t first_sample, int stream, int threads) {
-  auto* data = pointer<float>(out, count(num_samples, size), "out");
-  const auto at = counter(seed, draw, first_sample, stream);
+void dropout_mask(py::handle out, uint32_t threshold, float scale, const py::tuple& state, int stream, int threads) {
+  const Tensor to(out, "out");
+  auto* data = whole<float>(to, Dtype::float32, "out");
+  const auto at = counter(state, stream);
   const auto run = kernels().dropout_mask;
   py::gil_scoped_release unlocked;
-  run(data, num_samples, size, threshold, scale, at, threads);
+  run(data, to.size[0], each(to), threshold, scale, at, threads);
 }
 
 // These two answer whether they could take the memory as it lies; if not, nothing is done.
@@ -214,7 +216,7 @@ void scaled(std::vector<double>& to, const Tensor& t, double scale) {
   }
 }
 
-void timestep_embedding(uintptr_t out, py::handle t, int64_t half, double scale, double ratio, int threads) {
+void timestep_embedding(py::handle out, py::handle t, int64_t half, double scale, double ratio, int threads) {
   const Tensor from(t, "t");
   std::vector<double> times(size_t(from.elements()));
   switch (from.dtype) {
@@ -223,7 +225,9 @@ void timestep_embedding(uintptr_t out, py::handle t, int64_t half, double scale,
     case Dtype::int32: scaled<int32_t>(times, from, scale); break;
     default: throw py::value_error("t: neither float32, int64 nor int32");
   }
-  auto* data = pointer<float>(out, count(int64_t(times.size()), 2 * half), "out");
+  const Tensor to(out, "out");
+  auto* data = whole<float>(to, Dtype::float32, "out");
+  if (to.elements() != from.elements() * 2 * half) throw py::value_error("out: not [N, 2 half]");
   std::vector<double> frequencies(static_cast<size_t>(half), 1.0);
   for (size_t i = 1; i < frequencies.size(); ++i) frequencies[i] = frequencies[i - 1] * ratio;
   const auto run = kernels().timestep_embedding;
@@ -241,12 +245,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_isa", &ddpm::cpu::force_isa, "name"_a);
   m.def("read_by_attributes", &Tensor::read_by_attributes, "always"_a,
         "Whether tensors are read without DLPack's table, as under a torch that has none.");
-  m.def("noise", &noise, "out"_a, "num_samples"_a, "size"_a, "seed"_a, "draw"_a, "first_sample"_a, "stream"_a,
-        "threads"_a);
-  m.def("timesteps", &timesteps, "out"_a, "num_samples"_a, "num_timesteps"_a, "seed"_a, "draw"_a, "first_sample"_a,
-        "stream"_a);
-  m.def("dropout_mask", &dropout_mask, "out"_a, "num_samples"_a, "size"_a, "threshold"_a, "scale"_a, "seed"_a, "draw"_a,
-        "first_sample"_a, "stream"_a, "threads"_a);
+  m.def("noise", &noise, "out"_a, "state"_a, "stream"_a, "threads"_a);
+  m.def("timesteps", &timesteps, "out"_a, "num_timesteps"_a, "state"_a, "stream"_a);
+  m.def("dropout_mask", &dropout_mask, "out"_a, "threshold"_a, "scale"_a, "state"_a, "stream"_a, "threads"_a);
   m.def("draw_ready", &draw_ready, "shape"_a, "state"_a, "stream"_a);
   m.def("sampler_step_ready", &sampler_step_ready, "x"_a, "model_out"_a, "rows"_a, "k"_a, "noise"_a, "hist"_a, "clip"_a,
         "return_x0"_a, "out"_a, "x0_out"_a, "grads"_a);
@@ -266,6 +267,5 @@ PYBIND11_MODULE(_C, m) {
         "l1"_a, "threads"_a);
   m.def("diffusion_loss_backward", &diffusion_loss_backward, "out"_a, "grad_loss"_a, "model_out"_a, "noise"_a,
         "noise_coef"_a, "x_coef"_a, "x_start"_a, "l1"_a, "threads"_a);
-  m.def("timestep_embedding", &timestep_embedding, "out"_a, "t"_a, "half"_a, "scale"_a, "ratio"_a,
-        "threads"_a);
+  m.def("timestep_embedding", &timestep_embedding, "out"_a, "t"_a, "half"_a, "scale"_a, "ratio"_a, "threads"_a);
 }

@@ -46,7 +46,7 @@ class Pixels : public Tensor {
 // The arguments that forward and backward share. Keeps what was converted for as long as the kernel runs.
 class NormArguments {
  public:
-  // parameters: weight, bias, add, scale, shift. dropout: None or threshold, factor, seed, draw, first sample, stream.
+  // parameters: weight, bias, add, scale, shift. dropout: None or (threshold, factor, state, stream).
   // Not fit where memory must be copied first.
   NormArguments(const Pixels& x, const Pixels& x2, const py::tuple& parameters, py::handle statistics, int64_t groups,
                 double eps, int activation, py::handle dropout) {
@@ -75,7 +75,7 @@ class NormArguments {
       const auto given = py::reinterpret_borrow<py::tuple>(dropout);
       g.threshold = given[0].cast<uint32_t>();
       g.factor = given[1].cast<float>();
-      g.at = counter(given[2], given[3], given[4].cast<uint64_t>(), given[5].cast<int>());
+      g.at = counter(given[2], given[3].cast<int>());
     }
   }
 

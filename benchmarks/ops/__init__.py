@@ -4,9 +4,10 @@
 """
 
 import ctypes
+import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -68,7 +69,7 @@ class Case:
         random: the result is a fresh draw; only its spread is compared.
         layouts: whether PyTorch runs in both memory formats and ours in channels_last; else all run in NCHW.
         beside_copy: time a copy that moves as many bytes, too.
-        hot: time calls on the same inputs; else on enough of them, in turn, to find each out of the caches.
+        hot: time calls on two sets of inputs; else on enough of them, in turn, to find each out of the caches.
     """
 
     op: str
@@ -137,20 +138,19 @@ def contenders(case: Case, device: torch.device, compile: bool) -> dict[str, Con
     return found
 
 
-def prepare(case: Case, contender: Contender, device: torch.device) -> Callable[[int], None]:
-    """Return a function that runs the contender so many times, unless ``case.hot`` on rotated inputs."""
+def inputs_of(case: Case, device: torch.device, memory_format: torch.memory_format) -> list[Inputs]:
+    """Make the inputs that calls are given in turn."""
+    return rotation(lambda seed: make(case, seed, device, memory_format), 2**62 if case.hot else case.nbytes, device)
+
+
+def prepare(case: Case, contender: Contender, inputs: Sequence[Inputs]) -> Callable[[int], None]:
+    """Return a function that runs the contender so many times."""
 
     def graph(inputs: Inputs) -> Inputs:
         return contender.function(*inputs[:-1]), [inputs[i] for i in case.grads], inputs[-1]
 
-    def made(seed: int) -> Inputs:
-        inputs = make(case, seed, device, contender.memory_format)
-        if not case.backward_alone:
-            return inputs
-        with forced(contender):
-            return graph(inputs)
-
-    turns = cycle([made(0)]) if case.hot else rotation(made, case.nbytes, device)
+    with forced(contender):
+        turns = cycle([graph(i) for i in inputs] if case.backward_alone else inputs)
 
     def run(calls: int) -> None:
         function = contender.function  # nothing but the call stands in the loop
@@ -170,7 +170,7 @@ def prepare(case: Case, contender: Contender, device: torch.device) -> Callable[
 
 def copying(nbytes: int, device: torch.device) -> Callable[[int], None]:
     """Return a function that runs so many copies, each of ``nbytes`` read and written in all, on rotated buffers."""
-    pairs = rotation(lambda _: tuple(torch.zeros(nbytes // 8, device=device) for _ in range(2)), nbytes, device)
+    pairs = cycle(rotation(lambda _: tuple(torch.zeros(nbytes // 8, device=device) for _ in range(2)), nbytes, device))
 
     def run(calls: int) -> None:
         for target, source in islice(pairs, calls):
@@ -245,10 +245,13 @@ def measure(
     runs: dict[str, Callable[[int], None]] = {}
     errors: dict[str, str] = {}
     listed = contenders(case, device, compile)
+    inputs = functools.cache(
+        partial(inputs_of, case, device)
+    )  # contenders share them: the caches hold as much for each
     for name, contender in listed.items():
         try:
             check(case, name, contender, device)
-            runs[name] = prepare(case, contender, device)
+            runs[name] = prepare(case, contender, inputs(contender.memory_format))
         except Exception as error:  # a failure is a result, whatever it is
             errors[name] = describe(error)
     names = [*listed]

@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("pytest_benchmark")
 
 from benchmarks.harness import pick_device
-from benchmarks.ops import OPS, cases, check, contenders, prepare
+from benchmarks.ops import OPS, cases, check, contenders, inputs_of, prepare
 
 DEVICE = pick_device("auto")
 BATCH = 4 if DEVICE.type == "cpu" else 256
@@ -20,7 +20,7 @@ PAIRS = [
 def test_op(benchmark, case, name, contender):
     check(case, name, contender, DEVICE)
     benchmark.group = str(case)
-    run = prepare(case, contender, DEVICE)
+    run = prepare(case, contender, inputs_of(case, DEVICE, contender.memory_format))
     if DEVICE.type == "cuda":
         import torch
 

@@ -57,7 +57,7 @@ def _dropout(dropout: Dropout | None) -> tuple[Any, ...] | None:
     """As the kernels take it."""
     if dropout is None:
         return None
-    return *dropout_threshold(dropout.p), *cast(NoiseState, dropout.state), dropout.stream
+    return *dropout_threshold(dropout.p), dropout.state, dropout.stream
 
 
 def forward(

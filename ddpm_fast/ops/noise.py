@@ -20,16 +20,15 @@ def _rejects(*args: Any, **kwargs: Any) -> str | None:
     return _native.unfit(state.seed, state.draw)
 
 
-def _state(state: NoiseState) -> tuple[int, int, int]:
-    return state.seed.data_ptr(), state.draw.data_ptr(), state.first_sample
+_CPU = torch.device("cpu")
 
 
 def _load_noise() -> Callable[..., Tensor]:
     native = _native.load().noise
 
     def run(shape: Sequence[int], state: NoiseState, stream: int, dtype: torch.dtype) -> Tensor:
-        out = torch.empty(shape, dtype=torch.float32, device="cpu")
-        native(out.data_ptr(), shape[0], math.prod(shape[1:]), *_state(state), stream, _native.threads())
+        out = torch.empty(shape, dtype=torch.float32, device=_CPU)
+        native(out, state, stream, _native.threads())
         return out if dtype is torch.float32 else out.to(dtype)
 
     return run
@@ -39,8 +38,8 @@ def _load_timesteps() -> Callable[..., Tensor]:
     native = _native.load().timesteps
 
     def run(num_samples: int, num_timesteps: int, state: NoiseState) -> Tensor:
-        out = torch.empty(num_samples, dtype=torch.int64, device="cpu")
-        native(out.data_ptr(), num_samples, num_timesteps, *_state(state), TIMESTEPS)
+        out = torch.empty(num_samples, dtype=torch.int64, device=_CPU)
+        native(out, num_timesteps, state, TIMESTEPS)
         return out
 
     return run
@@ -51,9 +50,8 @@ def _load_dropout_mask() -> Callable[..., Tensor]:
 
     def run(shape: Sequence[int], p: float, state: NoiseState, stream: int) -> Tensor:
         n, c, h, w = shape
-        out = torch.empty(n, h, w, c, dtype=torch.float32, device="cpu")
-        threshold, scale = reference.dropout_threshold(p)
-        native(out.data_ptr(), n, c * h * w, threshold, scale, *_state(state), stream, _native.threads())
+        out = torch.empty(n, h, w, c, dtype=torch.float32, device=_CPU)
+        native(out, *reference.dropout_threshold(p), state, stream, _native.threads())
         return out.permute(0, 3, 1, 2)
 
     return run

@@ -32,7 +32,7 @@ def _load() -> Callable[..., Tensor]:
         out = torch.empty(t.shape[0], dim, dtype=torch.float32, device="cpu")
         half = dim // 2
         ratio = math.exp(-math.log(10000) / half)
-        native(out.data_ptr(), t, half, scale, ratio, _native.threads())
+        native(out, t, half, scale, ratio, _native.threads())
         return out
 
     return run

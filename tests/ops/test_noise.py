@@ -180,15 +180,17 @@ def test_bad_input(call, kind, text) -> None:
 def test_native_checks_its_arguments() -> None:
     from ddpm_fast import _C
 
-    out = torch.empty(4)
-    where = STATE.seed.data_ptr(), STATE.draw.data_ptr(), 0
+    out = torch.empty(1, 4)
     for arguments, text in (
-        ((0, 1, 4, *where, 1, 1), "out: null"),
-        ((out.data_ptr() + 1, 1, 4, *where, 1, 1), "out: address is not aligned"),
-        ((out.data_ptr(), -1, 4, *where, 1, 1), "negative"),
-        ((out.data_ptr(), 2**40, 2**40, *where, 1, 1), "overflows"),
-        ((out.data_ptr(), 1, 4, *where, 300, 1), "stream"),
-        ((out.data_ptr(), 1, 4, 0, *where[1:], 1, 1), "seed: null"),
+        ((None, STATE, 1, 1), "out: of another dtype"),
+        ((out.double(), STATE, 1, 1), "out: of another dtype"),
+        ((out.expand(2, 4), STATE, 1, 1), "not contiguous"),
+        ((out.to("meta"), STATE, 1, 1), "out: not a plain tensor"),
+        ((out, STATE, 300, 1), "stream"),
+        ((out, STATE[:2], 1, 1), "a state is"),
+        ((out, (out, *STATE[1:]), 1, 1), "seed: no int64"),
+        ((out, (STATE.seed, torch.arange(2), 0), 1, 1), "draw: no int64"),
+        ((out, (None, *STATE[1:]), 1, 1), "seed: no int64"),
     ):
         with pytest.raises(ValueError, match=text):
             _C.noise(*arguments)
