@@ -66,10 +66,10 @@ DDPM_INLINE PairOf<V> cos_sin(typename V::Word j) {
   c = c * y + -0x1.3bd3ccp+0f;
   const Float cos = 1.0f + y * c;
   const Word quarter = j + 0x20000000u;  // in the highest two bits
-  const auto odd = as<Int>(quarter << 1) < 0;
+  const auto even = (quarter & 0x40000000u) == 0u;
   const Word cos_sign = (quarter + 0x40000000u) & 0x80000000u, sin_sign = quarter & 0x80000000u;
   // The sign goes in by its bit: a select between two negated values is slower.
-  const Float first = odd ? sin : cos, second = odd ? cos : sin;
+  const Float first = even ? cos : sin, second = even ? sin : cos;
   return {as<Float>(as<Word>(first) ^ cos_sign), as<Float>(as<Word>(second) ^ sin_sign)};
 }
 
