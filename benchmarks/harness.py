@@ -180,8 +180,8 @@ def time_interleaved(
         repetitions: timed runs of each.
         warmup: runs of each before.
         errors: receives the message of a contender that fails, which is then left out; without it the error is raised.
-        before: contender name -> what runs untimed before each of its runs, so that none pays for who came before it
-            (threads gone to sleep, pages of code).
+        before: contender name -> what runs untimed before each of its runs: none pays for who came before (threads
+            that went to sleep, cold code).
 
     Returns:
         milliseconds of each repetition, by contender.

@@ -262,10 +262,10 @@ def measure(
     def repeated(calls: int) -> dict[str, Callable[[], None]]:
         return {name: partial(run, calls) for name, run in runs.items() if name not in errors}
 
-    one = repeated(1)
-    single = time_interleaved(one, device, 3, errors=errors)
+    single = time_interleaved(repeated(1), device, 3, errors=errors)
     calls = max(1, round(MIN_RUN_MS / max(min(map(min, single.values()), default=MIN_RUN_MS), 1e-3)))
-    times = time_interleaved(repeated(calls), device, repetitions, errors=errors, before=one)
+    runs_of = repeated(calls)
+    times = time_interleaved(runs_of, device, repetitions, errors=errors, before=runs_of)
     bound_ms = max(case.nbytes / copy_rate, case.flops / matmul_rate) * 1e3
     rows = []
     for name in names:

@@ -46,7 +46,7 @@ void sum_pixels(const T* x, int64_t stride, const From* dy, int64_t dy_stride, A
         prefetch<V>(x + (p + kAhead) * stride + c);
         prefetch<V>(dy + (p + kAhead) * dy_stride + c);
         prefetch_to_write<V>(dz + (p + kAhead) * dz_stride + c);
-        for (int i = 0; i < V; ++i) g[i] = through<A, kPrecision<T>>(g[i], fma(v[i] - m[i], a[i], b[i]));
+        for (int i = 0; i < V; ++i) g[i] = through<A, kPrecision<T>>(g[i], fma(centred<T>(v[i], m[i]), a[i], b[i]));
         store_tile(dz + p * dz_stride + c, g, last);
       });
     }
@@ -58,7 +58,7 @@ void sum_pixels(const T* x, int64_t stride, const From* dy, int64_t dy_stride, A
         load_tile(v, x + p * stride + c, last);
         load_tile(g, dz + p * dz_stride + c, last);
         for (int i = 0; i < V; ++i) {
-          const Floats d = v[i] - m[i];
+          const Floats d = centred<T>(v[i], m[i]);
           of_dz[i] += g[i];
           of_product[i] = fma(g[i], d, of_product[i]);
           of_x[i] += d;
@@ -90,7 +90,7 @@ void sum_rows(const T* x, int64_t stride, const From* dy, int64_t dy_stride, Aff
       load_tile(v, x + c * stride + p, last);
       load_tile(g, dy + c * dy_stride + p, last);
       for (int i = 0; i < V; ++i) {
-        v[i] = zeroed(v[i] - m, V == 1 ? last : kVec);
+        v[i] = zeroed(centred<T>(v[i], broadcast(m)), V == 1 ? last : kVec);
         g[i] = through<A, kPrecision<T>>(g[i], fma(v[i], a, b));
       }
       store_tile(dz + c * dz_stride + p, g, last);
@@ -123,7 +123,7 @@ void combine_pixels(const T* x, int64_t stride, const float* dz, int64_t dz_stri
       load_tile(of_v, l + c, last);
       load_tile(rest, m + c, last);
       if (sizeof(T) != sizeof(float)) prefetch_to_write<V>(dx + (p + kAhead) * dx_stride + c);
-      for (int i = 0; i < V; ++i) v[i] = fma(of_g[i], g[i], fma(of_v[i], v[i] - middle[i], rest[i])) + h[i];
+      for (int i = 0; i < V; ++i) v[i] = fma(of_g[i], g[i], fma(of_v[i], centred<T>(v[i], middle[i]), rest[i])) + h[i];
       store_tile(dx + p * dx_stride + c, v, last);
     });
   }
@@ -133,15 +133,14 @@ template <class T>
 void combine_rows(const T* x, int64_t stride, const float* dz, int64_t dz_stride, const T* dh, int64_t dh_stride,
                   const Slab& of, int64_t begin, T* dx, int64_t dx_stride, int64_t pixels, int64_t channels) {
   for (int64_t c = 0; c < channels; ++c) {
-    const float centre = of.map.centre[begin + c];
-    const Floats k = broadcast(of.map.gain[begin + c]), l = broadcast(of.l[begin + c]), m = broadcast(of.m[begin + c]);
+    const Floats centre = broadcast(of.map.centre[begin + c]), k = broadcast(of.map.gain[begin + c]), l = broadcast(of.l[begin + c]), m = broadcast(of.m[begin + c]);
     tiles<4>(pixels, [=](int64_t p, auto tile, int64_t last) DDPM_INLINED {
       constexpr int V = decltype(tile)::value;
       Floats v[V], g[V], h[V] = {};
       load_tile(v, x + c * stride + p, last);
       load_tile(g, dz + c * dz_stride + p, last);
       if (dh != nullptr) load_tile(h, dh + c * dh_stride + p, last);
-      for (int i = 0; i < V; ++i) v[i] = fma(k, g[i], fma(l, v[i] - centre, m)) + h[i];
+      for (int i = 0; i < V; ++i) v[i] = fma(k, g[i], fma(l, centred<T>(v[i], centre), m)) + h[i];
       store_tile(dx + c * dx_stride + p, v, last);
     });
   }
@@ -313,7 +312,7 @@ void backward(const GroupNorm& g, const GroupNormBackward& b, int threads) {
       [&](int64_t task, float* room) {
         const Place of = place(g, to, task, 0);
         const Parameters with = parameters(g, to, of, constants, false);
-        affine(of.count, per_group, statistics_of(of), with, slab_in(room, to.width, 0).map);
+        affine<T>(of.count, per_group, statistics_of(of), with, slab_in(room, to.width, 0).map);
       },
       [&](int64_t task, int64_t piece, float* room) {
         measure<A, T>(g, b, place(g, to, task, piece), slab_in(room, to.width, piece), room + rows_of_slab);
