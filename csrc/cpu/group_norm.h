@@ -109,7 +109,7 @@ inline Floats mish_exp(Floats z) {
 
 template <Activation A, Precision P>
 inline Floats activate(Floats z) {
-  if constexpr (A == Activation::silu) return z * reciprocal<P>(1.0f + exp2<P>(z * -kLog2E));
+  if constexpr (A == Activation::silu) return quotient<P>(z, 1.0f + exp2<P>(z * -kLog2E));
   if constexpr (A == Activation::relu) return larger(Floats{}, z);
   if constexpr (A == Activation::mish) {
     const Floats e = mish_exp<P>(z), u = e * (e + 2.0f);
