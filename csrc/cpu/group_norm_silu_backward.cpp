@@ -45,7 +45,6 @@ void sum_pixels(const T* x, int64_t stride, const From* dy, int64_t dy_stride, A
         load_tile(g, dy + p * dy_stride + c, last);
         prefetch<V>(x + (p + kAhead) * stride + c);
         prefetch<V>(dy + (p + kAhead) * dy_stride + c);
-        prefetch_to_write<V>(dz + (p + kAhead) * dz_stride + c);
         for (int i = 0; i < V; ++i) g[i] = through<A, kPrecision<T>>(g[i], fma(centred<T>(v[i], m[i]), a[i], b[i]));
         store_tile(dz + p * dz_stride + c, g, last);
       });
@@ -122,7 +121,7 @@ void combine_pixels(const T* x, int64_t stride, const float* dz, int64_t dz_stri
       load_tile(of_g, k + c, last);
       load_tile(of_v, l + c, last);
       load_tile(rest, m + c, last);
-      if (sizeof(T) != sizeof(float)) prefetch_to_write<V>(dx + (p + kAhead) * dx_stride + c);
+      prefetch_to_write<V>(dx + (p + kAhead) * dx_stride + c);
       for (int i = 0; i < V; ++i) v[i] = fma(of_g[i], g[i], fma(of_v[i], centred<T>(v[i], middle[i]), rest[i])) + h[i];
       store_tile(dx + p * dx_stride + c, v, last);
     });
@@ -215,15 +214,8 @@ void gradients(int64_t channels, double pixels, const Parameters& of_channels, c
   if (float* out = to.dshift) std::memcpy(out, dz, size_t(channels) * sizeof(float));
 }
 
-// Where a part's dz is: float32 gradients are made in their own memory, others in scratch, a piece after the other.
-template <class T>
-Image room_of(const GroupNorm& g, const GroupNormBackward& b, const Place& of, const Part& part, bool second,
-              float* room) {
-  if (sizeof(T) == sizeof(float)) {
-    Image image = second ? b.dx2 : b.dx;
-    image.data = at<float>(image, of, part.inside);
-    return image;
-  }
+// Where a part's dz is, in a slab's room: a piece after the other.
+Image room_of(const GroupNorm& g, const Place& of, const Part& part, float* room) {
   float* first = room + of.pixel * of.count + part.begin * of.pixels;
   return g.channels_last ? Image{first, 0, 1, part.count} : Image{first, 0, of.pixels, 1};
 }
@@ -232,7 +224,7 @@ Image room_of(const GroupNorm& g, const GroupNormBackward& b, const Place& of, c
 template <Activation A, class T>
 void measure(const GroupNorm& g, const GroupNormBackward& b, const Place& of, const Slab& slab, float* room) {
   parts(g, of, [&](const Part& part, bool second) {
-    const Image &image = second ? g.x2 : g.x, dz = room_of<T>(g, b, of, part, second, room);
+    const Image &image = second ? g.x2 : g.x, dz = room_of(g, of, part, room);
     const T *x = at<T>(image, of, part.inside), *dy = at<T>(b.dy, of, part.first);
     float* to = static_cast<float*>(dz.data);
     const Affine map = {slab.map.centre + part.begin, slab.map.gain + part.begin, slab.map.offset + part.begin};
@@ -258,7 +250,7 @@ template <class T>
 void finish(const GroupNorm& g, const GroupNormBackward& b, const Place& of, const Slab& slab, float* room) {
   parts(g, of, [&](const Part& part, bool second) {
     const Image &image = second ? g.x2 : g.x, &target = second ? b.dx2 : b.dx;
-    const Image dz = room_of<T>(g, b, of, part, second, room);
+    const Image dz = room_of(g, of, part, room);
     const float* from = static_cast<const float*>(dz.data);
     const T *x = at<T>(image, of, part.inside), *dh = b.dh.data == nullptr ? nullptr : at<T>(b.dh, of, part.first);
     T* dx = at<T>(target, of, part.inside);
@@ -295,7 +287,7 @@ template <Activation A, class T>
 void backward(const GroupNorm& g, const GroupNormBackward& b, int threads) {
   const Cut to = cut(g, 2 * sizeof(T) + sizeof(float), threads);
   const int64_t rows_of_slab = (kRows + kSums * to.pieces) * to.width;
-  const int64_t each = rows_of_slab + (sizeof(T) == sizeof(float) ? 0 : g.pixels * to.width);
+  const int64_t each = rows_of_slab + g.pixels * to.width;
   const int64_t all = g.images * g.channels, in_rooms = rooms(to, g.images) * each;
   const bool shared_add = b.dadd != nullptr && g.add_stride == 0;
   const Scratch scratch(in_rooms + 3 * all + kConstants * to.width);
