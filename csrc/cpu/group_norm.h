@@ -73,7 +73,11 @@ DDPM_INLINED inline void load_tile(Floats (&v)[V], const T* p, int64_t last) {
 
 template <int V, class T>
 DDPM_INLINED inline void store_tile(T* p, const Floats (&v)[V], int64_t last) {
-  for (int i = 0; i < V; ++i) store_some(p + i * kVec, v[i], V == 1 ? last : kVec);
+  if constexpr (V == 1) {
+    store_some(p, v[0], last);
+  } else {
+    for (int i = 0; i < V; i += 2) store(p + i * kVec, v[i], v[i + 1]);
+  }
 }
 
 constexpr int64_t kAhead = 8;  // pixels from what is written to what is asked for
