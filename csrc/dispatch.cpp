@@ -28,7 +28,8 @@ std::vector<const Kernels*> tables() {
                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
   if (has_avx512) found.push_back(&avx512::kernels);
 #if defined(DDPM_HAS_avx512bf16)
-  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16::kernels);
+  const bool has_bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+  if (has_avx512 && has_bf16) found.push_back(&avx512bf16::kernels);
 #endif
 #endif
 #endif
