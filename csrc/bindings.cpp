@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "arrays.h"
+#include "averages.h"
 #include "dispatch.h"
 #include "images.h"
 #include "math.h"
@@ -207,6 +208,15 @@ void diffusion_loss_backward(py::handle out, py::handle grad_loss, py::handle mo
   run(of, factor, to, threads);
 }
 
+void ema_update(py::handle averages, py::handle values, double weight, int threads) {
+  const Averages of(averages, values);
+  if (!of.fit) throw py::value_error("not lists of pairs that the kernel takes");
+  const auto stretches = of.stretches();
+  const auto run = kernels().ema_update;
+  py::gil_scoped_release unlocked;
+  run(stretches.data(), int64_t(stretches.size()), float(weight), threads);
+}
+
 template <class T>
 void scaled(std::vector<double>& to, const Tensor& t, double scale) {
   const auto* from = static_cast<const T*>(t.data);
@@ -254,6 +264,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("q_sample_ready", &q_sample_ready, "x_start"_a, "t"_a, "signal"_a, "sigma"_a, "noise"_a, "grads"_a);
   m.def("diffusion_loss_ready", &diffusion_loss_ready, "model_out"_a, "noise"_a, "loss_type"_a, "noise_coef"_a,
         "x_coef"_a, "x_start"_a, "grads"_a);
+  m.def("ema_update_ready", &ema_update_ready, "averages"_a, "values"_a, "decay"_a);
   m.def("group_norm_silu_ready", &group_norm_silu_ready, "x"_a, "weight"_a, "bias"_a, "groups"_a, "eps"_a, "x2"_a,
         "add"_a, "residual"_a, "scale"_a, "shift"_a, "activation"_a, "dropout"_a);
   m.def("group_norm_silu", &group_norm_silu, "x"_a, "x2"_a, "residual"_a, "parameters"_a, "statistics"_a, "y"_a, "h"_a,
@@ -267,5 +278,6 @@ PYBIND11_MODULE(_C, m) {
         "l1"_a, "threads"_a);
   m.def("diffusion_loss_backward", &diffusion_loss_backward, "out"_a, "grad_loss"_a, "model_out"_a, "noise"_a,
         "noise_coef"_a, "x_coef"_a, "x_start"_a, "l1"_a, "threads"_a);
+  m.def("ema_update", &ema_update, "averages"_a, "values"_a, "weight"_a, "threads"_a);
   m.def("timestep_embedding", &timestep_embedding, "out"_a, "t"_a, "half"_a, "scale"_a, "ratio"_a, "threads"_a);
 }

@@ -36,7 +36,7 @@ DDPM_INLINE typename V::Float radius(typename V::Word k) {
   const auto near_one = k >= 0xAAAAAAC0u;                         // where the rounded u is above 2/3
   const Int below = (as<Int>(v) - 0x3FAAAAAB) & ~0x7FFFFF;
   const Int exponent = near_one ? Int{} : below;  // of u, in the place that it has in a float
-  const Float mantissa = as<Float>(as<Int>(v) - exponent);                      // doubled
+  const Float mantissa = as<Float>(as<Int>(v) - exponent);  // doubled
   const Float rest = near_one ? mantissa : mantissa - 2.0f;
   const Float h = as<Float>(as<Word>(rest) ^ (~k & 0x80000000u));  // u = (1 - h / 2) 2^exponent
   Float q = h * 0x1.1f427ap-11f + 0x1.3b2846p-10f;

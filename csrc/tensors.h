@@ -103,6 +103,7 @@ class Tensor {
     return given && requires_grad.of(object).ptr() == Py_True;
   }
   bool contiguous() const {
+    if (elements() == 0) return true;
     int64_t step = 1;
     for (int d = dims; d-- > 0;) {
       if (size[d] != 1 && stride[d] != step) return false;

@@ -62,6 +62,7 @@ SAMPLES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "timesteps": [((4, 1000, SEED, DRAW, 1), {})],
     "dropout_mask": [(((2, 4, 3, 3), 0.2, SEED, DRAW, 1, ops.DROPOUT), {})],
     "timestep_embedding": [((T, 8, 1.0), {})],
+    "ema_update": [(([torch.randn(3, 2), torch.randn(5)], [torch.randn(3, 2), torch.randn(5)], 0.9), {})],
     "group_norm_silu": [
         ((leaf(2, 8, 3, 5), leaf(8), leaf(8), 4), {}),
         (

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from benchmarks.ceilings import rotation
 from benchmarks.harness import (
@@ -39,6 +40,7 @@ OPS = (
     "sampler_step",
     "noise",
     "timestep_embedding",
+    "ema_update",
     "group_norm_silu",
     "conv3x3",
     "overhead",
@@ -216,10 +218,11 @@ def check(case: Case, name: str, contender: Contender, device: torch.device) -> 
     if case.random:
         check_spread(name, got, expected[0])
         return
-    exact = tuple(
-        x.detach().double().requires_grad_(x.requires_grad) if isinstance(x, Tensor) and x.is_floating_point() else x
-        for x in make(case, 0, device, NCHW)
-    )
+
+    def double(x: Tensor) -> Tensor:
+        return x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+
+    exact = tree_map_only(Tensor, double, make(case, 0, device, NCHW))
     truth = _flat(call(case, plain, exact))
     check_agreement(name, got, expected, truth, case.dtype, factor=3 if case.grads else 2)
 

@@ -6,7 +6,7 @@ namespace {
 // model_out - target of a piece, in whole vectors.
 void differences(const DiffusionLoss& of, const Piece& p, float* d) {
   Buffer of_model_out, of_noise, of_x_start;
-  const float* const z = read(of.noise, p, of_noise, {&of.model_out, &of.x_start});
+  const float* const z = read(of.noise, p, of_noise, of.model_out, of.x_start);
   const float* const model_out = read(of.model_out, p, of_model_out);
   const float* const x_start = read(of.x_start, p, of_x_start);
   const Floats noise_coef = broadcast(of.noise_coef ? of.noise_coef[p.sample] : 1.0f);

@@ -319,7 +319,8 @@ inline void affine(int64_t channels, int64_t per_group, const double* statistics
       const double lost = __builtin_fabs(slope) <= DBL_MAX ? (middle - held) * slope : 0.0;
       centre[c] = float(held);
       gain[c] = float(slope);
-      offset[c] = float(double(bias[c]) * factor + double(shift[c]) - lost);  // `lost` by rounding the centre, or without
+      const double scaled = bias[c] == 0.0f ? 0.0 : double(bias[c]) * factor;  // an infinite scale of no bias is no NaN
+      offset[c] = float(scaled + double(shift[c]) - lost);                     // `lost` by rounding the centre, or without
     }
   });
 }

@@ -180,17 +180,23 @@ void merge(const Moments& into, int64_t pixels, const Moments& from, int64_t mor
 // From the moments of a slab's channels the statistics of its groups; of x with `add`, where that isn't in it already.
 void merge_groups(int64_t channels, int64_t per_group, const Moments& of, const float* add, double pixels, double eps,
                   double* statistics) {
-  for (int64_t begin = 0; begin < channels; begin += per_group, statistics += 2) {
+  const double share = 1.0 / (double(per_group) * pixels);
+  const int64_t groups = channels / per_group;
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t begin = group * per_group, end = begin + per_group;
     const auto mean = [&](int64_t c) { return double(of.pivot[c]) + double(of.mean[c]) + double(add[c]); };
     double group_mean = 0, squares = 0;
-    for (int64_t c = begin; c < begin + per_group; ++c) group_mean += mean(c);
-    group_mean /= double(per_group);
-    for (int64_t c = begin; c < begin + per_group; ++c) {
+    for (int64_t c = begin; c < end; ++c) group_mean += mean(c);
+    group_mean /= double(per_group);  // exact where all are equal
+    for (int64_t c = begin; c < end; ++c) {
       const double d = mean(c) - group_mean;
       squares += double(of.squares[c]) + pixels * d * d;
     }
-    statistics[0] = group_mean;
-    statistics[1] = 1.0 / __builtin_sqrt(squares / (double(per_group) * pixels) + eps);
+    statistics[2 * group] = group_mean;
+    statistics[2 * group + 1] = squares;
+  }
+  for (int64_t group = 0; group < groups; ++group) {
+    statistics[2 * group + 1] = 1.0 / __builtin_sqrt(statistics[2 * group + 1] * share + eps);
   }
 }
 

@@ -47,6 +47,13 @@ struct QSample {
   const float *signal, *sigma;
 };
 
+// Numbers of an average, and as many of what goes into it.
+struct Stretch {
+  float* average;
+  const float* value;
+  int64_t count;
+};
+
 // Without coefficients the target is the noise.
 struct DiffusionLoss {
   Batch batch;
@@ -66,6 +73,7 @@ struct DiffusionLoss {
 //   dropout_mask   sixteen random bits each: below `threshold` 0, else `scale`; [num_samples, size]
 //   sampler_step, q_sample   as in ddpm_fast/reference
 //   timestep_embedding       sines and cosines of t times the frequencies; [num_samples, 2 half]
+//   ema_update               average += weight (value - average), for each stretch
 //   diffusion_loss           a sum for each piece of the batch; and `factor` times the gradient of their sum
 #define DDPM_KERNELS(KERNEL)                                                                              \
   KERNEL(noise, (float* out, int64_t num_samples, int64_t size, Counter at, int threads))                 \
@@ -73,11 +81,12 @@ struct DiffusionLoss {
   KERNEL(dropout_mask, (float* out, int64_t num_samples, int64_t size, uint32_t threshold, float scale,   \
                         Counter at, int threads))                                                         \
   KERNEL(group_norm_silu, (const GroupNorm& g, const GroupNormForward& f, int threads))                   \
-  KERNEL(group_norm_silu_backward, (const GroupNorm& g, const GroupNormBackward& b, int threads))  \
+  KERNEL(group_norm_silu_backward, (const GroupNorm& g, const GroupNormBackward& b, int threads))        \
   KERNEL(sampler_step, (const SamplerStep& of, int threads))                                              \
   KERNEL(q_sample, (const QSample& of, int threads))                                                      \
-  KERNEL(timestep_embedding, (float* out, const double* t, int64_t num_samples, const double* frequencies,  \
+  KERNEL(timestep_embedding, (float* out, const double* t, int64_t num_samples, const double* frequencies, \
                               int64_t half, int threads))                                                 \
+  KERNEL(ema_update, (const Stretch* stretches, int64_t count, float weight, int threads))                \
   KERNEL(diffusion_loss, (const DiffusionLoss& of, double* sums, int threads))                            \
   KERNEL(diffusion_loss_backward, (const DiffusionLoss& of, float factor, const Array& out, int threads))
 

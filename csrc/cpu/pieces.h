@@ -1,8 +1,6 @@
 // Arrays of any layout, worked on by pieces of a sample in element order: each operand's piece as dense floats.
 #pragma once
 
-#include <initializer_list>
-
 #include "kernels.h"
 #include "normals.h"
 #include "parallel.h"
@@ -75,7 +73,8 @@ DDPM_INLINE void prefetch(const Array& a, int64_t sample, int64_t first, int64_t
   if (a.data == nullptr || a.dims != 1 || a.stride[0] != 1) return;
   const int64_t bytes = a.type == Type::float32 ? 4 : 2;
   const auto begin = uintptr_t(a.data) + uintptr_t((sample * a.sample_stride + first) * bytes);
-  for (int64_t i = 0; i < count * bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(begin + uintptr_t(i)));
+  const auto end = begin + uintptr_t(count * bytes);
+  for (auto line = begin; line < end; line += 64) __builtin_prefetch(reinterpret_cast<const void*>(line));
 }
 
 // The piece in place or gathered; the last vector is filled up with zeros.
@@ -107,13 +106,13 @@ static inline const float* read(const Array& a, const Piece& p, Buffer& buffer) 
 }
 
 // The same of noise. Drawing it takes as long as memory takes to bring what is read or written next: both at once.
-static inline const float* read(const Noise& noise, const Piece& p, Buffer& buffer,
-                                std::initializer_list<const Array*> next) {
+template <class... Arrays>
+static inline const float* read(const Noise& noise, const Piece& p, Buffer& buffer, const Arrays&... next) {
   if (!noise.drawn) return read(noise.given, p, buffer);
   Counter at = noise.at;
   at.sample += uint64_t(p.sample);
   for (int64_t i = 0; i < p.count; i += kNormals) {
-    for (const Array* a : next) prefetch(*a, p.sample, p.first + i, kNormals);
+    (prefetch(next, p.sample, p.first + i, kNormals), ...);
     normals(at, uint32_t((p.first + i) / 4), buffer + i);
   }
   return buffer;

@@ -25,7 +25,7 @@ void step(const SamplerStep& of, int64_t count, const float* x, const float* mod
 void sampler_step(const SamplerStep& of, int threads) {
   each_piece(of.batch, threads, [&](const Piece& p, int64_t) {
     Buffer of_x, of_model_out, of_hist, of_noise, of_x0, of_out;
-    const float* const z = read(of.noise, p, of_noise, {&of.x, &of.model_out, &of.hist, &of.x0_out, &of.out});
+    const float* const z = read(of.noise, p, of_noise, of.x, of.model_out, of.hist, of.x0_out, of.out);
     const float* const x = read(of.x, p, of_x);
     const float* const model_out = read(of.model_out, p, of_model_out);
     const float* const hist = read(of.hist, p, of_hist);

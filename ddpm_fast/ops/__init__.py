@@ -6,6 +6,7 @@ from ..reference.philox import DROPOUT, PERTURB, REVERSE, TIMESTEPS, X_T, Dropou
 from ._dispatch import BACKENDS, use_backend
 from .conv3x3 import Norm, conv3x3
 from .diffusion_loss import diffusion_loss
+from .ema_update import ema_update
 from .group_norm_silu import group_norm_silu
 from .noise import apply_dropout, dropout_mask, noise, timesteps
 from .q_sample import extract, q_sample
@@ -43,6 +44,7 @@ __all__ = [
     "conv3x3",
     "diffusion_loss",
     "dropout_mask",
+    "ema_update",
     "extract",
     "group_norm_silu",
     "noise",

@@ -134,9 +134,8 @@ def backward(
 
 
 def _room(parameter: Tensor) -> Tensor:
-    if parameter.dtype in _native.ARRAY_DTYPES and parameter.is_contiguous():
-        return torch.empty_like(parameter)
-    return torch.empty_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
+    as_it_is = parameter.dtype in _native.ARRAY_DTYPES and parameter.is_contiguous()
+    return torch.empty_like(parameter) if as_it_is else torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
 
 
 def _spread(parts: int | None, dx: Tensor, dx2: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:

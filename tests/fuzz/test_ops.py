@@ -146,6 +146,24 @@ def test_timestep_embedding(draw: Draw) -> bool:
     return held(draw, ops.timestep_embedding, oracle, spoilt(draw, args), numbers=("t",))
 
 
+@fuzz(200)
+def test_ema_update(draw: Draw) -> bool:
+    shapes = draw(st.lists(st.lists(SIZES, max_size=3).map(tuple), max_size=3))
+    averages, values = ([tensor(draw, shape) for shape in shapes] for _ in range(2))
+    args = spoilt(draw, {"averages": averages, "values": values, "decay": one(draw, 0.0, 0.3, 0.9999, 1.0)})
+    plain, new = (tree_map_only(Tensor, lambda t: t.detach().clone(), args[k]) for k in ("averages", "values"))
+    if attempt(ops.ema_update, **args) is REFUSED:
+        return False
+    decay, oracle = float(args["decay"]), reference.ema_update.ema_update
+    truth, exact = ([t.to(torch.float64, copy=True) for t in tensors] for tensors in (plain, new))
+    oracle(truth, exact, decay)
+    oracle(plain, new, decay)
+    for i, (f, p, t) in enumerate(zip(args["averages"], plain, truth, strict=True)):
+        if not f.is_meta:
+            agree(str(i), f.detach(), p, t, 2)
+    return True
+
+
 def channels(draw: Draw, size: int) -> tuple[dict[str, Any], int]:
     """x, and x2 or not, of one dtype; and their channels together."""
     n, h, w, dtype = draw(SIZES), draw(SIZES), draw(SIZES), one(draw, *(torch.float32, torch.float16, torch.float64))

@@ -1,0 +1,76 @@
+"""The exponential moving average of a network's weights, all tensors in one call."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import ema_update as reference
+from . import _checks, _native
+from ._dispatch import Impl, Op
+from ._library import opaque
+
+_NODE = opaque(
+    "ema_update(Tensor(a!)[] averages, Tensor[] values, float decay) -> ()",
+    lambda averages, values, decay: OP.unchecked(averages, values, decay),
+    lambda averages, values, decay: None,
+)
+
+
+def _ready(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float) -> bool:
+    fits: bool = _native.load().ema_update_ready(averages, values, decay)
+    return fits and _native.in_the_way() is None
+
+
+def _rejects(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float) -> str | None:
+    if _ready(averages, values, decay):
+        return None
+    return "takes lists of dense float32 tensors of the CPU, each pair with the same strides, that share no memory"
+
+
+def _load() -> Callable[..., None]:
+    native = _native.load().ema_update
+
+    def run(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float) -> None:
+        native(averages, values, 1 - decay, _native.threads())
+        torch.autograd.graph.increment_version(averages)
+
+    return run
+
+
+def _check(averages: Any, values: Any, decay: float) -> tuple[Any, ...]:
+    for name, tensors in (("averages", averages), ("values", values)):
+        if not isinstance(tensors, (list, tuple)):
+            raise TypeError(f"{name} must be a list of tensors, got {_checks.text(tensors)}")
+    if len(averages) != len(values):
+        raise ValueError(f"averages and values must be as many, got {len(averages)} and {len(values)}")
+    for i, (average, value) in enumerate(zip(averages, values, strict=True)):
+        _checks.tensor(f"averages[{i}]", average)
+        _checks.own_memory(f"averages[{i}]", average)
+        _checks.tensor(f"values[{i}]", value, shape=average.shape, device=average.device)
+    return list(averages), list(values), _checks.number("decay", decay, 0, 1)
+
+
+OP: Op = Op(
+    "ema_update",
+    Impl("native", _load, _rejects, _ready),
+    Impl("reference", lambda: reference.ema_update),
+    check=_check,
+    traced=_NODE,
+)
+
+
+def ema_update(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float) -> None:
+    """average = decay average + (1 - decay) value, in place (Ho et al. 2020, appendix B).
+
+    Args:
+        averages: tensors of any shapes, floating point; each keeps its dtype, float32 also beside bfloat16 weights.
+        values: as many, of the same shapes and devices.
+        decay: weight of the old average, in [0, 1].
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong type, number, shape or device, or an average has elements that
+            share memory.
+    """
+    OP(averages, values, decay)
