@@ -60,6 +60,7 @@ bool group_norm_silu(py::handle x, py::handle x2, py::handle residual, const py:
       !Pixels(y, "y").placed(g, g.channels, f.y) || !Pixels(h, "h").placed(g, g.channels, f.h)) {
     return false;
   }
+  if (g.images * g.pixels == 0) return true;
   const auto run = kernels().group_norm_silu;
   py::gil_scoped_release unlocked;
   run(g, f, threads);
@@ -78,7 +79,9 @@ bool group_norm_silu_backward(py::handle x, py::handle x2, py::handle dy, py::ha
     return false;
   }
   if (g.statistics == nullptr) throw py::value_error("statistics: the backward needs those of the forward");
-  const Gradients to(gradients, b);
+  const bool empty = g.images * g.pixels == 0;
+  const Gradients to(gradients, b, empty);
+  if (empty) return true;
   const auto run = kernels().group_norm_silu_backward;
   py::gil_scoped_release unlocked;
   run(g, b, threads);

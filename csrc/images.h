@@ -102,11 +102,13 @@ class NormArguments {
 // Where the gradients of the parameters go, or none: in place, or where they are bf16 by way of float32.
 class Gradients {
  public:
-  Gradients(const py::tuple& tensors, GroupNormBackward& b) {
+  // Without images they are zeros, and nobody else writes them.
+  Gradients(const py::tuple& tensors, GroupNormBackward& b, bool empty) {
     float** const rows[] = {&b.dweight, &b.dbias, &b.dadd, &b.dscale, &b.dshift};
     for (size_t i = 0; i < 5; ++i) {
       const Tensor to(tensors[i], "a gradient");
       *rows[i] = static_cast<float*>(to.data);
+      if (empty && to.given) std::memset(to.data, 0, size_t(to.elements()) * (to.dtype == Dtype::bf16 ? 2 : 4));
       if (!to.given || to.dtype == Dtype::float32) continue;
       if (to.dtype != Dtype::bf16) throw py::value_error("a gradient: neither float32 nor bfloat16");
       rooms_[i].resize(size_t(to.elements()));

@@ -293,19 +293,12 @@ inline void stretches(int64_t channels, int64_t per_group, const double* statist
   }
 }
 
-// x less its channel's centre. bf16 has none: so far from 0 that the float32 sums around it lose digits, bf16 has lost more.
-template <class T>
-DDPM_INLINED inline Floats centred(Floats x, Floats centre) {
-  return sizeof(T) == sizeof(float) ? x - centre : x;
-}
-
 // y = (x - centre) gain + offset, of each channel of a slab.
 struct Affine {
   float *centre, *gain, *offset;
 };
 
 // The groups' statistics and the parameters as one map. It may take the place of what the statistics came from.
-template <class T>
 inline void affine(int64_t channels, int64_t per_group, const double* statistics, const Parameters& of,
                    const Affine& to) {
   stretches(channels, per_group, statistics, [&](int64_t first, int64_t count, const double* mean, const double* rstd) {
@@ -315,12 +308,12 @@ inline void affine(int64_t channels, int64_t per_group, const double* statistics
 #pragma GCC ivdep
     for (int64_t c = 0; c < count; ++c) {
       const double factor = 1.0 + double(scale[c]), slope = rstd[c] * double(weight[c]) * factor;
-      const double middle = mean[c] - double(add[c]), held = sizeof(T) == sizeof(float) ? double(float(middle)) : 0.0;
+      const double middle = mean[c] - double(add[c]), held = double(float(middle));
       const double lost = __builtin_fabs(slope) <= DBL_MAX ? (middle - held) * slope : 0.0;
       centre[c] = float(held);
       gain[c] = float(slope);
       const double scaled = bias[c] == 0.0f ? 0.0 : double(bias[c]) * factor;  // an infinite scale of no bias is no NaN
-      offset[c] = float(scaled + double(shift[c]) - lost);                     // `lost` by rounding the centre, or without
+      offset[c] = float(scaled + double(shift[c]) - lost);                     // `lost` by rounding the centre
     }
   });
 }

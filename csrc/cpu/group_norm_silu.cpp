@@ -143,7 +143,7 @@ void normalise_pixels(const T* x, int64_t stride, Affine to, T* y, int64_t y_str
       load_tile(b, to.offset + c, last);
       prefetch<V>(next + p * stride + c);
       prefetch_to_write<V>(y + (p + kAhead) * y_stride + c);
-      for (int i = 0; i < V; ++i) v[i] = activate<A, kPrecision<T>>(fma(centred<T>(v[i], m[i]), a[i], b[i]));
+      for (int i = 0; i < V; ++i) v[i] = activate<A, kPrecision<T>>(fma(v[i] - m[i], a[i], b[i]));
       store_tile(y + p * y_stride + c, v, last);
     });
   }
@@ -158,7 +158,7 @@ void normalise_rows(const T* x, int64_t stride, Affine to, T* y, int64_t y_strid
       constexpr int V = decltype(tile)::value;
       Floats v[V];
       load_tile(v, x + c * stride + p, last);
-      for (int i = 0; i < V; ++i) v[i] = activate<A, kPrecision<T>>(fma(centred<T>(v[i], m), a, b));
+      for (int i = 0; i < V; ++i) v[i] = activate<A, kPrecision<T>>(fma(v[i] - m, a, b));
       store_tile(y + c * y_stride + p, v, last);
     });
   }
@@ -277,7 +277,7 @@ void forward(const GroupNorm& g, const GroupNormForward& f, int threads) {
         double* statistics = g.statistics ? g.statistics + 2 * first_group : reinterpret_cast<double*>(room);
         const Parameters with = parameters(g, to, of, constants, f.h.data != nullptr);
         merge_groups(of.count, per_group, all, with.add, double(g.pixels), g.eps, statistics);
-        affine<T>(of.count, per_group, statistics, with, {all.pivot, all.mean, all.squares});
+        affine(of.count, per_group, statistics, with, {all.pivot, all.mean, all.squares});
       },
       [&](int64_t slab, int64_t piece, float* room) {
         const Moments all = moments_of(0, room);  // now the affine maps

@@ -45,7 +45,7 @@ void sum_pixels(const T* x, int64_t stride, const From* dy, int64_t dy_stride, A
         load_tile(g, dy + p * dy_stride + c, last);
         prefetch<V>(x + (p + kAhead) * stride + c);
         prefetch<V>(dy + (p + kAhead) * dy_stride + c);
-        for (int i = 0; i < V; ++i) g[i] = through<A, kPrecision<T>>(g[i], fma(centred<T>(v[i], m[i]), a[i], b[i]));
+        for (int i = 0; i < V; ++i) g[i] = through<A, kPrecision<T>>(g[i], fma(v[i] - m[i], a[i], b[i]));
         store_tile(dz + p * dz_stride + c, g, last);
       });
     }
@@ -57,7 +57,7 @@ void sum_pixels(const T* x, int64_t stride, const From* dy, int64_t dy_stride, A
         load_tile(v, x + p * stride + c, last);
         load_tile(g, dz + p * dz_stride + c, last);
         for (int i = 0; i < V; ++i) {
-          const Floats d = centred<T>(v[i], m[i]);
+          const Floats d = v[i] - m[i];
           of_dz[i] += g[i];
           of_product[i] = fma(g[i], d, of_product[i]);
           of_x[i] += d;
@@ -89,7 +89,7 @@ void sum_rows(const T* x, int64_t stride, const From* dy, int64_t dy_stride, Aff
       load_tile(v, x + c * stride + p, last);
       load_tile(g, dy + c * dy_stride + p, last);
       for (int i = 0; i < V; ++i) {
-        v[i] = zeroed(centred<T>(v[i], broadcast(m)), V == 1 ? last : kVec);
+        v[i] = zeroed(v[i] - m, V == 1 ? last : kVec);
         g[i] = through<A, kPrecision<T>>(g[i], fma(v[i], a, b));
       }
       store_tile(dz + c * dz_stride + p, g, last);
@@ -122,7 +122,7 @@ void combine_pixels(const T* x, int64_t stride, const float* dz, int64_t dz_stri
       load_tile(of_v, l + c, last);
       load_tile(rest, m + c, last);
       prefetch_to_write<V>(dx + (p + kAhead) * dx_stride + c);
-      for (int i = 0; i < V; ++i) v[i] = fma(of_g[i], g[i], fma(of_v[i], centred<T>(v[i], middle[i]), rest[i])) + h[i];
+      for (int i = 0; i < V; ++i) v[i] = fma(of_g[i], g[i], fma(of_v[i], v[i] - middle[i], rest[i])) + h[i];
       store_tile(dx + p * dx_stride + c, v, last);
     });
   }
@@ -139,7 +139,7 @@ void combine_rows(const T* x, int64_t stride, const float* dz, int64_t dz_stride
       load_tile(v, x + c * stride + p, last);
       load_tile(g, dz + c * dz_stride + p, last);
       if (dh != nullptr) load_tile(h, dh + c * dh_stride + p, last);
-      for (int i = 0; i < V; ++i) v[i] = fma(k, g[i], fma(l, centred<T>(v[i], centre), m)) + h[i];
+      for (int i = 0; i < V; ++i) v[i] = fma(k, g[i], fma(l, v[i] - centre, m)) + h[i];
       store_tile(dx + c * dx_stride + p, v, last);
     });
   }
@@ -304,7 +304,7 @@ void backward(const GroupNorm& g, const GroupNormBackward& b, int threads) {
       [&](int64_t task, float* room) {
         const Place of = place(g, to, task, 0);
         const Parameters with = parameters(g, to, of, constants, false);
-        affine<T>(of.count, per_group, statistics_of(of), with, slab_in(room, to.width, 0).map);
+        affine(of.count, per_group, statistics_of(of), with, slab_in(room, to.width, 0).map);
       },
       [&](int64_t task, int64_t piece, float* room) {
         measure<A, T>(g, b, place(g, to, task, piece), slab_in(room, to.width, piece), room + rows_of_slab);

@@ -40,6 +40,7 @@ class EMA:
         new = [p.data for p in current_model.parameters()]
         if len(new) != len(averages) or any(a.shape != b.shape for a, b in zip(averages, new, strict=True)):
             raise ValueError("current_model must have the parameters of ema_model: their number or shapes differ")
+        new = [b if a.dtype == b.dtype else b.to(a.dtype) for a, b in zip(averages, new, strict=True)]
         EMA_UPDATE.unchecked(averages, new, self.decay)
         copy_buffers(ema_model, current_model)
 

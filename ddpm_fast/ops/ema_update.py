@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ..reference import ema_update as reference
 from . import _checks, _native
@@ -33,8 +33,9 @@ def _load() -> Callable[..., None]:
     native = _native.load().ema_update
 
     def run(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float) -> None:
+        for average in averages:  # first, as it may raise
+            increment_version(average)
         native(averages, values, 1 - decay, _native.threads())
-        torch.autograd.graph.increment_version(averages)
 
     return run
 

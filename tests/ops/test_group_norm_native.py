@@ -315,3 +315,19 @@ def test_the_native_boundary_refuses_what_it_can_not_address() -> None:
         call(y=y.bfloat16())
     with pytest.raises(ValueError, match="y: not a plain tensor"):
         call(y=y.to("meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_flat_image_is_its_bias(dtype: torch.dtype) -> None:
+    """Nothing of its offset is left, though eps magnifies what rounding leaves 316 times."""
+    bias = torch.randn(8)
+    y = ops.group_norm_silu(torch.full((2, 8, 5, 7), 1000.0, dtype=dtype), None, bias, 4)
+    expected = torch.nn.functional.silu(bias)[:, None, None].expand(2, 8, 5, 7)
+    assert torch.allclose(y.float(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_infinite_scale_keeps_signs(dtype: torch.dtype) -> None:
+    x = torch.tensor([2.0, 4.0], dtype=dtype).reshape(1, 1, 1, 2)
+    y = ops.group_norm_silu(x, None, None, 1, scale=torch.full((1, 1), float("inf")), activation="none")
+    assert y.flatten().tolist() == [-float("inf"), float("inf")]
