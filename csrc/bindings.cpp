@@ -78,10 +78,10 @@ bool group_norm_silu_backward(py::handle x, py::handle x2, py::handle dy, py::ha
       !Pixels(dx2, "dx2").placed(g, g.channels - g.channels_1, b.dx2)) {
     return false;
   }
-  if (g.statistics == nullptr) throw py::value_error("statistics: the backward needs those of the forward");
   const bool empty = g.images * g.pixels == 0;
   const Gradients to(gradients, b, empty);
   if (empty) return true;
+  if (g.statistics == nullptr) throw py::value_error("statistics: the backward needs those of the forward");
   const auto run = kernels().group_norm_silu_backward;
   py::gil_scoped_release unlocked;
   run(g, b, threads);

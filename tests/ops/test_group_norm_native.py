@@ -331,3 +331,15 @@ def test_an_infinite_scale_keeps_signs(dtype: torch.dtype) -> None:
     x = torch.tensor([2.0, 4.0], dtype=dtype).reshape(1, 1, 1, 2)
     y = ops.group_norm_silu(x, None, None, 1, scale=torch.full((1, 1), float("inf")), activation="none")
     assert y.flatten().tolist() == [-float("inf"), float("inf")]
+
+
+def test_a_graph_may_meet_no_images() -> None:
+    """What eager calls give to the reference, a compiled graph of a dynamic batch hands to its node."""
+    x, weight, bias = (
+        torch.empty(0, 8, 3, 5, requires_grad=True),
+        *(torch.ones(8, requires_grad=True) for _ in range(2)),
+    )
+    rest = (4, 1e-5, "silu", 0.0, 0, 0, None, None)
+    y, *_ = torch.ops.ddpm_fast.group_norm_silu_fused(x, None, None, weight, bias, None, None, None, *rest)
+    dx, dweight, dbias = torch.autograd.grad(y.sum(), (x, weight, bias))
+    assert y.shape == dx.shape == x.shape and not dweight.any() and not dbias.any()
