@@ -71,9 +71,8 @@ class Averages {
     }
     return std::all_of(sorted.begin(), sorted.end(), [&](const Stretch& pair) {
       // The first average that ends after this value begins.
-      const auto met = std::upper_bound(sorted.begin(), sorted.end(), pair.value, [](const float* at, const Stretch& other) {
-        return at < other.average + other.count;
-      });
+      const auto before_end = [](const float* at, const Stretch& other) { return at < other.average + other.count; };
+      const auto met = std::upper_bound(sorted.begin(), sorted.end(), pair.value, before_end);
       return met == sorted.end() || met->average >= pair.value + pair.count || pair.value == pair.average;
     });
   }

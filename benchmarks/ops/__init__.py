@@ -248,9 +248,7 @@ def measure(
     runs: dict[str, Callable[[int], None]] = {}
     errors: dict[str, str] = {}
     listed = contenders(case, device, compile)
-    inputs = functools.cache(
-        partial(inputs_of, case, device)
-    )  # contenders share them: the caches hold as much for each
+    inputs = functools.cache(partial(inputs_of, case, device))  # shared, so that the caches hold as much for each
     for name, contender in listed.items():
         try:
             check(case, name, contender, device)

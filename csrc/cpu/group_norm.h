@@ -308,12 +308,12 @@ inline void affine(int64_t channels, int64_t per_group, const double* statistics
 #pragma GCC ivdep
     for (int64_t c = 0; c < count; ++c) {
       const double factor = 1.0 + double(scale[c]), slope = rstd[c] * double(weight[c]) * factor;
-      const double middle = mean[c] - double(add[c]), held = double(float(middle));
-      const double lost = __builtin_fabs(slope) <= DBL_MAX ? (middle - held) * slope : 0.0;
-      centre[c] = float(held);
+      const double middle = mean[c] - double(add[c]), rounded = double(float(middle));
+      const double lost = __builtin_fabs(slope) <= DBL_MAX ? (middle - rounded) * slope : 0.0;
+      centre[c] = float(middle);
       gain[c] = float(slope);
-      const double scaled = bias[c] == 0.0f ? 0.0 : double(bias[c]) * factor;  // an infinite scale of no bias is no NaN
-      offset[c] = float(scaled + double(shift[c]) - lost);                     // `lost` by rounding the centre
+      const double scaled = bias[c] == 0.0f ? 0.0 : double(bias[c]) * factor;  // an infinite scale of no bias: no NaN
+      offset[c] = float(scaled + double(shift[c]) - lost);
     }
   });
 }

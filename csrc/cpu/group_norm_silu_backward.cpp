@@ -132,7 +132,8 @@ template <class T>
 void combine_rows(const T* x, int64_t stride, const float* dz, int64_t dz_stride, const T* dh, int64_t dh_stride,
                   const Slab& of, int64_t begin, T* dx, int64_t dx_stride, int64_t pixels, int64_t channels) {
   for (int64_t c = 0; c < channels; ++c) {
-    const Floats centre = broadcast(of.map.centre[begin + c]), k = broadcast(of.map.gain[begin + c]), l = broadcast(of.l[begin + c]), m = broadcast(of.m[begin + c]);
+    const Floats centre = broadcast(of.map.centre[begin + c]), k = broadcast(of.map.gain[begin + c]);
+    const Floats l = broadcast(of.l[begin + c]), m = broadcast(of.m[begin + c]);
     tiles<4>(pixels, [=](int64_t p, auto tile, int64_t last) DDPM_INLINED {
       constexpr int V = decltype(tile)::value;
       Floats v[V], g[V], h[V] = {};
@@ -145,7 +146,7 @@ void combine_rows(const T* x, int64_t stride, const float* dz, int64_t dz_stride
   }
 }
 
-// Gradients of the parameters, image by image, null where not wanted; those that all images share are added up at the end.
+// Gradients of the parameters, image by image, null where not wanted; those that all images share are added up in the end.
 struct Rows {
   float *dweight, *dbias, *dadd, *dscale, *dshift;  // [N, C]
 
@@ -181,9 +182,11 @@ void coefficients(int64_t channels, int64_t per_group, double pixels, const doub
       of.m[c] = m - l * of.lost[c];
     }
   }
-  if (count == 1) {  // such an element is its mean: all of x's gradient, and the products, are exactly 0
-    for (float* row : {of.map.gain, of.l, of.m, of.sums.product}) {
-      for (int64_t c = 0; c < channels; ++c) row[c] = 0.0f;
+  if (count == 1) {  // such an element is its mean: all of x's gradient, and the products, are exactly 0, or no number
+    for (int64_t c = 0; c < channels; ++c) {
+      of.map.gain[c] *= 0.0f;
+      of.sums.product[c] *= 0.0f;
+      of.l[c] = of.m[c] = 0.0f * of.rstd[c];
     }
   }
 }

@@ -150,7 +150,8 @@ def group_norm_silu(
         x2: [N, C2, H, W], as if concatenated to x.
         add: [C] or [N, C], added before the norm: convolution, time and class biases.
         residual: [N, C, H, W], added before the norm; then h is returned too.
-        scale, shift: [N, C], applied after the norm (FiLM).
+        scale, shift: [N, C], applied after the norm (FiLM). Fast backends form weight (1 + scale) / deviation first;
+            where that leaves float32, so does y.
         activation: "none", "silu", "relu" or "mish".
         dropout: probability and source of the mask; only for training.
 

@@ -165,12 +165,14 @@ def often(draw: Draw, chance: int = 2) -> bool:
     return draw(st.integers(1, chance)) > 1
 
 
-def tensor(draw: Draw, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+def tensor(
+    draw: Draw, shape: tuple[int, ...], dtype: torch.dtype | None = None, special: tuple[float, ...] = SPECIAL
+) -> Tensor:
     """Normals, a special value among them now and then, in any memory layout."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype or one(draw, *FLOATS))
     if x.is_floating_point() and x.numel() and not often(draw, 4):
-        x.view(-1)[draw(st.integers(0, x.numel() - 1))] = one(draw, *SPECIAL)
+        x.view(-1)[draw(st.integers(0, x.numel() - 1))] = one(draw, *special)
     return laid_out(draw, x)
 
 

@@ -12,16 +12,21 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ddpm_fast import ops, reference
 
-from .harness import REFUSED, SIZES, SMALL, Draw, attempt, fuzz, often, one, spoilt, tensor, unwrapped
+from .harness import REFUSED, SIZES, SMALL, SPECIAL, Draw, attempt, fuzz, often, one, spoilt, tensor, unwrapped
 
 ACTIVATIONS = st.sampled_from(("none", "silu", "relu", "mish"))
 
 
-def agree(name: str, fast: Tensor, plain: Tensor, truth: Tensor, factor: float) -> None:
-    """The oracle's rule where the plain result is a number; what is no number in truth must not become one."""
+def agree(name: str, fast: Tensor, plain: Tensor, truth: Tensor, factor: float, size: float = 0) -> None:
+    """The oracle's rule where the plain result is a number; what is no number in truth must not become one.
+
+    `size`: of numbers whose rounding a result may inherit.
+    """
     assert fast.shape == plain.shape and fast.dtype == plain.dtype, (name, fast.shape, plain.shape, fast.dtype)
     assert not bool(fast[truth.isnan() & plain.isnan()].isfinite().any()), f"{name}: a NaN is lost"
     numbers = plain.isfinite() & truth.isfinite()
+    if torch.allclose(fast[numbers].double(), truth[numbers], rtol=0, atol=32 * torch.finfo(plain.dtype).eps * size):
+        return  # where all cancels, even the truth is nothing but rounding
     assert_rule(name, fast[numbers], plain[numbers], truth[numbers], factor)
 
 
@@ -71,9 +76,10 @@ def held(
     exact = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, args)
     exact |= {k: args[k].double() for k in numbers if isinstance(args[k], Tensor)}
     truth = run(oracle, exact, seed, differentiate)
+    size = max([float(t[t.isfinite()].abs().amax()) for t in truth[0] if t.isfinite().any()], default=0.0)
     for factor, what, results in zip((2, 3), ("output", "gradient"), zip(fast, plain, truth, strict=True), strict=True):
         for i, (f, p, t) in enumerate(zip(*results, strict=True)):
-            agree(f"{what} {i}", f, p, t, factor)
+            agree(f"{what} {i}", f, p, t, factor, size if what == "gradient" else 0)
     return True
 
 
@@ -164,12 +170,15 @@ def test_ema_update(draw: Draw) -> bool:
     return True
 
 
+MODEST = tuple(v for v in SPECIAL if not abs(v) > 1e5)  # so that sums and products of a norm's arguments are numbers
+
+
 def channels(draw: Draw, size: int) -> tuple[dict[str, Any], int]:
     """x, and x2 or not, of one dtype; and their channels together."""
     n, h, w, dtype = draw(SIZES), draw(SIZES), draw(SIZES), one(draw, *(torch.float32, torch.float16, torch.float64))
     first = draw(st.integers(0, size)) if not often(draw, 3) else size
-    args = {"x": tensor(draw, (n, first, h, w), dtype)}
-    return args | ({} if first == size else {"x2": tensor(draw, (n, size - first, h, w), dtype)}), size
+    args = {"x": tensor(draw, (n, first, h, w), dtype, MODEST)}
+    return args | ({} if first == size else {"x2": tensor(draw, (n, size - first, h, w), dtype, MODEST)}), size
 
 
 @fuzz(900)
@@ -180,10 +189,10 @@ def test_group_norm_silu(draw: Draw) -> bool:
     args |= {"groups": groups, "eps": one(draw, 1e-5, 0, 1e30), "activation": draw(ACTIVATIONS)}
     args |= {"weight": None, "bias": None}
     if often(draw):
-        args |= {"weight": tensor(draw, (c,)), "bias": tensor(draw, (c,))}
-    args["add"] = maybe(draw, lambda: tensor(draw, one(draw, (c,), (n, c))))
-    args["residual"] = maybe(draw, lambda: tensor(draw, (n, c, h, w)))
-    args |= {name: maybe(draw, lambda: tensor(draw, (n, c))) for name in ("scale", "shift")}
+        args |= {"weight": tensor(draw, (c,), special=MODEST), "bias": tensor(draw, (c,))}
+    args["add"] = maybe(draw, lambda: tensor(draw, one(draw, (c,), (n, c)), special=MODEST))
+    args["residual"] = maybe(draw, lambda: tensor(draw, (n, c, h, w), special=MODEST))
+    args |= {name: maybe(draw, lambda: tensor(draw, (n, c), special=MODEST)) for name in ("scale", "shift")}
     if not often(draw, 3):
         args["dropout"] = ops.Dropout(one(draw, 0.0, 0.3, 1.0), state(draw), draw(st.integers(0, 256)))
     return held(draw, ops.group_norm_silu, reference.group_norm_silu.group_norm_silu, spoilt(draw, args))

@@ -343,3 +343,9 @@ def test_a_graph_may_meet_no_images() -> None:
     y, *_ = torch.ops.ddpm_fast.group_norm_silu_fused(x, None, None, weight, bias, None, None, None, *rest)
     dx, dweight, dbias = torch.autograd.grad(y.sum(), (x, weight, bias))
     assert y.shape == dx.shape == x.shape and not dweight.any() and not dbias.any()
+
+
+def test_groups_of_one_element_without_eps_are_no_numbers() -> None:
+    x = torch.randn(2, 4, 1, 1, requires_grad=True)
+    y = ops.group_norm_silu(x, None, None, 4, eps=0)
+    assert y.isnan().all() and torch.autograd.grad(y.sum(), x)[0].isnan().all()
