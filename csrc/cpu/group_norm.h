@@ -8,6 +8,9 @@
 #if defined(__unix__)
 #include <unistd.h>
 #endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "factors.h"
 #include "group_norm_silu.h"
@@ -39,10 +42,11 @@ DDPM_INLINED inline void tiles(int64_t channels, const Body& body, int64_t c = 0
   }
 }
 
+constexpr int64_t kBlock = 32;
+
 // Calls body(first, count) for blocks of pixels, few enough to stay in the first cache.
 template <class Body>
 DDPM_INLINED inline void blocks(int64_t pixels, const Body& body) {
-  constexpr int64_t kBlock = 32;
   for (int64_t p = 0; p < pixels; p += kBlock) body(p, pixels - p < kBlock ? pixels - p : kBlock);
 }
 
@@ -126,8 +130,9 @@ inline Floats activate(Floats z) {
 template <Activation A, Precision P>
 inline Floats through(Floats dy, Floats z) {
   if constexpr (A == Activation::silu) {
-    const Floats e = exp2<P>(z * -kLog2E), s = reciprocal<P>(1.0f + e);
-    const Floats rest = smaller(broadcast(0x1p126f), e) * s;  // 1 - s, without its cancellation; e may be inf
+    const Floats e = exp2<P>(z * -kLog2E), s = quotient<P>(broadcast(1.0f), 1.0f + e);
+    Floats rest = 1.0f - s;
+    if (P == Precision::coarse) rest = smaller(broadcast(0x1p126f), e) * s;  // what is lost there is many ulp of s
     return dy * s * fma(z, rest, broadcast(1.0f));
   }
   if constexpr (A == Activation::relu) return z <= 0.0f ? Floats{} : dy;
@@ -147,6 +152,27 @@ inline int64_t second_cache() {
   return int64_t{1} << 20;
 }
 
+// Bytes of the third cache, as the processor tells; 0 if it doesn't. The system adds up those of all its processors.
+inline int64_t third_cache() {
+  int64_t size = 0;
+#if defined(__x86_64__)
+  for (const unsigned leaf : {0x4u, 0x8000001Du}) {  // Intel's, AMD's
+    unsigned a, b, c, d;
+    for (unsigned i = 0; __get_cpuid_count(leaf, i, &a, &b, &c, &d) && (a & 31) != 0; ++i) {
+      const int64_t ways = (b >> 22) + 1, partitions = (b >> 12 & 1023) + 1, line = (b & 4095) + 1;
+      if ((a >> 5 & 7) == 3) size = ways * partitions * line * (int64_t{c} + 1);
+    }
+  }
+#endif
+  return size;
+}
+
+// Whether a call on so many bytes goes to memory: a quarter of the third cache is theirs, the rest is other cores'.
+inline bool in_memory(int64_t bytes) {
+  static const int64_t size = third_cache();
+  return size > 0 && bytes > size / 4;
+}
+
 // Numbers for the length of a call. The memory is the allocator's; what doesn't fit it ends the process, as elsewhere.
 class Scratch {
  public:
@@ -162,8 +188,9 @@ class Scratch {
   float* data_;
 };
 
-// How a call is cut. A slab is an image's channels, or as many of them as the second cache takes at `bytes` an element; in
-// channels_last its pixels come in pieces. The pieces don't depend on the threads, so neither does a bit of the result.
+// How a call is cut. A slab is an image's channels, or as many of them as the second cache takes at `bytes` an element, but
+// no fewer than make long rows: short ones with gaps between cost more than what the cache does not hold. In channels_last
+// its pixels come in pieces. The pieces don't depend on the threads, so neither does a bit of the result.
 struct Cut {
   int64_t width;         // channels of a slab
   int64_t slabs;         // of an image
@@ -173,7 +200,8 @@ struct Cut {
 };
 
 inline Cut cut(const GroupNorm& g, int64_t bytes, int threads) {
-  constexpr int64_t kPiece = 128;  // four blocks
+  constexpr int64_t kPiece = 128;     // four blocks
+  constexpr int64_t kRowBytes = 512;  // of a pixel in a slab
   Cut to;
   to.threads = worth(threads, g.images * g.pixels * g.channels, 1 << 12);
   to.piece = g.channels_last ? kPiece : g.pixels;
@@ -182,7 +210,9 @@ inline Cut cut(const GroupNorm& g, int64_t bytes, int threads) {
   int64_t least = per_group;  // whole vectors, if that can be
   while (g.channels_last && least % kVec != 0 && least < g.channels) least += per_group;
   const int64_t of_image = g.channels * g.pixels * bytes, room = second_cache() / 4 * 3;
-  const int64_t for_cache = (of_image + room - 1) / room, for_threads = (to.threads + g.images - 1) / g.images;
+  const int64_t row = g.channels * (g.half ? sizeof(bf16) : sizeof(float)), rows = row < kRowBytes ? 1 : row / kRowBytes;
+  const int64_t parts = (of_image + room - 1) / room, for_cache = g.channels_last && rows < parts ? rows : parts;
+  const int64_t for_threads = (to.threads + g.images - 1) / g.images;
   const int64_t wanted = to.pieces > 1 || for_cache > for_threads ? for_cache : for_threads;
   to.width = (g.channels + wanted * least - 1) / (wanted * least) * least;
   to.slabs = (g.channels + to.width - 1) / to.width;

@@ -133,20 +133,22 @@ void sum_rows(const T* x, int64_t stride, const T* residual, int64_t residual_st
 template <Activation A, class T>
 void normalise_pixels(const T* x, int64_t stride, Affine to, T* y, int64_t y_stride, int64_t pixels, int64_t channels,
                       const T* next) {
-  for (int64_t p = 0; p < pixels; ++p) {
-    tiles<4>(channels, [=](int64_t c, auto tile, int64_t last) DDPM_INLINED {
+  blocks(pixels, [=](int64_t first, int64_t in_block) {
+    tiles<kTile>(channels, [=](int64_t c, auto tile, int64_t last) DDPM_INLINED {
       constexpr int V = decltype(tile)::value;
       Floats v[V], m[V], a[V], b[V];
-      load_tile(v, x + p * stride + c, last);
       load_tile(m, to.centre + c, last);
       load_tile(a, to.gain + c, last);
       load_tile(b, to.offset + c, last);
-      prefetch<V>(next + p * stride + c);
-      prefetch_to_write<V>(y + (p + kAhead) * y_stride + c);
-      for (int i = 0; i < V; ++i) v[i] = activate<A, kPrecision<T>>(fma(v[i] - m[i], a[i], b[i]));
-      store_tile(y + p * y_stride + c, v, last);
+      for (int64_t p = first; p < first + in_block; ++p) {
+        load_tile(v, x + p * stride + c, last);
+        prefetch<V>(next + p * stride + c);
+        prefetch_to_write<V>(y + (p + kAhead) * y_stride + c);
+        for (int i = 0; i < V; ++i) v[i] = activate<A, kPrecision<T>>(fma(v[i] - m[i], a[i], b[i]));
+        store_tile(y + p * y_stride + c, v, last);
+      }
     });
-  }
+  });
 }
 
 template <Activation A, class T>

@@ -34,33 +34,26 @@ template <Activation A, class T, class From>
 void sum_pixels(const T* x, int64_t stride, const From* dy, int64_t dy_stride, Affine of, float* dz, int64_t dz_stride,
                 Sums sums, int64_t pixels, int64_t channels) {
   blocks(pixels, [=](int64_t first, int64_t in_block) {
-    for (int64_t p = first; p < first + in_block; ++p) {
-      tiles<4>(channels, [=](int64_t c, auto tile, int64_t last) DDPM_INLINED {
-        constexpr int V = decltype(tile)::value;
-        Floats v[V], m[V], a[V], b[V], g[V];
-        load_tile(v, x + p * stride + c, last);
-        load_tile(m, of.centre + c, last);
-        load_tile(a, of.gain + c, last);
-        load_tile(b, of.offset + c, last);
-        load_tile(g, dy + p * dy_stride + c, last);
-        prefetch<V>(x + (p + kAhead) * stride + c);
-        prefetch<V>(dy + (p + kAhead) * dy_stride + c);
-        for (int i = 0; i < V; ++i) g[i] = through<A, kPrecision<T>>(g[i], fma(v[i] - m[i], a[i], b[i]));
-        store_tile(dz + p * dz_stride + c, g, last);
-      });
-    }
     tiles<kTile>(channels, [=](int64_t c, auto tile, int64_t last) DDPM_INLINED {
       constexpr int V = decltype(tile)::value;
-      Floats m[V], v[V], g[V], of_dz[V] = {}, of_product[V] = {}, of_x[V] = {};
+      Floats m[V], a[V], b[V], v[V], g[V], of_dz[V] = {}, of_product[V] = {}, of_x[V] = {};
       load_tile(m, of.centre + c, last);
+      load_tile(a, of.gain + c, last);
+      load_tile(b, of.offset + c, last);
       for (int64_t p = first; p < first + in_block; ++p) {
         load_tile(v, x + p * stride + c, last);
-        load_tile(g, dz + p * dz_stride + c, last);
+        load_tile(g, dy + p * dy_stride + c, last);
+        prefetch<V>(x + (p + kBlock) * stride + c);
+        prefetch<V>(dy + (p + kBlock) * dy_stride + c);
         for (int i = 0; i < V; ++i) {
-          const Floats d = v[i] - m[i];
+          v[i] -= m[i];
+          g[i] = through<A, kPrecision<T>>(g[i], fma(v[i], a[i], b[i]));
+        }
+        store_tile(dz + p * dz_stride + c, g, last);
+        for (int i = 0; i < V; ++i) {
           of_dz[i] += g[i];
-          of_product[i] = fma(g[i], d, of_product[i]);
-          of_x[i] += d;
+          of_product[i] = fma(g[i], v[i], of_product[i]);
+          of_x[i] += v[i];
         }
       }
       const auto join = [&](float* all, const Floats (&block)[V]) {
@@ -105,27 +98,35 @@ void sum_rows(const T* x, int64_t stride, const From* dy, int64_t dy_stride, Aff
   }
 }
 
-// dx = k dz + l (x - centre) + m [+ dh]
-template <class T>
+// dx = k dz + l (x - centre) + m [+ dh]; `Past` the caches, if dx's rows are whole vectors.
+template <bool Past, class T>
 void combine_pixels(const T* x, int64_t stride, const float* dz, int64_t dz_stride, const T* dh, int64_t dh_stride,
                     const Slab& of, int64_t begin, T* dx, int64_t dx_stride, int64_t pixels, int64_t channels) {
   const float *centre = of.map.centre + begin, *k = of.map.gain + begin, *l = of.l + begin, *m = of.m + begin;
-  for (int64_t p = 0; p < pixels; ++p) {
-    tiles<4>(channels, [=](int64_t c, auto tile, int64_t last) DDPM_INLINED {
+  blocks(pixels, [=](int64_t first, int64_t in_block) {
+    tiles<kTile>(channels, [=](int64_t c, auto tile, int64_t last) DDPM_INLINED {
       constexpr int V = decltype(tile)::value;
       Floats v[V], g[V], h[V] = {}, middle[V], of_g[V], of_v[V], rest[V];
-      load_tile(v, x + p * stride + c, last);
-      load_tile(g, dz + p * dz_stride + c, last);
-      if (dh != nullptr) load_tile(h, dh + p * dh_stride + c, last);
       load_tile(middle, centre + c, last);
       load_tile(of_g, k + c, last);
       load_tile(of_v, l + c, last);
       load_tile(rest, m + c, last);
-      prefetch_to_write<V>(dx + (p + kAhead) * dx_stride + c);
-      for (int i = 0; i < V; ++i) v[i] = fma(of_g[i], g[i], fma(of_v[i], v[i] - middle[i], rest[i])) + h[i];
-      store_tile(dx + p * dx_stride + c, v, last);
+      for (int64_t p = first; p < first + in_block; ++p) {
+        load_tile(v, x + p * stride + c, last);
+        load_tile(g, dz + p * dz_stride + c, last);
+        if (dh != nullptr) load_tile(h, dh + p * dh_stride + c, last);
+        if constexpr (!Past) prefetch_to_write<V>(dx + (p + kAhead) * dx_stride + c);
+        for (int i = 0; i < V; ++i) v[i] = fma(of_g[i], g[i], fma(of_v[i], v[i] - middle[i], rest[i])) + h[i];
+        if constexpr (Past && sizeof(T) == sizeof(float)) {
+          if (last == kVec) {
+            for (int i = 0; i < V; ++i) stream(dx + p * dx_stride + c + i * kVec, v[i]);
+            continue;
+          }
+        }
+        store_tile(dx + p * dx_stride + c, v, last);
+      }
     });
-  }
+  });
 }
 
 template <class T>
@@ -248,18 +249,25 @@ void measure(const GroupNorm& g, const GroupNormBackward& b, const Place& of, co
   });
 }
 
-// dx
+// dx. Where all is more than the caches hold, dx leaves them out: else its memory would be read before it is written.
 template <class T>
 void finish(const GroupNorm& g, const GroupNormBackward& b, const Place& of, const Slab& slab, float* room) {
+  const bool past = in_memory(3 * g.images * g.channels * g.pixels * int64_t{sizeof(T)});
   parts(g, of, [&](const Part& part, bool second) {
     const Image &image = second ? g.x2 : g.x, &target = second ? b.dx2 : b.dx;
     const Image dz = room_of(g, of, part, room);
     const float* from = static_cast<const float*>(dz.data);
     const T *x = at<T>(image, of, part.inside), *dh = b.dh.data == nullptr ? nullptr : at<T>(b.dh, of, part.first);
     T* dx = at<T>(target, of, part.inside);
-    if (g.channels_last) {
-      combine_pixels(x, image.pixel, from, dz.pixel, dh, b.dh.pixel, slab, part.begin, dx, target.pixel, of.pixels,
-                     part.count);
+    // bf16 is bound by arithmetic.
+    const bool whole = reinterpret_cast<uintptr_t>(dx) % kVecBytes == 0 && target.pixel % kVec == 0;
+    if (g.channels_last && sizeof(T) == sizeof(float) && whole && past) {
+      combine_pixels<true>(x, image.pixel, from, dz.pixel, dh, b.dh.pixel, slab, part.begin, dx, target.pixel,
+                           of.pixels, part.count);
+      streamed();
+    } else if (g.channels_last) {
+      combine_pixels<false>(x, image.pixel, from, dz.pixel, dh, b.dh.pixel, slab, part.begin, dx, target.pixel,
+                            of.pixels, part.count);
     } else {
       combine_rows(x, image.channel, from, dz.channel, dh, b.dh.channel, slab, part.begin, dx, target.channel,
                    of.pixels, part.count);

@@ -102,6 +102,26 @@ static inline void store(bf16* p, Floats low, Floats high) {
 #endif
 }
 
+// Past the caches, to an address of whole vectors. Other threads may see it late; see `streamed`.
+static inline void stream(float* p, Floats v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)v);
+#elif defined(__SSE2__)
+  _mm_stream_ps(p, (__m128)v);
+#else
+  store(p, v);
+#endif
+}
+
+// Ends a thread's streaming.
+static inline void streamed() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // The first `count` of a vector, the rest 0; and back.
 template <class T>
 static inline Floats load_part(const T* p, int64_t count) {

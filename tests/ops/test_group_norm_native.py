@@ -122,6 +122,31 @@ def test_nothing_around_a_slice_is_read_or_written(dtype: torch.dtype) -> None:
         assert larger[:, 0].isnan().all() and larger[:, 9:].isnan().all()
 
 
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("isa", _C.isas())
+def test_a_gradient_larger_than_the_caches_is_that_of_its_images(isa: str, aligned: bool, poison_empty: None) -> None:
+    """A large dx is written past the caches where its rows are whole vectors; images don't depend on each other."""
+    _C.force_isa(isa)
+    channels = 64 if aligned else 68
+    tensors = arguments(8, channels, 32, 56, torch.float32, CHANNELS_LAST)
+    del tensors["residual"]
+    one = {k: v if k in ("weight", "bias") else v[3:4] for k, v in tensors.items()}
+    names = ["y", *tensors]
+
+    def gradients(of: Tensors, cotangent: Tensor) -> dict[str, Tensor]:
+        leaves = {k: v.detach().requires_grad_() for k, v in of.items()}
+        with ops.use_backend("native"):
+            y = ops.group_norm_silu(**leaves, groups=4)
+            return dict(
+                zip(names, (y.detach(), *torch.autograd.grad(y, list(leaves.values()), cotangent)), strict=True)
+            )
+
+    cotangent = torch.randn(8, channels + 32, 56, 56).contiguous(memory_format=CHANNELS_LAST)
+    all_of_them, alone = gradients(tensors, cotangent), gradients(one, cotangent[3:4])
+    for name in ("y", "x", "x2", "add", "scale", "shift"):
+        assert torch.equal(all_of_them[name][3:4], alone[name]), name
+
+
 def test_a_gradient_that_is_expanded_or_in_another_layout() -> None:
     x = torch.randn(2, 8, 4, 4).contiguous(memory_format=CHANNELS_LAST)
     for cotangent in (torch.ones(()).expand(2, 8, 4, 4), torch.randn(2, 8, 4, 4), torch.randn(2, 8, 4, 1).expand_as(x)):
