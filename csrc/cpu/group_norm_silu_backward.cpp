@@ -8,7 +8,7 @@
 namespace ddpm::cpu::DDPM_ISA {
 namespace {
 
-constexpr int kTile = kVec >= 16 ? 4 : 2;  // vectors of each sum in registers
+constexpr int kTile = 4;  // vectors side by side: also where their sums leave the registers, as each computation is long
 
 struct Sums {
   float *dz, *product, *x;
