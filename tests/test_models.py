@@ -167,6 +167,16 @@ def test_channels_last_and_bfloat16() -> None:
     assert exact.dtype == torch.float64 and float((exact - expected).abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_layers_compute_in_channels_last_on_a_cpu_and_the_result_is_laid_out_as_x(layout: torch.memory_format) -> None:
+    net = UNet(3, 8, (1, 2), num_res_blocks=1, num_groups=4)
+    seen: list[torch.Tensor] = []
+    hooks = [m.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for m in (*net.downs, *net.ups)]
+    out = net(torch.randn(2, 3, 8, 8).contiguous(memory_format=layout))
+    assert len(seen) == len(hooks) and all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+    assert out.is_contiguous(memory_format=layout)
+
+
 def test_every_time_matters() -> None:
     """A timestep of 900 must not be rounded on its way into a half-precision network."""
     embedding = PositionalEmbedding(8, 1.0).bfloat16()

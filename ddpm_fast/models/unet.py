@@ -152,10 +152,13 @@ class UNet(TakesNoiseState):
             ValueError, TypeError: a size that cannot be halved often enough; a wrong shape; bad `time` or `y`.
         """
         self._check(x, time, y)
+        nchw = x.is_contiguous()
         if self.initial_pad:
             x = F.pad(x, (self.initial_pad,) * 4)
         time_emb = None if self.time_mlp is None else self.time_mlp(time)
         x = self.init_conv(x)
+        if x.is_cpu:  # there convolutions and kernels alike are faster in it, and torch.cat of two layouts is slow
+            x = x.contiguous(memory_format=torch.channels_last)
         skips = [x]
         for layer in self.downs:
             x = self._run(layer, x, time_emb, y, noise_state)
@@ -167,6 +170,8 @@ class UNet(TakesNoiseState):
                 x = torch.cat([x, skips.pop()], dim=1)
             x = self._run(layer, x, time_emb, y, noise_state)
         x = self.out_conv(norm_act(self.out_norm, self.activation, x))
+        if nchw:  # as it came
+            x = x.contiguous()
         p = self.initial_pad
         return x[:, :, p : x.shape[2] - p, p : x.shape[3] - p] if p else x
 
