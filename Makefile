@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 # What the API reference shows; the rest is nobody's interface.
 API := ddpm_fast $(addprefix ddpm_fast.,ops schedules samplers script_utils training.trainer training.recipe training.checkpoint training.data training.images evaluation.metrics evaluation.classifier)
 
-.PHONY: help demo test check lint sanitize fuzz docs bench gpu clean
+.PHONY: help demo test check lint sanitize fuzz docs bench aot gpu clean
 .DELETE_ON_ERROR:
 
 help: ## show this list (default)
@@ -48,6 +48,9 @@ bench: $(READY) ## measure sampling, training and ops against plain PyTorch
 	$(PY) benchmarks/sample_throughput.py --quick
 	$(PY) benchmarks/train_throughput.py --quick
 	$(PY) -m benchmarks.ops --quick
+
+aot: $(READY) ## compile every Triton kernel for GPUs that need not be here; its report is kept
+	$(PY) -m benchmarks.aot --json benchmarks/results/aot.json
 
 # Without .venv: it measures the PyTorch, and so the CUDA, that this machine has.
 gpu: ## measure on this machine's GPU, with its own PyTorch

@@ -76,4 +76,5 @@ def test_import_loads_no_kernel() -> None:
     command = [sys.executable, "-c", code]
     loaded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert "ddpm_fast.ops" in loaded
-    assert not [name for name in loaded if name.startswith(("triton", "ddpm_fast.kernels.", "ddpm_fast._C"))]
+    # Triton itself is imported by torch, where both are installed.
+    assert not [name for name in loaded if name.startswith(("ddpm_fast.kernels.", "ddpm_fast._C"))]

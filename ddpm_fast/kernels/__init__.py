@@ -1,1 +1,1 @@
-"""Triton kernels, one file per op, loaded by `ops` alone when a GPU runs them. There are none yet."""
+"""Triton kernels, one file per op, loaded by `ops` alone when a GPU (or Triton's interpreter) runs them."""

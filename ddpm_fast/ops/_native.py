@@ -57,15 +57,23 @@ def load() -> Any:
     return module
 
 
-def unfit(*values: Tensor | None) -> str | None:
-    """Why the native module can't run on these tensors, or in torch's present state."""
+def dtype_names(dtypes: tuple[torch.dtype, ...]) -> str:
+    """For a text: "float32 and bfloat16"."""
+    return " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+_PLACES = {"cpu": "the CPU", "cuda": "a GPU"}
+
+
+def unfit(*values: Tensor | None, device: str = "cpu") -> str | None:
+    """Why kernels of our own, for one kind of device, can't run on these tensors, or in torch's present state."""
     for value in values:
         if value is not None:
             kind = type(value)
             if kind is not Tensor and kind is not Parameter:
                 return f"needs plain tensors, got a {kind.__name__}"
-            if not value.is_cpu:
-                return f"runs on the CPU, the data is on {value.device}"
+            if value.device.type != device:
+                return f"runs on {_PLACES[device]}, the data is on {value.device}"
             if value.layout is not _STRIDED:
                 return f"needs plain memory, got {value.layout}"
     if torch.compiler.is_compiling():
@@ -84,13 +92,15 @@ def in_the_way() -> str | None:
     return None
 
 
-def unfit_arrays(*values: Tensor | None, grads: bool = False) -> str | None:
+def unfit_arrays(
+    *values: Tensor | None, grads: bool = False, dtypes: tuple[torch.dtype, ...] = ARRAY_DTYPES
+) -> str | None:
     """Why a kernel with or without `grads` for these tensors can't take them by their strides; see `unfit`, too."""
     wanted = not grads and torch.is_grad_enabled()
     for value in values:
         if value is not None:
-            if value.dtype not in ARRAY_DTYPES:
-                return f"takes float32 and bfloat16, got {value.dtype}"
+            if value.dtype not in dtypes:
+                return f"takes {dtype_names(dtypes)}, got {value.dtype}"
             if value.ndim > MAX_NDIM:
                 return f"takes at most {MAX_NDIM} dimensions"
             if wanted and value.requires_grad:
@@ -101,12 +111,10 @@ def unfit_arrays(*values: Tensor | None, grads: bool = False) -> str | None:
 def check_backward(op: str, *grads: Tensor | None) -> None:
     """Raise where a backward is to be differentiated itself, or gets several gradients at once."""
     if torch.is_grad_enabled():
-        raise RuntimeError(f"{op}: the native backend has no second derivative; ops.use_backend('reference') has one")
+        raise RuntimeError(f"{op}: this backend has no second derivative; ops.use_backend('reference') has one")
     for g in grads:
         if g is not None and _C._functorch.is_legacy_batchedtensor(g):
-            raise RuntimeError(
-                f"{op}: the native backend takes no batched gradients; ops.use_backend('reference') does"
-            )
+            raise RuntimeError(f"{op}: this backend takes no batched gradients; ops.use_backend('reference') does")
 
 
 @torch.compiler.assume_constant_result  # where a compiler asks

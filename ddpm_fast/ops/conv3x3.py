@@ -1,6 +1,6 @@
 """3x3 convolution with its neighbours folded in."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 from ..reference import conv3x3 as reference
 from ..reference.conv3x3 import Norm
 from ..reference.group_norm_silu import ACTIVATIONS
-from . import _checks
+from . import _checks, _native
 from ._dispatch import Impl, Op
 from ._library import composition
 
@@ -43,8 +43,19 @@ def _traced(x: Tensor, weight: Tensor, bias: Tensor | None, x2: Tensor | None, n
     return out if stats else out[0]
 
 
-def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-    return reference.conv3x3(x, weight, bias, **dict(zip(("x2", "norm", "residual", "stats"), rest, strict=True)))
+def _reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x2: Tensor | None,
+    norm: Norm | None,
+    residual: Tensor | None,
+    stats: bool,
+) -> Any:
+    if residual is None or stats or torch.is_grad_enabled() or _native.in_the_way():
+        return reference.conv3x3(x, weight, bias, x2=x2, norm=norm, residual=residual, stats=stats)
+    y = cast(Tensor, reference.conv3x3(x, weight, bias, x2=x2, norm=norm))
+    return y.add_(residual) if y.dtype == residual.dtype else y + residual  # nobody else has y yet
 
 
 def _check(

@@ -1,6 +1,7 @@
 """The training loss: distance of the network's output from the noise (or x_start, or v) it should have predicted."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ..reference import diffusion_loss as reference
 from ..reference.philox import PERTURB, NoiseState
-from . import _checks, _native
+from . import _checks, _native, _triton
 from ._dispatch import Impl, Op
 from ._library import composition
 from .noise import check_source, drawn
@@ -35,18 +36,19 @@ def _traced(model_out: Tensor, noise: Tensor | NoiseState, *rest: Any) -> Tensor
     return _NODE(model_out, drawn(noise, model_out, PERTURB), **dict(zip(_OPTIONS, rest, strict=True)))
 
 
-def _rejects(model_out: Tensor, noise: Tensor | NoiseState, loss_type: str, *target: Tensor | None) -> str | None:
+def _rejects(
+    fit: Any, model_out: Tensor, noise: Tensor | NoiseState, loss_type: str, *target: Tensor | None
+) -> str | None:
     noise_coef, x_coef, x_start = target
     for coef in (noise_coef, x_coef):
         if coef is not None and coef.dtype is not torch.float32:
             return f"takes float32 coefficients, got {coef.dtype}"
     state, z = (noise[:2], None) if isinstance(noise, NoiseState) else ((), noise)
     others = (z, noise_coef, x_coef, x_start)
-    return (
-        _native.unfit(model_out, *others, *state)
-        or _native.unfit_arrays(model_out, grads=True)
-        or _native.unfit_arrays(*others)
+    reason: str | None = (
+        fit.unfit(model_out, *others, *state) or fit.unfit_arrays(model_out, grads=True) or fit.unfit_arrays(*others)
     )
+    return reason
 
 
 def _forward(*arguments: Any) -> Tensor:
@@ -95,6 +97,49 @@ def _load() -> Callable[..., Tensor]:
     return run
 
 
+class _TritonLoss(torch.autograd.Function):
+    """As _Loss, on the device: the state is copied there, as its tensors may be advanced before the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, kernels: Any, model_out: Tensor, noise: Any, *rest: Any) -> Tensor:
+        ctx.kernels, ctx.state = kernels, isinstance(noise, NoiseState)
+        *target, ctx.l1 = rest
+        if isinstance(noise, NoiseState):
+            ctx.first_sample = noise.first_sample
+            ctx.save_for_backward(model_out, torch.stack(noise[:2]), *target)
+        else:
+            ctx.save_for_backward(model_out, noise, *target)
+        loss: Tensor = kernels.forward(model_out, kernels.Target(noise, *rest))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> Any:
+        _native.check_backward("diffusion_loss", grad_loss)
+        model_out, noise, *target = ctx.saved_tensors
+        if ctx.state:
+            noise = NoiseState(noise[0], noise[1], ctx.first_sample)
+        with _triton.on(model_out):
+            grad = ctx.kernels.backward(grad_loss, model_out, ctx.kernels.Target(noise, *target, ctx.l1))
+        return None, grad, None, None, None, None, None
+
+
+def _load_triton() -> Callable[..., Tensor]:
+    kernels = _triton.load("diffusion_loss")
+
+    def run(model_out: Tensor, noise: Tensor | NoiseState, loss_type: str, *target: Tensor | None) -> Tensor:
+        noise_coef, x_coef, x_start = target
+        rest = _contiguous(noise_coef), _contiguous(x_coef), x_start, loss_type == "l1"
+        with _triton.on(model_out):
+            loss: Tensor
+            if model_out.requires_grad and torch.is_grad_enabled():
+                loss = _TritonLoss.apply(kernels, model_out, noise, *rest)
+            else:
+                loss = kernels.forward(model_out, kernels.Target(noise, *rest))
+        return loss
+
+    return run
+
+
 def _ready(*arguments: Any) -> bool:
     fits: bool = _native.load().diffusion_loss_ready(*arguments, torch.is_grad_enabled())
     return fits and _native.in_the_way() is None
@@ -119,7 +164,8 @@ def _check(model_out: Tensor, noise: Tensor | NoiseState, loss_type: str, *targe
 
 OP = Op(
     "diffusion_loss",
-    Impl("native", _load, _rejects, _ready),
+    Impl("native", _load, partial(_rejects, _native), _ready),
+    Impl("triton", _load_triton, partial(_rejects, _triton)),
     Impl("reference", lambda: _reference),
     check=_check,
     traced=_traced,

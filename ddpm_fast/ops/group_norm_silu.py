@@ -1,6 +1,7 @@
 """Group normalisation fused with what stands around it in a residual block."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from ..reference import group_norm_silu as reference
 from ..reference.group_norm_silu import ACTIVATIONS
 from ..reference.philox import Dropout
-from . import _checks, _group_norm, _native
+from . import _checks, _group_norm, _group_norm_triton, _native, _triton
 from ._dispatch import Impl, Op
 from ._library import composition
 from .noise import check_dropout, drawn_dropout
@@ -47,7 +48,7 @@ _NODE = composition(
 
 
 def _traced(*arguments: Any) -> Any:
-    if not torch.compiler.is_exporting() and _native.wanted() and _rejects(*arguments) is None:
+    if not torch.compiler.is_exporting() and _native.wanted() and _rejects(_native, *arguments) is None:
         return _group_norm.traced(*arguments)
     options = _drawn(*arguments)
     dropout = options.pop("dropout")
@@ -57,11 +58,11 @@ def _traced(*arguments: Any) -> Any:
 
 
 def _rejects(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, *options: Any
+    fit: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, *options: Any
 ) -> str | None:
     x2, add, residual, scale, shift, _, dropout = options
-    if x.dtype is not torch.float32 and x.dtype is not torch.bfloat16:
-        return f"takes float32 and bfloat16, x is {x.dtype}"
+    if x.dtype not in fit.ARRAY_DTYPES:
+        return f"takes {fit.dtype_names(fit.ARRAY_DTYPES)}, x is {x.dtype}"
     for image in (x2, residual):
         if image is not None and image.dtype is not x.dtype:
             return f"takes images of one dtype, got {x.dtype} and {image.dtype}"
@@ -70,11 +71,18 @@ def _rejects(
             return "computes in float32, a parameter is float64"
     if x.numel() == 0:
         return "x is empty"
-    if dropout is None:
-        return _native.unfit(x, weight, bias, x2, add, residual, scale, shift)
-    if dropout.state is None:
-        return "draws no dropout from torch's generator"
-    return _native.unfit(x, weight, bias, x2, add, residual, scale, shift, dropout.state.seed, dropout.state.draw)
+    state: tuple[Tensor, ...] = ()
+    if dropout is not None:
+        if dropout.state is None:
+            return "draws no dropout from torch's generator"
+        state = dropout.state[:2]
+    reason: str | None = fit.unfit(x, weight, bias, x2, add, residual, scale, shift, *state)
+    return reason
+
+
+def _rejects_triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, *rest: Any) -> str | None:
+    channels = x.shape[1] + (0 if rest[1] is None else rest[1].shape[1])
+    return _rejects(_triton, x, weight, bias, groups, *rest) or _group_norm_triton.rejects(x, channels, groups)
 
 
 def _ready(*arguments: Any) -> bool:
@@ -118,7 +126,8 @@ def _check(
 
 OP = Op(
     "group_norm_silu",
-    Impl("native", _load_native, _rejects, _ready),
+    Impl("native", _load_native, partial(_rejects, _native), _ready),
+    Impl("triton", _group_norm_triton.load, _rejects_triton),
     Impl("reference", lambda: _reference),
     check=_check,
     traced=_traced,

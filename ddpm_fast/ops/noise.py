@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,26 @@ from torch import Tensor
 
 from ..reference import noise as reference
 from ..reference.philox import MAX_STREAM, TIMESTEPS, Dropout, NoiseState
-from . import _checks, _native
+from . import _checks, _native, _triton
 from ._dispatch import Impl, Op
 from ._library import opaque
 
 
-def _rejects(*args: Any, **kwargs: Any) -> str | None:
+def _rejects(fit: Any, *args: Any) -> str | None:
     state = next(a for a in args if isinstance(a, NoiseState))
-    return _native.unfit(state.seed, state.draw)
+    reason: str | None = fit.unfit(state.seed, state.draw)
+    return reason
+
+
+def _load_triton(name: str) -> Callable[..., Tensor]:
+    kernel = getattr(_triton.load("noise"), name)
+
+    def run(*args: Any) -> Tensor:
+        with _triton.on(next(a for a in args if isinstance(a, NoiseState)).seed):
+            out: Tensor = kernel(*args)
+        return out
+
+    return run
 
 
 _CPU = torch.device("cpu")
@@ -120,21 +133,24 @@ _DROPOUT_MASK = opaque(
 )
 OP: Op = Op(
     "noise",
-    Impl("native", _load_noise, _rejects, _ready),
+    Impl("native", _load_noise, partial(_rejects, _native), _ready),
+    Impl("triton", partial(_load_triton, "noise"), partial(_rejects, _triton)),
     Impl("reference", lambda: lambda *args: reference.noise(*args[:3], dtype=args[3])),
     check=_check_noise,
     traced=lambda shape, state, stream, dtype: _NOISE(shape, *state, stream, dtype=dtype),
 )
 _timesteps: Op = Op(
     "noise",
-    Impl("native", _load_timesteps, _rejects),
+    Impl("native", _load_timesteps, partial(_rejects, _native)),
+    Impl("triton", partial(_load_triton, "timesteps"), partial(_rejects, _triton)),
     Impl("reference", lambda: reference.timesteps),
     check=_check_timesteps,
     traced=lambda num_samples, num_timesteps, state: _TIMESTEPS(num_samples, num_timesteps, *state),
 )
 _dropout_mask: Op = Op(
     "noise",
-    Impl("native", _load_dropout_mask, _rejects),
+    Impl("native", _load_dropout_mask, partial(_rejects, _native)),
+    Impl("triton", partial(_load_triton, "dropout_mask"), partial(_rejects, _triton)),
     Impl("reference", lambda: reference.dropout_mask),
     check=_check_dropout_mask,
     traced=lambda shape, p, state, stream: _DROPOUT_MASK(shape, p, *state, stream),

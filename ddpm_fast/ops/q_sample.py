@@ -1,6 +1,7 @@
 """The perturb step of training: x_start and noise to x_t."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ..reference import q_sample as reference
 from ..reference.philox import PERTURB, NoiseState
-from . import _checks, _native
+from . import _checks, _native, _triton
 from ._dispatch import Impl, Op
 from ._library import composition
 from .noise import check_source, drawn
@@ -27,14 +28,27 @@ def _traced(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Te
     return _NODE(x_start, t, signal, sigma, drawn(noise, x_start, PERTURB))
 
 
-def _rejects(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Tensor | NoiseState) -> str | None:
+def _rejects(
+    fit: Any, x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Tensor | NoiseState
+) -> str | None:
     tables = (signal, sigma)
     for table in tables:
         if table.dtype is not torch.float32:
             return f"takes float32 tables, got {table.dtype}"
-    if isinstance(noise, NoiseState):
-        return _native.unfit(x_start, t, *tables, *noise[:2]) or _native.unfit_arrays(x_start, *tables)
-    return _native.unfit(x_start, t, *tables, noise) or _native.unfit_arrays(x_start, *tables, noise)
+    state, z = (noise[:2], None) if isinstance(noise, NoiseState) else ((), noise)
+    reason: str | None = fit.unfit(x_start, t, *tables, z, *state) or fit.unfit_arrays(x_start, *tables, z)
+    return reason
+
+
+def _load_triton() -> Callable[..., Tensor]:
+    kernel = _triton.load("q_sample").q_sample
+
+    def run(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Tensor | NoiseState) -> Tensor:
+        with _triton.on(x_start):
+            out: Tensor = kernel(x_start, t.contiguous(), signal.contiguous(), sigma.contiguous(), noise)
+        return out
+
+    return run
 
 
 def _load() -> Callable[..., Tensor]:
@@ -68,7 +82,8 @@ def _check(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: Ten
 
 OP = Op(
     "q_sample",
-    Impl("native", _load, _rejects, _ready),
+    Impl("native", _load, partial(_rejects, _native), _ready),
+    Impl("triton", _load_triton, partial(_rejects, _triton)),
     Impl("reference", lambda: _reference),
     check=_check,
     traced=_traced,

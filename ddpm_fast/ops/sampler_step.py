@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 
 from ..reference import sampler_step as reference
 from ..reference.philox import REVERSE, NoiseState
-from . import _checks, _native
+from . import _checks, _native, _triton
 from ._dispatch import Impl, Op
 from ._library import composition
 from .noise import check_source, drawn
@@ -42,7 +42,7 @@ _NODE = composition(
 )
 
 
-def _rejects(x: Tensor, model_out: Tensor, rows: Tensor, k: Tensor, *rest: Any) -> str | None:
+def _rejects(fit: Any, x: Tensor, model_out: Tensor, rows: Tensor, k: Tensor, *rest: Any) -> str | None:
     noise, hist, _, _, out, x0_out = rest
     state, z = (noise[:2], None) if isinstance(noise, NoiseState) else ((), noise)
     if rows.dtype not in (torch.float64, torch.float32, torch.bfloat16):
@@ -50,7 +50,8 @@ def _rejects(x: Tensor, model_out: Tensor, rows: Tensor, k: Tensor, *rest: Any) 
     if rows.requires_grad and torch.is_grad_enabled():
         return "has no gradient for rows"
     arrays = (x, model_out, z, hist, out, x0_out)
-    return _native.unfit(*arrays, rows, k, *state) or _native.unfit_arrays(*arrays)
+    reason: str | None = fit.unfit(*arrays, rows, k, *state) or fit.unfit_arrays(*arrays)
+    return reason
 
 
 def _ready(*arguments: Any) -> bool:
@@ -82,6 +83,31 @@ def _load() -> Callable[..., Any]:
 
     aside = _delivering(step)
     return run
+
+
+def _load_triton() -> Callable[..., Any]:
+    kernels = _triton.load("sampler_step")
+
+    def run(x: Tensor, model_out: Tensor, rows: Tensor, k: Tensor, *rest: Any) -> Tensor | tuple[Tensor, Tensor]:
+        noise, hist, clip, return_x0, out, x0_out = rest
+        read = [v for v in (x, model_out, hist, noise) if isinstance(v, Tensor)]
+        to = kernels.room(x, out, read)
+        x0_to = kernels.room(x, x0_out, read if out is None else [*read, out]) if return_x0 else None
+        with _triton.on(x):
+            kernels.sampler_step(to, x0_to, x, model_out, rows, k, noise, hist, clip)
+        x_next = _delivered(to.data, out)
+        return x_next if x0_to is None else (x_next, _delivered(x0_to.data, x0_out))
+
+    return run
+
+
+def _delivered(result: Tensor, out: Tensor | None) -> Tensor:
+    if out is None:
+        return result
+    if result is not out:
+        return out.copy_(result)
+    increment_version(out)
+    return out
 
 
 def _check(x: Tensor, model_out: Tensor, rows: Tensor, k: Tensor, *rest: Any) -> tuple[Any, ...]:
@@ -116,7 +142,8 @@ def _check(x: Tensor, model_out: Tensor, rows: Tensor, k: Tensor, *rest: Any) ->
 
 OP = Op(
     "sampler_step",
-    Impl("native", _load, _rejects, _ready),
+    Impl("native", _load, partial(_rejects, _native), _ready),
+    Impl("triton", _load_triton, partial(_rejects, _triton)),
     Impl("reference", lambda: _delivering(_plain)),
     check=_check,
     traced=_delivering(_NODE),

@@ -2,27 +2,29 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..reference import timestep_embedding as reference
-from . import _checks, _native
+from . import _checks, _native, _triton
 from ._dispatch import Impl, Op
 from ._library import composition
 
 _NODE = composition("timestep_embedding(Tensor t, int dim, float scale=1.0) -> Tensor", reference.timestep_embedding)
 
 
-def _rejects(t: Tensor, dim: int, scale: float) -> str | None:
+def _rejects(fit: Any, t: Tensor, dim: int, scale: float) -> str | None:
     if t.dtype not in (torch.int64, torch.int32, torch.float32):
         return f"takes int64, int32 and float32, got {t.dtype}"
     if t.layout is not torch.strided or t.is_neg():
         return "needs plain memory"
     if t.requires_grad and torch.is_grad_enabled():
         return "has no gradient for t"
-    return _native.unfit(t)
+    reason: str | None = fit.unfit(t)
+    return reason
 
 
 def _load() -> Callable[..., Tensor]:
@@ -33,6 +35,17 @@ def _load() -> Callable[..., Tensor]:
         half = dim // 2
         ratio = math.exp(-math.log(10000) / half)
         native(out, t, half, scale, ratio, _native.threads())
+        return out
+
+    return run
+
+
+def _load_triton() -> Callable[..., Tensor]:
+    kernel = _triton.load("timestep_embedding").timestep_embedding
+
+    def run(t: Tensor, dim: int, scale: float) -> Tensor:
+        with _triton.on(t):
+            out: Tensor = kernel(t, dim, scale)
         return out
 
     return run
@@ -51,7 +64,8 @@ def _check(t: Tensor, dim: int, scale: float) -> tuple[Any, ...]:
 
 OP = Op(
     "timestep_embedding",
-    Impl("native", _load, _rejects),
+    Impl("native", _load, partial(_rejects, _native)),
+    Impl("triton", _load_triton, partial(_rejects, _triton)),
     Impl("reference", lambda: reference.timestep_embedding),
     check=_check,
     traced=_NODE,

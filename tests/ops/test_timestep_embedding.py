@@ -35,7 +35,8 @@ def test_against_reference(backend: str, n: int, dim: int, dtype: torch.dtype, p
 @pytest.mark.parametrize("backend", backends("timestep_embedding"))
 def test_any_times(backend: str) -> None:
     """Negative, fractional, strided, huge and not finite ones; the sizes end inside a vector and beyond a block."""
-    t = torch.cat([torch.linspace(-1100, 1100, 501), torch.randn(500) * 10, torch.tensor([2.0**20, -(2.0**21), 1e7])])
+    few = 20 if backend == "triton" else 500  # its interpreter takes a millisecond for each
+    t = torch.cat([torch.linspace(-1100, 1100, few), torch.randn(few) * 10, torch.tensor([2.0**20, -(2.0**21), 1e7])])
     for dim, scale in ((2, 1.0), (34, 0.37), (258, 1000.0)):
         fast = {}
         for times in (t, t.repeat_interleave(3)[::3], t.long().int(), t.long()):

@@ -1,0 +1,226 @@
+"""What the Triton kernels promise beyond the rule of every op: under the interpreter, and compiled for GPUs."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import backends, check, laid_out
+from torch import Tensor
+
+from benchmarks import aot
+from ddpm_fast import ops
+from ddpm_fast.ops import DROPOUT, REVERSE, Dropout, NoiseState
+from ddpm_fast.reference import group_norm_silu as norm_reference
+from ddpm_fast.reference import sampler_step as step_reference
+from ddpm_fast.reference.noise import box_muller
+
+if "triton" not in backends("noise"):
+    pytest.skip("Triton is not installed, or finds nothing to run on", allow_module_level=True)
+import triton
+import triton.language as tl
+
+from ddpm_fast.kernels import group_norm_silu as kernels
+from ddpm_fast.kernels.noise import _cos_sin, _radius
+
+ROOT = Path(__file__).parents[2]
+STATE = NoiseState.at(-5, 7, 2**33 + 1)
+PARAMETERS = ("weight", "bias", "add", "scale", "shift")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (3, 37), (1, 2, 1031), (2,), (0, 3, 4, 4), (2, 0)], ids=str)
+def test_noise_has_the_bits_of_the_reference(shape: tuple[int, ...], poison_empty: None) -> None:
+    with ops.use_backend("reference"):
+        expected = ops.noise(shape, STATE, REVERSE)
+    with ops.use_backend("triton"):
+        assert torch.equal(ops.noise(shape, STATE, REVERSE), expected)
+
+
+@triton.jit
+def box_muller_kernel(k, j, out, N: tl.constexpr):
+    at = tl.arange(0, N)
+    r = _radius(tl.load(k + at).to(tl.uint32))
+    c, s = _cos_sin(tl.load(j + at).to(tl.uint32))
+    tl.store(out + at, r * c)
+    tl.store(out + N + at, r * s)
+
+
+def test_noise_has_them_for_the_extremes_of_the_words() -> None:
+    """Where exponents and quarter turns meet, and at the ends of the interval."""
+    edges = [0, 1, 2**29, 2**30, 2**31, 3 * 2**30, 0xAAAAAAAA, 0x55555555, 2**32 - 1]
+    words = sorted({(e + d) % 2**32 for e in edges for d in (-2, -1, 0, 1, 2)})
+    k, j = (v.flatten() for v in torch.meshgrid(torch.tensor(words), torch.tensor(words), indexing="ij"))
+    count = triton.next_power_of_2(len(k))
+    k, j = (torch.cat([v, v[: count - len(v)]]) for v in (k, j))
+    out = torch.empty(2, count)
+    box_muller_kernel[(1,)](k, j, out, N=count, enable_fp_fusion=False)
+    assert torch.equal(out, torch.stack(box_muller(k, j)))
+
+
+def test_timesteps_and_masks_are_the_references() -> None:
+    found = {}
+    for backend in ("reference", "triton"):
+        with ops.use_backend(backend):
+            found[backend] = (
+                ops.timesteps(300, 1000, STATE),
+                ops.dropout_mask((2, 24, 3, 5), 0.3, STATE, DROPOUT + 2),
+                ops.dropout_mask((2, 5, 3, 3), 0.9, STATE, DROPOUT),
+            )
+    assert all(map(torch.equal, found["reference"], found["triton"]))
+
+
+def test_sampler_step_has_the_bits_of_the_reference_in_every_layout() -> None:
+    shape, rows, k = (2, 3, 9, 7), torch.rand(4, 8), torch.tensor(2)
+    x, m, hist = torch.randn(3, *shape)
+    x[0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    with ops.use_backend("reference"):
+        z = ops.noise(shape, STATE, REVERSE)
+    expected = step_reference.sampler_step(x, m, rows, k, noise=z, hist=hist, clip=0.5, return_x0=True)
+    for layout in ("contiguous", "channels_last", "slice"):
+        of = laid_out(m, layout)
+        with ops.use_backend("triton"):
+            got = ops.sampler_step(x, of, rows, k, noise=STATE, hist=hist, clip=0.5, return_x0=True)
+            here, kept = laid_out(x.clone(), layout), hist.clone()
+            same = ops.sampler_step(
+                here, of, rows, k, noise=STATE, hist=kept, clip=0.5, return_x0=True, out=here, x0_out=kept
+            )
+        for a, b, c in zip(got, same, expected, strict=True):
+            assert torch.equal(a.nan_to_num(7.0), c.nan_to_num(7.0))
+            assert torch.equal(b.nan_to_num(7.0), c.nan_to_num(7.0))
+        assert same[0] is here and same[1] is kept
+
+
+def test_a_result_over_what_is_still_read_is_computed_aside() -> None:
+    rows, k = torch.rand(4, 8), torch.tensor(1)
+    memory = torch.randn(60)
+    x, m, out = memory[:24].view(2, 12), torch.randn(2, 12), memory[6:30].view(2, 12)
+    expected = step_reference.sampler_step(x.clone(), m, rows, k)
+    with ops.use_backend("triton"):
+        assert torch.equal(ops.sampler_step(x, m, rows, k, out=out), expected)
+    assert torch.equal(out, expected)
+
+
+# (N, C1, C2, H, W, groups): why
+NORMS = [
+    (2, 8, 0, 4, 4, 2),  # plain
+    (1, 12, 0, 5, 3, 1),  # one group of 12, odd size
+    (2, 20, 0, 3, 5, 4),  # five channels a group: no power of two
+    (2, 8, 4, 3, 3, 2),  # a group of 6 straddles the two inputs
+    (1, 96, 48, 2, 3, 12),  # three slabs of 48 channels in 64 lanes
+    (1, 160, 0, 2, 2, 32),  # slabs that end before the last lane
+    (1, 72, 0, 2, 2, 1),  # one group wider than a slab would be
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        (torch.float32, "channels_last"),
+        (torch.float32, "slice"),
+        (torch.bfloat16, "contiguous"),
+        (torch.float16, "slice"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", NORMS, ids=str)
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_norm_in_one_pass_and_in_chunks(
+    shape: tuple[int, ...],
+    layout: str,
+    dtype: torch.dtype,
+    chunks: int,
+    monkeypatch: pytest.MonkeyPatch,
+    poison_empty: None,
+) -> None:
+    """Every argument at once; with three chunks two kernels share an image's pixels."""
+    n, c1, c2, height, width, groups = shape
+    c, rule = c1 + c2, kernels.config
+
+    def config(pixels: int, *rest: Any) -> kernels.Config:
+        cut = rule(pixels, *rest)
+        some = 1 << max(0, (-(-pixels // 3) - 1).bit_length())
+        return cut if chunks == 1 else cut._replace(pixels=some, chunks=-(-pixels // some))
+
+    monkeypatch.setattr(kernels, "config", config)
+    made = {"x": (n, c1, height, width), "x2": (n, c2, height, width), "residual": (n, c, height, width)}
+    made |= {"weight": (c,), "bias": (c,), "add": (n, c), "scale": (n, c), "shift": (n, c)}
+    tensors = {k: torch.randn(s, dtype=torch.float64) for k, s in made.items() if k != "x2" or c2}
+    some = {k: v for k, v in tensors.items() if k not in ("residual", "scale", "shift")}
+    options = {"backend": "triton", "dtype": dtype, "layout": layout, "keep": PARAMETERS}
+    for given, static in (
+        (tensors, {"groups": groups, "dropout": Dropout(0.2, STATE, DROPOUT)}),
+        (some, {"groups": groups, "activation": "mish"}),
+    ):
+        check(ops.group_norm_silu, norm_reference.group_norm_silu, given, static, wrt=list(given), **options)
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e4])
+def test_an_offset_costs_no_accuracy(offset: float) -> None:
+    x = (torch.randn(2, 16, 6, 6) + offset).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(2, 16)
+    expected = norm_reference.group_norm_silu(x.double(), weight.double(), bias.double(), 4)
+    with ops.use_backend("triton"):
+        got = ops.group_norm_silu(x, weight, bias, 4)
+    assert float((got - expected).abs().max()) < 2e-6
+
+
+def test_the_loss_draws_its_noise_again_though_the_state_moved_on() -> None:
+    x = torch.randn(2, 3, 5, 5, requires_grad=True)
+    state = NoiseState.at(1, 2)
+    with ops.use_backend("reference"):
+        expected = torch.autograd.grad(ops.diffusion_loss(x, state), x)[0]
+    with ops.use_backend("triton"):
+        loss = ops.diffusion_loss(x, state)
+        state.draw.add_(1)
+        got = torch.autograd.grad(loss, x)[0]
+    assert torch.allclose(got, expected, rtol=1e-6)
+
+
+def compiled(*options: str, folder: Path) -> list[dict[str, Any]]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder / "cache")}
+    out = folder / "aot.json"
+    command = [sys.executable, "-m", "benchmarks.aot", "--quick", "--json", str(out), *options]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"]
+    return rows
+
+
+def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
+    """No forward kernel spills, and what should have accesses of 16 bytes has them: benchmarks/aot.py says which."""
+    rows = compiled("--targets", "sm_80", "sm_90", folder=tmp_path)
+    assert {(row["op"], row["target"]) for row in rows} == set(product(aot.KERNELS, ("sm_80", "sm_90")))
+    assert all(not row["fault"] and 0 < row["registers"] <= 255 for row in rows)
+
+
+def test_the_report_finds_faults() -> None:
+    row = {"spills": 2, "wide": 4, "target": "sm_90", "function": "foo_fwd_kernel"}
+    case = aot.Case("foo", "", lambda: None)
+    assert aot._fault(row, case) == "spills"
+    assert aot._fault(row | {"spills": 0}, case) == ""
+    assert aot._fault(row | {"spills": 0, "wide": 0}, case) == "no accesses of 16 bytes"
+    assert aot._fault(row | {"function": "foo_bwd_kernel"}, case) == ""
+
+
+def test_without_a_gpu_the_reason_is_given() -> None:
+    code = "from ddpm_fast import ops; print({b: r for o, b, r in ops.availability() if o == 'noise'}['triton'])"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert torch.cuda.is_available() or "no GPU" in done.stdout
+
+
+def test_tensors_of_the_cpu_are_native_ones_unless_triton_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    if find_spec("ddpm_fast._C") is None:
+        pytest.skip("the native module is not built here")
+    called: list[Tensor] = []
+    monkeypatch.setattr(kernels, "forward", lambda *args: called.append(args))
+    x, row = torch.randn(1, 8, 2, 2), torch.randn(8)
+    ops.group_norm_silu(x, row, row, 2)
+    ops.group_norm_silu(x.half(), row, row, 2)  # not native's dtype: the reference's
+    assert not called
