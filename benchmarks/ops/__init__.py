@@ -125,6 +125,8 @@ def cases(names: list[str], batch: int, quick: bool) -> list[Case]:
 def contenders(case: Case, device: torch.device, compile: bool) -> dict[str, Contender]:
     """Return ours as dispatched, each of our backends forced, and plain PyTorch, eager and compiled."""
     backends = [backend for op, backend, reason in ops.availability() if op == case.op and reason is None]
+    if device.type == "cpu":  # Triton's interpreter is no contender
+        backends = [backend for backend in backends if backend != "triton"]
     layout = CHANNELS_LAST if case.layouts else NCHW
     found = {OURS: Contender(case.ours, layout)}
     found |= {f"{OURS} {backend}": Contender(case.ours, layout, backend) for backend in backends}
