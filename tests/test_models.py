@@ -177,6 +177,12 @@ def test_layers_compute_in_channels_last_on_a_cpu_and_the_result_is_laid_out_as_
     assert out.is_contiguous(memory_format=layout)
 
 
+def test_a_network_under_vmap() -> None:
+    net = UNet(3, 8, (1, 2), num_res_blocks=1, num_groups=4).eval()
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.allclose(torch.vmap(lambda v: net(v[None])[0])(x), net(x), atol=1e-5)
+
+
 def test_every_time_matters() -> None:
     """A timestep of 900 must not be rounded on its way into a half-precision network."""
     embedding = PositionalEmbedding(8, 1.0).bfloat16()

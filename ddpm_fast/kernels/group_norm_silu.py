@@ -73,7 +73,7 @@ def _affine(
     both = n * channels + c
     more = _parameter(add, n * add_n + c, inside, ADD, 0.0)
     factor = 1.0 + _parameter(scale, both, inside, SCALE, 0.0)
-    origin = tl.sum(tl.where(tl.arange(0, WIDTH) == 0, pivot, 0.0), 0)
+    origin = _over_groups(tl.where(c % PER_GROUP == 0, pivot, 0.0), c, inside, PER_GROUP, SLAB, WIDTH)  # of each group
     from_origin = (pivot - origin) + more + mean
     count = pixels * PER_GROUP
     group_mean = _over_groups(from_origin, c, inside, PER_GROUP, SLAB, WIDTH) / PER_GROUP
@@ -292,7 +292,7 @@ def config(pixels: int, channels: int, groups: int, tiles: int) -> Config:
         aligned = per_group * 8 // math.gcd(per_group, 8)
         slab = slab // aligned * aligned or slab
     room = 32768 // tiles  # numbers
-    padded = triton.next_power_of_2(pixels)
+    padded = max(2, triton.next_power_of_2(pixels))  # a tile of one pixel compiles to no code
     rows = min(padded, max(16, room // width // (1 if padded * width <= room else 2)))
     warps = max(4, min(16 // tiles, rows * width * tiles // 2048))  # of 255 registers a thread at 8, 128 at 16
     return Config(slab, width, rows, triton.cdiv(pixels, rows), triton.next_power_of_2(warps))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import _C, Tensor, nn
 
 from ..ops import DROPOUT, NoiseState
 from ..ops import _checks as checks
@@ -152,12 +152,16 @@ class UNet(TakesNoiseState):
             ValueError, TypeError: a size that cannot be halved often enough; a wrong shape; bad `time` or `y`.
         """
         self._check(x, time, y)
-        nchw = x.is_contiguous()
+        # Transforms of torch.func know no layouts.
+        plain = torch.compiler.is_compiling() or _C._functorch.maybe_current_level() is None
+        nchw = plain and x.is_contiguous()
         if self.initial_pad:
             x = F.pad(x, (self.initial_pad,) * 4)
         time_emb = None if self.time_mlp is None else self.time_mlp(time)
         x = self.init_conv(x)
-        if x.is_cpu:  # there convolutions and kernels alike are faster in it, and torch.cat of two layouts is slow
+        if (
+            plain and x.is_cpu
+        ):  # there convolutions and kernels alike are faster in it, and torch.cat of two layouts is slow
             x = x.contiguous(memory_format=torch.channels_last)
         skips = [x]
         for layer in self.downs:

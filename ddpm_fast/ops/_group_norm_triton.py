@@ -54,8 +54,9 @@ class Differentiable(torch.autograd.Function):
         _native.check_backward("group_norm_silu", dy, dh)
         if dy is None and dh is None:
             return (None,) * 10
-        with _triton.on(ctx.saved_tensors[0]):
-            found = _backward(ctx.kernels, dy, dh, ctx.saved_tensors, ctx.parts is not None, *ctx.rest)
+        saved = ctx.saved_tensors  # once: checkpointing unpacks no tensor twice
+        with _triton.on(saved[0]):
+            found = _backward(ctx.kernels, dy, dh, saved, ctx.parts is not None, *ctx.rest)
         needed = ctx.needs_input_grad[5:]
         rows = [g if need else None for g, need in zip(found[2:], needed, strict=True)]
         return None, None, *_spread(ctx.parts, found[0], found[1], *rows)
