@@ -202,6 +202,7 @@ struct Cut {
 inline Cut cut(const GroupNorm& g, int64_t bytes, int threads) {
   constexpr int64_t kPiece = 128;     // four blocks
   constexpr int64_t kRowBytes = 512;  // of a pixel in a slab
+  constexpr int64_t kSlabBytes = int64_t{64} << 20;  // at most: the backward's scratch grows with it
   Cut to;
   to.threads = worth(threads, g.images * g.pixels * g.channels, 1 << 12);
   to.piece = g.channels_last ? kPiece : g.pixels;
@@ -211,7 +212,9 @@ inline Cut cut(const GroupNorm& g, int64_t bytes, int threads) {
   while (g.channels_last && least % kVec != 0 && least < g.channels) least += per_group;
   const int64_t of_image = g.channels * g.pixels * bytes, room = second_cache() / 4 * 3;
   const int64_t row = g.channels * (g.half ? sizeof(bf16) : sizeof(float)), rows = row < kRowBytes ? 1 : row / kRowBytes;
-  const int64_t parts = (of_image + room - 1) / room, for_cache = g.channels_last && rows < parts ? rows : parts;
+  const int64_t parts = (of_image + room - 1) / room, long_rows = g.channels_last && rows < parts ? rows : parts;
+  const int64_t for_scratch = (of_image + kSlabBytes - 1) / kSlabBytes;
+  const int64_t for_cache = long_rows < for_scratch ? for_scratch : long_rows;
   const int64_t for_threads = (to.threads + g.images - 1) / g.images;
   const int64_t wanted = to.pieces > 1 || for_cache > for_threads ? for_cache : for_threads;
   to.width = (g.channels + wanted * least - 1) / (wanted * least) * least;

@@ -237,6 +237,8 @@ def group_norm_silu_bwd_kernel(
             of_g, of_product, of_d = _added(sums, n, c, inside, channels, CHUNKS)
         of_product = of_product - lost * of_g
         count = pixels * PER_GROUP
+        if count == 1:  # such an element is its mean: x's gradient and the products are exactly 0, or no number
+            gain, of_product, rstd = gain * 0.0, of_product * 0.0, rstd * 0.0
         k = -rstd * rstd * _over_groups(gain * of_product, c, inside, PER_GROUP, SLAB, WIDTH) / count
         m = -_over_groups(gain * of_g, c, inside, PER_GROUP, SLAB, WIDTH) / count - k * lost
         if chunk == 0:

@@ -10,16 +10,27 @@ from ..reference.philox import Dropout, NoiseState
 from . import _native, _triton
 from ._group_norm import _empty, _image, _like, _placed, _spread
 
-_MOST = 2**31 - 1  # elements of an image: within it kernels count in 32 bits
+_MOST = 2**31 - 1  # within an image kernels count in 32 bits
 
 
-def rejects(x: Tensor, channels: int, groups: int) -> str | None:
+def rejects(x: Tensor, x2: Tensor | None, residual: Tensor | None, channels: int, groups: int) -> str | None:
     """What the kernels have no room for."""
-    if channels * x.shape[2] * x.shape[3] > _MOST:
-        return "takes images of less than 2^31 elements"
+    if channels * x.shape[2] * x.shape[3] > _MOST or any(_reach(v) > _MOST for v in (x, x2, residual) if v is not None):
+        return "takes images that reach over less than 2^31 elements"
     if channels // groups > 1024:
         return "takes groups of at most 1024 channels"
     return None
+
+
+def _reach(x: Tensor) -> int:
+    """How far apart the first and the last element of an image lie."""
+    return sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+
+
+def _near(x: Tensor, layout: torch.memory_format) -> Tensor:
+    """A gradient where it lies, or a copy."""
+    x = _image(x.resolve_neg(), layout)
+    return x if _reach(x) <= _MOST else x.contiguous(memory_format=layout)
 
 
 def _dropout(dropout: Dropout | None) -> tuple[Any, ...] | None:
@@ -76,8 +87,8 @@ def _backward(
     weight, bias, add, scale, shift = given
     x, x2, layout = _placed(x, x2)
     dx, dx2 = _like(x, layout), None if x2 is None else _like(x2, layout)
-    dy = _empty(x, x2, layout).zero_() if dy is None else _image(dy.resolve_neg(), layout)
-    dh = None if dh is None else _image(dh.resolve_neg(), layout)
+    dy = _empty(x, x2, layout).zero_() if dy is None else _near(dy, layout)
+    dh = None if dh is None else _near(dh, layout)
     parameters = [_vector(v) for v in (weight, bias, None if summed else add, scale, shift)]
     of = kernels.Operands(x, x2, *parameters, groups, activation, _dropout(dropout))
     rows = list(kernels.backward(of, dy, dh, dx, dx2, statistics))

@@ -80,9 +80,13 @@ def _rejects(
     return reason
 
 
-def _rejects_triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, *rest: Any) -> str | None:
-    channels = x.shape[1] + (0 if rest[1] is None else rest[1].shape[1])
-    return _rejects(_triton, x, weight, bias, groups, *rest) or _group_norm_triton.rejects(x, channels, groups)
+def _rejects_triton(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, *options: Any
+) -> str | None:
+    x2, _, residual = options[:3]
+    channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
+    more = _group_norm_triton.rejects(x, x2, residual, channels, groups)
+    return _rejects(_triton, x, weight, bias, groups, eps, *options) or more
 
 
 def _ready(*arguments: Any) -> bool:

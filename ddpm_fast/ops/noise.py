@@ -22,6 +22,13 @@ def _rejects(fit: Any, *args: Any) -> str | None:
     return reason
 
 
+def _rejects_noise(shape: Any, state: NoiseState, stream: int, dtype: torch.dtype) -> str | None:
+    takes = *_triton.ARRAY_DTYPES, torch.float64
+    if dtype not in takes:
+        return f"draws {_triton.dtype_names(takes)}, not {dtype}"
+    return _rejects(_triton, state)
+
+
 def _load_triton(name: str) -> Callable[..., Tensor]:
     kernel = getattr(_triton.load("noise"), name)
 
@@ -134,7 +141,7 @@ _DROPOUT_MASK = opaque(
 OP: Op = Op(
     "noise",
     Impl("native", _load_noise, partial(_rejects, _native), _ready),
-    Impl("triton", partial(_load_triton, "noise"), partial(_rejects, _triton)),
+    Impl("triton", partial(_load_triton, "noise"), _rejects_noise),
     Impl("reference", lambda: lambda *args: reference.noise(*args[:3], dtype=args[3])),
     check=_check_noise,
     traced=lambda shape, state, stream, dtype: _NOISE(shape, *state, stream, dtype=dtype),

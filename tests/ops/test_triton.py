@@ -13,10 +13,11 @@ import pytest
 import torch
 from oracle import backends, check, laid_out
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks import aot
 from ddpm_fast import ops
-from ddpm_fast.ops import DROPOUT, REVERSE, Dropout, NoiseState
+from ddpm_fast.ops import DROPOUT, REVERSE, Dropout, NoiseState, _group_norm_triton
 from ddpm_fast.reference import group_norm_silu as norm_reference
 from ddpm_fast.reference import sampler_step as step_reference
 from ddpm_fast.reference.noise import box_muller
@@ -168,6 +169,68 @@ def test_an_offset_costs_no_accuracy(offset: float) -> None:
     with ops.use_backend("triton"):
         got = ops.group_norm_silu(x, weight, bias, 4)
     assert float((got - expected).abs().max()) < 2e-6
+
+
+def norm_and_gradients(x: Tensor, backend: str, groups: int = 2, **options: Any) -> list[Tensor]:
+    c = x.shape[1]
+    generator = torch.Generator().manual_seed(1)
+    weight, bias, add = (torch.randn(c, generator=generator).to(x.dtype).requires_grad_() for _ in range(3))
+    x = x.detach().requires_grad_()
+    with ops.use_backend(backend):
+        y = ops.group_norm_silu(x, weight, bias, groups, add=add, **options)
+        cotangent = torch.randn(y.shape, generator=generator).to(y.dtype)
+        return [y.detach(), *torch.autograd.grad(y, (x, weight, bias, add), cotangent)]
+
+
+@pytest.mark.parametrize(("offset", "scale"), [(1e2, 0.1), (1e4, 0.01)])
+def test_a_group_takes_no_error_from_its_neighbours(offset: float, scale: float) -> None:
+    x = torch.randn(1, 8, 4, 4)
+    x[:, :4] += offset
+    x[:, 4:] *= scale
+    expected = norm_and_gradients(x.double(), "reference")
+    got = norm_and_gradients(x, "triton")
+    for a, b in zip(got[:2], expected[:2], strict=True):
+        assert float((a[:, 4:] - b[:, 4:]).abs().max() / b[:, 4:].abs().max()) < 2e-6
+
+
+def test_what_is_no_number_stays_in_its_group() -> None:
+    x = torch.randn(1, 8, 4, 4)
+    x[0, 0, 0, 0] = float("inf")
+    with ops.use_backend("triton"):
+        y = ops.group_norm_silu(x, None, None, 2, activation="none")
+    assert y[:, :4].isnan().any() and y[:, 4:].isfinite().all()
+
+
+@pytest.mark.parametrize("groups", [2, 8])
+def test_images_of_one_pixel(groups: int) -> None:
+    """With as many groups as channels an element is its mean: x, weight and bias as in the native kernels."""
+    x = torch.randn(2, 8, 1, 1)
+    expected, got = norm_and_gradients(x.double(), "reference", groups), norm_and_gradients(x, "triton", groups)
+    for name, a, b in zip(("y", "x", "weight", "bias", "add"), got, expected, strict=True):
+        assert torch.allclose(a.double(), b, rtol=1e-5, atol=1e-5), name
+    if groups == 8:
+        assert not got[1].any() and not got[2].any()
+
+
+def test_checkpointing_and_a_gradient_of_the_sum_alone() -> None:
+    x, residual = torch.randn(2, 2, 4, 3, 3)
+    with ops.use_backend("triton"):
+        leaf = x.clone().requires_grad_()
+        out = checkpoint(lambda v: ops.group_norm_silu(v, None, None, 2), leaf, use_reentrant=False)
+        out.sum().backward()
+        assert leaf.grad is not None and leaf.grad.isfinite().all()
+        leaf = x.clone().requires_grad_()
+        _, h = ops.group_norm_silu(leaf, None, None, 2, residual=residual)
+        assert torch.equal(torch.autograd.grad(h.sum(), leaf)[0], torch.ones_like(x))
+
+
+def test_images_that_reach_too_far_are_refused() -> None:
+    """Within an image kernels count in 32 bits; what lies between its elements counts, too."""
+    for stride, taken in ((2**29, True), (2**30, False)):
+        x = torch.empty_strided((1, 4, 1, 1), (4, stride, 1, 1), device="meta")
+        near = torch.empty(1, 4, 1, 1, device="meta")
+        assert (_group_norm_triton.rejects(x, None, None, 4, 2) is None) == taken
+        assert (_group_norm_triton.rejects(near, x, None, 8, 2) is None) == taken
 
 
 def test_the_loss_draws_its_noise_again_though_the_state_moved_on() -> None:
