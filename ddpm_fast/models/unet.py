@@ -159,9 +159,7 @@ class UNet(TakesNoiseState):
             x = F.pad(x, (self.initial_pad,) * 4)
         time_emb = None if self.time_mlp is None else self.time_mlp(time)
         x = self.init_conv(x)
-        if (
-            plain and x.is_cpu
-        ):  # there convolutions and kernels alike are faster in it, and torch.cat of two layouts is slow
+        if plain and x.is_cpu:  # where convolutions and kernels are faster in it, and torch.cat of two layouts is slow
             x = x.contiguous(memory_format=torch.channels_last)
         skips = [x]
         for layer in self.downs:
