@@ -294,7 +294,8 @@ def config(pixels: int, channels: int, groups: int, tiles: int) -> Config:
         aligned = per_group * 8 // math.gcd(per_group, 8)
         slab = slab // aligned * aligned or slab
     room = 32768 // tiles  # numbers
-    padded = max(2, triton.next_power_of_2(pixels))  # Triton 3.6 fails to compile a tile of one pixel
+    # Triton 3.6 fails to compile tiles of fewer numbers than threads: four warps have 128, or 256 on AMD.
+    padded = max(256 // width, triton.next_power_of_2(pixels))
     rows = min(padded, max(16, room // width // (1 if padded * width <= room else 2)))
     warps = max(4, min(16 // tiles, rows * width * tiles // 2048))  # of 255 registers a thread at 8, 128 at 16
     return Config(slab, width, rows, triton.cdiv(pixels, rows), triton.next_power_of_2(warps))
