@@ -102,22 +102,21 @@ inline Floats zeroed(Floats v, int64_t last) {
   return v;
 }
 
-inline float total(const Floats (&sums)[4]) {
-  const Floats all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  float sum = 0;
-  for (int i = 0; i < kVec; ++i) sum += all[i];
-  return sum;
-}
+inline float total(const Floats (&sums)[4]) { return sum((sums[0] + sums[1]) + (sums[2] + sums[3])); }
 
 // e^z, held where (1 + e^z)^2 is finite: with u = (1 + e^z)^2 - 1, mish is z u / (u + 2).
 template <Precision P>
 inline Floats mish_exp(Floats z) {
-  return exp2<P>(smaller(broadcast(30.0f), z * kLog2E));
+  const Power e = power<P>(smaller(broadcast(30.0f), z * kLog2E));
+  return e.scale * e.part;
 }
 
 template <Activation A, Precision P>
 inline Floats activate(Floats z) {
-  if constexpr (A == Activation::silu) return quotient<P>(z, 1.0f + exp2<P>(z * -kLog2E));
+  if constexpr (A == Activation::silu) {
+    const Power e = power<P>(z * -kLog2E);
+    return quotient<P>(z, fma(e.scale, e.part, broadcast(1.0f)));
+  }
   if constexpr (A == Activation::relu) return larger(Floats{}, z);
   if constexpr (A == Activation::mish) {
     const Floats e = mish_exp<P>(z), u = e * (e + 2.0f);
@@ -130,9 +129,10 @@ inline Floats activate(Floats z) {
 template <Activation A, Precision P>
 inline Floats through(Floats dy, Floats z) {
   if constexpr (A == Activation::silu) {
-    const Floats e = exp2<P>(z * -kLog2E), s = quotient<P>(broadcast(1.0f), 1.0f + e);
+    const Power e = power<P>(z * -kLog2E);
+    const Floats s = quotient<P>(broadcast(1.0f), fma(e.scale, e.part, broadcast(1.0f)));
     Floats rest = 1.0f - s;
-    if (P == Precision::coarse) rest = smaller(broadcast(0x1p126f), e) * s;  // what is lost there is many ulp of s
+    if (P == Precision::coarse) rest = smaller(broadcast(0x1p126f), e.scale * e.part) * s;  // 1 - s: many ulp of this s
     return dy * s * fma(z, rest, broadcast(1.0f));
   }
   if constexpr (A == Activation::relu) return z <= 0.0f ? Floats{} : dy;
@@ -142,6 +142,14 @@ inline Floats through(Floats dy, Floats z) {
     return dy * ((u + held * (4.0f * e * (e + 1.0f) / v)) / v);
   }
   return dy;
+}
+
+inline int64_t first_cache() {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  static const long size = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+  if (size > 0) return size;
+#endif
+  return int64_t{1} << 15;
 }
 
 inline int64_t second_cache() {
@@ -173,10 +181,16 @@ inline bool in_memory(int64_t bytes) {
   return size > 0 && bytes > size / 4;
 }
 
-// Numbers for the length of a call. The memory is the allocator's; what doesn't fit it ends the process, as elsewhere.
+// Numbers for the length of a call, in whole pages: what one thread writes is no neighbour of another's, where the
+// processor would fetch it ahead. The memory is the allocator's; what doesn't fit it ends the process, as elsewhere.
+constexpr int64_t kPage = 4096 / sizeof(float);
+
+inline int64_t whole_pages(int64_t count) { return (count + kPage - 1) / kPage * kPage; }
+
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : data_(static_cast<float*>(std::malloc(size_t(count) * sizeof(float)))) {
+  explicit Scratch(int64_t count)
+      : data_(static_cast<float*>(std::aligned_alloc(kPage * sizeof(float), whole_pages(count) * sizeof(float)))) {
     if (data_ == nullptr) std::abort();
   }
   ~Scratch() { std::free(data_); }
@@ -188,9 +202,10 @@ class Scratch {
   float* data_;
 };
 
-// How a call is cut. A slab is an image's channels, or as many of them as the second cache takes at `bytes` an element, but
-// no fewer than make long rows: short ones with gaps between cost more than what the cache does not hold. In channels_last
-// its pixels come in pieces. The pieces don't depend on the threads, so neither does a bit of the result.
+// How a call is cut. A slab is an image's channels, or as many of them as a cache takes at `bytes` an element. In
+// channels_last that is the second cache, and they are no fewer than make long rows: short ones with gaps between cost more
+// than what the cache does not hold; its pixels come in pieces. Else a slab is one stretch of memory, and the first cache
+// takes a few groups. The pieces don't depend on the threads, so neither does a bit of the result.
 struct Cut {
   int64_t width;         // channels of a slab
   int64_t slabs;         // of an image
@@ -210,7 +225,8 @@ inline Cut cut(const GroupNorm& g, int64_t bytes, int threads) {
   const int64_t per_group = g.channels / g.groups;
   int64_t least = per_group;  // whole vectors, if that can be
   while (g.channels_last && least % kVec != 0 && least < g.channels) least += per_group;
-  const int64_t of_image = g.channels * g.pixels * bytes, room = second_cache() / 4 * 3;
+  const int64_t room = g.channels_last ? second_cache() / 4 * 3 : first_cache();
+  const int64_t of_image = g.channels * g.pixels * bytes;
   const int64_t row = g.channels * (g.half ? sizeof(bf16) : sizeof(float)), rows = row < kRowBytes ? 1 : row / kRowBytes;
   const int64_t parts = (of_image + room - 1) / room, long_rows = g.channels_last && rows < parts ? rows : parts;
   const int64_t for_scratch = (of_image + kSlabBytes - 1) / kSlabBytes;

@@ -255,7 +255,7 @@ void forward(const GroupNorm& g, const GroupNormForward& f, int threads) {
   const Cut to = cut(g, 2 * sizeof(T), threads);
   // A slab's room: statistics of its groups (at most as many as channels), and the moments of its pieces.
   const int64_t in_doubles = int64_t{2 * sizeof(double) / sizeof(float)} * to.width;
-  const int64_t each = in_doubles + (to.pieces * kRows * to.width + 1) / 2 * 2;
+  const int64_t each = whole_pages(in_doubles + to.pieces * kRows * to.width);
   const int64_t in_rooms = rooms(to, g.images) * each;
   const Scratch scratch(in_rooms + kConstants * to.width);
   float* constants = scratch.get() + in_rooms;

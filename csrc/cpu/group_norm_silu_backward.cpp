@@ -297,8 +297,8 @@ void add(float* to, const float* more, int64_t count) {
 template <Activation A, class T>
 void backward(const GroupNorm& g, const GroupNormBackward& b, int threads) {
   const Cut to = cut(g, 2 * sizeof(T) + sizeof(float), threads);
-  const int64_t rows_of_slab = (kRows + kSums * to.pieces) * to.width;
-  const int64_t each = rows_of_slab + g.pixels * to.width;
+  const int64_t rows_of_slab = ((kRows + kSums * to.pieces) * to.width + kVec - 1) / kVec * kVec;
+  const int64_t each = whole_pages(rows_of_slab + g.pixels * to.width);
   const int64_t all = g.images * g.channels, in_rooms = rooms(to, g.images) * each;
   const bool shared_add = b.dadd != nullptr && g.add_stride == 0;
   const Scratch scratch(in_rooms + 3 * all + kConstants * to.width);

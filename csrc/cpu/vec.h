@@ -169,6 +169,27 @@ static inline Floats larger(Floats a, Floats b) {
 #endif
 }
 
+// The sum of a vector's numbers, by halves.
+static inline float sum(Floats v) {
+#if defined(__SSE2__)
+#if defined(__AVX512F__)
+  const __m256 half = _mm512_maskz_extractf32x8_ps(0xFF, (__m512)v, 0) +
+                      _mm512_maskz_extractf32x8_ps(0xFF, (__m512)v, 1);
+#elif defined(__AVX2__)
+  const __m256 half = (__m256)v;
+#endif
+#if defined(__AVX2__)
+  const __m128 quarter = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+#else
+  const __m128 quarter = (__m128)v;
+#endif
+  const __m128 pair = quarter + _mm_movehl_ps(quarter, quarter);
+  return pair[0] + pair[1];
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
 // How exactly a function is computed: to 3 ulp of float32, or to a twentieth of an ulp of bf16.
 enum class Precision { fine, coarse };
 
@@ -190,11 +211,37 @@ static inline Floats quotient(Floats a, Floats x) {
   return P == Precision::coarse ? a * reciprocal<P>(x) : a / x;
 }
 
-// 2^u, 0 and inf beyond the ends. The polynomials have the least relative error on [0, 1].
-template <Precision P>
-static inline Floats exp2(Floats u) {
+// 2^u = scale * part, with part in [1, 2], and scale 0 or inf beyond the ends. In two parts it is used sooner: 1 + 2^u is
+// one fma, and both are computed side by side.
+struct Power {
+  Floats scale, part;
+};
+
 #if defined(__AVX512F__)
-  const Floats f = (Floats)_mm512_maskz_reduce_ps(0xFFFF, (__m512)u, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+// 2^(k / 32)
+alignas(64) static constexpr float kPowers[32] = {
+    0x1.0p+0f, 0x1.059b0ep+0f, 0x1.0b5586p+0f, 0x1.11301ep+0f, 0x1.172b84p+0f, 0x1.1d4874p+0f, 0x1.2387a6p+0f, 0x1.29e9ep+0f,
+    0x1.306fep+0f, 0x1.371a74p+0f, 0x1.3dea64p+0f, 0x1.44e086p+0f, 0x1.4bfdaep+0f, 0x1.5342b6p+0f, 0x1.5ab07ep+0f, 0x1.6247ecp+0f,
+    0x1.6a09e6p+0f, 0x1.71f75ep+0f, 0x1.7a1148p+0f, 0x1.82589ap+0f, 0x1.8ace54p+0f, 0x1.93737cp+0f, 0x1.9c4918p+0f, 0x1.a5503cp+0f,
+    0x1.ae89fap+0f, 0x1.b7f77p+0f, 0x1.c199bep+0f, 0x1.cb720ep+0f, 0x1.d5818ep+0f, 0x1.dfc974p+0f, 0x1.ea4afap+0f, 0x1.f50766p+0f,
+};
+#endif
+
+// The polynomials have the least relative error on [0, 1/32] with the table, on [0, 1] without it.
+template <Precision P>
+static inline Power power(Floats u) {
+#if defined(__AVX512F__)
+  constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  if constexpr (P == Precision::fine) {
+    const Floats f = (Floats)_mm512_maskz_reduce_ps(0xFFFF, (__m512)u, 5 << 4 | kDown);  // less than 1/32
+    // The lowest bits of the sum are those of u in 32nds; the table's index is five of them.
+    const __m512 shifted = _mm512_maskz_add_round_ps(0xFFFF, (__m512)u, (__m512)broadcast(0x1.8p18f), kDown);
+    const __m512 low = (__m512)load(kPowers), high = (__m512)load(kPowers + 16);
+    const __m512 power = _mm512_maskz_permutex2var_ps(0xFFFF, low, (__m512i)shifted, high);
+    const Floats q = fma(broadcast(0x1.f0f3e6p-3f), f, broadcast(0x1.62e11ep-1f));
+    return {(Floats)_mm512_maskz_scalef_ps(0xFFFF, power, (__m512)u), fma(f, q, broadcast(1.0f))};
+  }
+  const Floats f = (Floats)_mm512_maskz_reduce_ps(0xFFFF, (__m512)u, kDown);
 #else
   const Floats held = larger(broadcast(-126.0f), smaller(broadcast(126.0f), u));  // NaN stays
   const Floats magic = broadcast(0x1.8p23f);
@@ -214,11 +261,11 @@ static inline Floats exp2(Floats u) {
     p = fma(p, f, broadcast(0x1.fff632p-1f));
   }
 #if defined(__AVX512F__)
-  return (Floats)_mm512_maskz_scalef_ps(0xFFFF, (__m512)p, (__m512)u);
+  return {(Floats)_mm512_maskz_scalef_ps(0xFFFF, (__m512)broadcast(1.0f), (__m512)u), p};
 #else
-  p = (Floats)((Ints)p + ((Ints)shifted << 23));
-  p = u > 126.0f ? broadcast(__builtin_inff()) : p;
-  return u < -126.0f ? Floats{} : p;
+  Floats scale = (Floats)(0x3F800000 + ((Ints)shifted << 23));
+  scale = u > 126.0f ? broadcast(__builtin_inff()) : scale;
+  return {u < -126.0f ? Floats{} : scale, p};
 #endif
 }
 
