@@ -24,7 +24,7 @@ from torch import Tensor
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 QUICK_NORMS = ((128, 32, "last", False), (256, 16, "last", True), (384, 32, "last", True), (256, 8, "nchw", False))
-KERNELS = "noise", "q_sample", "sampler_step", "diffusion_loss", "timestep_embedding", "group_norm_silu"
+KERNELS = "noise", "q_sample", "sampler_step", "diffusion_loss", "timestep_embedding", "ema_update", "group_norm_silu"
 WIDE = re.compile(r"\.v4\.b32|\.v2\.b64|\.v8\.b16|_dwordx4")
 
 
@@ -61,7 +61,7 @@ def cases() -> Iterator[Case]:
 
 
 def _steps(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
-    from ddpm_fast.kernels import diffusion_loss, noise, q_sample, sampler_step, timestep_embedding
+    from ddpm_fast.kernels import diffusion_loss, ema_update, noise, q_sample, sampler_step, timestep_embedding
     from ddpm_fast.reference.philox import REVERSE, NoiseState
 
     state, shape, name, wide = NoiseState.at(1, 2, 3), (64, 3, 32, 32), _name(dtype), dtype.itemsize == 4
@@ -73,6 +73,8 @@ def _steps(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
         yield Case("timestep_embedding", "[64] -> 128", embedding, False, True)
         yield Case("noise", "timesteps", partial(noise.timesteps, 64, 1000, state), False, True)
         yield Case("noise", "dropout_mask", partial(noise.dropout_mask, (64, 128, 32, 32), 0.1, state, 33), True, True)
+    averages, values = [torch.zeros(128, 128, 3, 3)], [torch.zeros(128, 128, 3, 3, dtype=dtype)]
+    yield Case("ema_update", f"of {name}", partial(ema_update.ema_update, averages, values, 0.999), True, quick)
     yield Case("noise", name, partial(noise.noise, shape, state, REVERSE, dtype), wide, quick)
     yield Case("q_sample", name, partial(q_sample.q_sample, x, t, table, table, state), wide, quick)
     step, room = sampler_step.sampler_step, sampler_step.room(x, x, [])

@@ -1,14 +1,16 @@
 """The exponential moving average of a network's weights, all tensors in one call."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..reference import ema_update as reference
-from . import _checks, _native
-from ._dispatch import Impl, Op
+from . import _checks, _native, _triton
+from ._dispatch import Impl, Op, forced
 from ._library import opaque
 
 _NODE = opaque(
@@ -40,6 +42,38 @@ def _load() -> Callable[..., None]:
     return run
 
 
+def _rejects_triton(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float) -> str | None:
+    if forced() != "triton":
+        return "is not preferred to torch's own update of many tensors, until a benchmark says so"
+    pairs = list(zip(averages, values, strict=True))
+    if len({(a.dtype, v.dtype) for a, v in pairs}) > 1 or len({a.device for a in averages}) > 1:
+        return "takes averages of one dtype, values of one, and one device"
+    if not all(a.stride() == v.stride() and _dense(a) for a, v in pairs):
+        return "takes dense tensors, each pair with the same strides"
+    ranges = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for pair in pairs for x in pair)
+    if any(end > start for (_, end), (start, _) in itertools.pairwise(ranges)):
+        return "takes tensors that share no memory"
+    tensors = *averages, *values
+    return _triton.unfit(*tensors) or _native.unfit_arrays(*tensors, grads=True, dtypes=_triton.ARRAY_DTYPES)
+
+
+def _dense(x: Tensor) -> bool:
+    return x.is_contiguous() or x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _load_triton() -> Callable[..., None]:
+    kernels = _triton.load("ema_update")
+
+    def run(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float) -> None:
+        if averages:
+            for average in averages:
+                increment_version(average)
+            with _triton.on(averages[0]):
+                kernels.ema_update(averages, values, decay)
+
+    return run
+
+
 def _check(averages: Any, values: Any, decay: float) -> tuple[Any, ...]:
     for name, tensors in (("averages", averages), ("values", values)):
         if not isinstance(tensors, (list, tuple)):
@@ -56,6 +90,7 @@ def _check(averages: Any, values: Any, decay: float) -> tuple[Any, ...]:
 OP: Op = Op(
     "ema_update",
     Impl("native", _load, _rejects, _ready),
+    Impl("triton", _load_triton, _rejects_triton),
     Impl("reference", lambda: reference.ema_update),
     check=_check,
     traced=_NODE,

@@ -65,6 +65,39 @@ def test_layouts_that_a_kernel_takes() -> None:
     assert torch.allclose(a, expected[0]) and torch.allclose(transposed, expected[1])
 
 
+@pytest.mark.parametrize(("of_averages", "of_values"), [(torch.float32, torch.bfloat16), (torch.bfloat16,) * 2])
+def test_all_tensors_in_one_launch_of_triton(of_averages: torch.dtype, of_values: torch.dtype) -> None:
+    """The table of addresses serves as long as they stay: new values in them, and other tensors at other places."""
+    if "triton" not in BACKENDS:
+        pytest.skip("needs Triton")
+    averages, values = pairs(of_averages)[0], pairs(of_values)[1]
+    averages.append(torch.randn(9, dtype=of_averages)[1:])  # no address of 16 bytes
+    values.append(torch.randn(9).to(of_values)[1:])
+    for _ in range(2):
+        expected = [torch.lerp(a.double(), v.double(), 0.25) for a, v in zip(averages, values, strict=True)]
+        with ops.use_backend("triton"):
+            ops.ema_update(averages, values, 0.75)
+        for average, wanted in zip(averages, expected, strict=True):
+            assert torch.allclose(average.double(), wanted, atol=2 * torch.finfo(of_averages).eps)
+        for value in values:
+            value.mul_(-2)
+
+
+def test_what_triton_refuses() -> None:
+    if "triton" not in BACKENDS:
+        pytest.skip("needs Triton")
+    a, b = torch.ones(8), torch.zeros(8)
+    for averages, values, text in (
+        ([a, a], [b, -b], "share no memory"),
+        ([a, b.half()], [b.clone(), a.clone()], "one dtype"),
+        ([a.view(2, 4)], [b.view(4, 2).T], "same strides"),
+    ):
+        with ops.use_backend("triton"), pytest.raises(RuntimeError, match=text):
+            ops.ema_update(averages, values, 0.5)
+    ops.ema_update([a], [b], 0.5)  # not asked for it, dispatch takes another
+    assert a.eq(0.5).all()
+
+
 def test_shared_memory_is_updated_in_order() -> None:
     """An average given twice, and values that are averages: as one pair after the other."""
 
