@@ -53,10 +53,13 @@ bench: $(READY) ## measure sampling, training and ops against plain PyTorch
 aot: $(READY) ## compile every Triton kernel for GPUs that need not be here; its report is kept
 	$(PY) -m benchmarks.aot --json benchmarks/results/aot.json
 
-# Without .venv: it measures the PyTorch, and so the CUDA, that this machine has.
-gpu: ## measure on this machine's GPU, with its own PyTorch
+# Without .venv: it measures the PyTorch, and so the CUDA, that this machine has. PART=tests, tune, ops, sample, train or
+# profile; a part stops after eight minutes, and the same command goes on from there.
+PART ?= all
+OUT ?= benchmarks/results/gpu
+gpu: ## check and measure on this machine's GPU, with its own PyTorch; PART=... for one part
 	@$(PYTHON) -c "import torch" 2>/dev/null || { echo "$(PYTHON) can't import torch; name one that can: make gpu PYTHON=..."; exit 1; }
-	$(PYTHON) benchmarks/gpu_suite.py --out benchmarks/results/gpu
+	$(PYTHON) benchmarks/gpu_suite.py --part $(PART) --out $(OUT)
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build dist *.egg-info .*_cache .benchmarks

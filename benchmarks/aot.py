@@ -8,21 +8,28 @@ driver that names another GPU and launches nothing.
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.configured import configured
+
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+SEARCHED = "sm_90"  # here every configuration that a search may pick is compiled, else that of the rule
 QUICK_NORMS = ((128, 32, "last", False), (256, 16, "last", True), (384, 32, "last", True), (256, 8, "nchw", False))
 KERNELS = "noise", "q_sample", "sampler_step", "diffusion_loss", "timestep_embedding", "ema_update", "group_norm_silu"
 WIDE = re.compile(r"\.v4\.b32|\.v2\.b64|\.v8\.b16|_dwordx4")
@@ -38,6 +45,7 @@ class Case:
         call: runs the op's launcher.
         wide: whether every kernel must have accesses of 16 bytes.
         quick: whether it is among the few that the tests compile.
+        config: the name of the configuration; that of the kernel's rule if empty.
     """
 
     kernel: str
@@ -45,6 +53,7 @@ class Case:
     call: Callable[[], Any]
     wide: bool = True
     quick: bool = False
+    config: str = ""
 
 
 def cases() -> Iterator[Case]:
@@ -58,6 +67,7 @@ def cases() -> Iterator[Case]:
                     quick = (channels, size, layout, full) in QUICK_NORMS and dtype is torch.bfloat16
                     yield from _norms(dtype, channels, size, layout, full, quick)
         yield from _norms(dtype, 512, 1, "last", True, dtype is torch.bfloat16)  # one pixel
+        yield from _norms(dtype, 64, 256, "last", False, dtype is torch.bfloat16, images=1)  # many chunks
 
 
 def _steps(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
@@ -88,28 +98,35 @@ def _steps(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     )
 
 
-def _norms(dtype: torch.dtype, channels: int, size: int, layout: str, full: bool, quick: bool) -> Iterator[Case]:
+def _norms(
+    dtype: torch.dtype, channels: int, size: int, layout: str, full: bool, quick: bool, images: int = 16
+) -> Iterator[Case]:
     from ddpm_fast.kernels import group_norm_silu as norm
+    from ddpm_fast.kernels.norm_cut import candidates
     from ddpm_fast.reference.philox import NoiseState
 
     form = torch.channels_last if layout == "last" else torch.contiguous_format
 
     def image(channels: int) -> Tensor:
-        return torch.zeros(16, channels, size, size, dtype=dtype).contiguous(memory_format=form)
+        return torch.zeros(images, channels, size, size, dtype=dtype).contiguous(memory_format=form)
 
     second = min(128, channels // 2) if full else 0
     x, x2, y = image(channels - second), image(second) if full else None, image(channels)
-    row, both = torch.zeros(channels), torch.zeros(16, channels)
+    row, both = torch.zeros(channels), torch.zeros(images, channels)
     scale, residual = (both, y) if full else (None, None)
     dropout = (*NoiseState.at(1, 2, 3), 33, 6554, 1.1) if full else None
     of = norm.Operands(x, x2, row, row, both, scale, scale, 32, "silu", dropout)
-    statistics = torch.zeros(16, 32, 2, dtype=torch.float64)
+    statistics = torch.zeros(images, 32, 2, dtype=torch.float64)
     wide = layout == "last" and size > 1  # a single pixel has fewer channels than a program has threads
-    label = f"{_name(dtype)} [16, {channels}, {size}, {size}] {layout}{' everything' if full else ''}"
-    forward = partial(norm.forward, of, residual, y, residual, statistics, 1e-5)
-    yield Case("group_norm_silu", f"{label} forward", forward, wide, quick)
-    backward = partial(norm.backward, of, y, residual, x, x2, statistics)
-    yield Case("group_norm_silu", f"{label} backward", backward, wide, quick)
+    label = f"{_name(dtype)} [{images}, {channels}, {size}, {size}] {layout}{' everything' if full else ''}"
+    calls = {
+        "forward": partial(norm.forward, of, residual, y, residual, statistics, 1e-5),
+        "backward": partial(norm.backward, of, y, residual, x, x2, statistics),
+    }
+    for direction, call in calls.items():
+        for i, name in enumerate(candidates(direction, *of.sizes)):
+            few = quick and (i == 0 or i < 4 and full and (channels, size) == (256, 16))
+            yield Case("group_norm_silu", f"{label} {direction}", call, wide and i == 0, few, name if i else "")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -148,7 +165,8 @@ def compiled(case: Case, name: str) -> list[Any]:
     driver.set_active(_Elsewhere(GPUTarget(*TARGETS[name]), list(TARGETS).index(name)))
     triton.runtime.JITFunction.run = warm
     try:
-        case.call()
+        with configured(case.config):
+            case.call()
     finally:
         triton.runtime.JITFunction.run = run
     return found
@@ -176,26 +194,40 @@ def report(kernel: Any, name: str) -> dict[str, Any]:
     return row
 
 
+def _share(args: argparse.Namespace, share: int) -> list[tuple[int, list[dict[str, Any]]]]:
+    """One process's share of the cases: their numbers and rows."""
+    torch.set_num_threads(1)
+    found = []
+    for i, case in enumerate(cases()):
+        if i % args.jobs != share or case.kernel not in args.kernels or (args.quick and not case.quick):
+            continue
+        rows = []
+        for name in args.targets:
+            if case.config and name != SEARCHED and not args.quick:
+                continue
+            for kernel in compiled(case, name):
+                row = {"op": case.kernel, "case": case.label, "config": case.config or "rule", "target": name}
+                rows.append(row | report(kernel, name))
+                rows[-1]["fault"] = _fault(rows[-1], case)
+                print(*rows[-1].values(), sep=" | ", flush=True)
+        found.append((i, rows))
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     """Compile and print the table; return 1 where a forward kernel spills, or one lacks 16-byte accesses."""
     p = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.splitlines()[0])
     p.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="GPUs")
     p.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="ops")
     p.add_argument("--quick", action="store_true", help="a few shapes, those that the tests compile")
+    p.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     p.add_argument("--json", metavar="FILE", help="also write the rows there")
     args = p.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         p.error("TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it")
-    rows = []
-    for case in cases():
-        if case.kernel not in args.kernels or (args.quick and not case.quick):
-            continue
-        for name in args.targets:
-            for kernel in compiled(case, name):
-                row = {"op": case.kernel, "case": case.label, "target": name} | report(kernel, name)
-                row["fault"] = _fault(row, case)
-                rows.append(row)
-                print(*row.values(), sep=" | ", flush=True)
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        shares = pool.map(partial(_share, args), range(args.jobs))
+        rows = [row for _, rows in sorted(chain.from_iterable(shares), key=itemgetter(0)) for row in rows]
     if args.json:
         import triton
 

@@ -1,43 +1,52 @@
-"""The measurements of a GPU in one run: ceilings, sampling and training, ours beside PyTorch's strongest settings.
+"""The measurements of a GPU: checks, configurations, ops, sampling, training and a profile, beside PyTorch's strongest.
 
-python benchmarks/gpu_suite.py --part all --out results
+python benchmarks/gpu_suite.py --part tests --out results
 python benchmarks/gpu_suite.py --dry-run
 
-Networks are timed as they run: weights and activations of a step are larger than the L2, so nothing stays warm.
+A part ends after --minutes and goes on where it stopped when it is run again. Networks are timed as they run: weights
+and activations of a step are larger than the L2, so nothing stays warm; the inputs of ops rotate beyond it.
 """
 
 import argparse
-import subprocess
+import os
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+# In a dry run Triton's interpreter stands in for a GPU; it must be asked for before anyone imports Triton.
+os.environ.setdefault("TRITON_INTERPRET", str(int("--dry-run" in sys.argv)))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks import ceilings, gpu_peers
+from benchmarks import ceilings, gpu_build, gpu_checks, gpu_peers, gpu_profile, gpu_tune
+from benchmarks import ops as op_benchmarks
 from benchmarks.checks import check_sampling, check_training
-from benchmarks.harness import DTYPES, Row, header, markdown, markdown_header, pick_device, progress, write_json
+from benchmarks.gpu_report import Clock, OutOfTime, Report
+from benchmarks.harness import DTYPES, NAMES, OURS, ROOT, Row, describe, pick_device, progress
 from benchmarks.options import Parser, count, output_folder
 from benchmarks.problem import Builder, Check, Problem, flops_per_image, measure
 from benchmarks.throughput import MODELS, NUM_TIMESTEPS
-from ddpm_fast.models.presets import Config, preset
+from ddpm_fast.kernels import configs
+from ddpm_fast.models.presets import preset
 
-PARTS = ("ceilings", "sample", "train")
+OPS = ("group_norm_silu", "q_sample", "sampler_step", "diffusion_loss", "noise", "timestep_embedding", "ema_update")
+BATCHES = {"sample": [1, 8, 64, 256, 512], "train": [64, 128, 256], "profile": [1, 256]}
 UNROLL = 25
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line, with small sizes on the CPU filled in for a dry run."""
     p = Parser(__doc__.splitlines()[0])
-    p.add_argument("--part", choices=(*PARTS, "all"), default="all")
+    p.add_argument("--part", nargs="+", choices=(*PARTS, "all"), default=["all"], metavar="PART", help=", ".join(PARTS))
+    p.add_argument("--minutes", type=float, help="a run ends after so many; 0: when all is measured (default: 7.5)")
+    p.add_argument("--fresh", action="store_true", help="measure anew what an earlier run left in --out")
     p.add_argument("--model", choices=MODELS, default="cifar10")
-    p.add_argument("--batch", type=count, nargs="+", help="batch sizes (default: sampling 1 8 64 256, train 128 256)")
-    p.add_argument("--steps", type=count, default=2 * UNROLL, help=f"sampling steps per run, a multiple of {UNROLL}")
+    p.add_argument("--batch", type=count, nargs="+", help=f"batch sizes (default: {BATCHES}, ops 512)")
+    p.add_argument("--steps", type=count, default=UNROLL, help=f"sampling steps per run, a multiple of {UNROLL}")
     p.add_argument("--iterations", type=count, default=5, help="training iterations per run")
     p.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["bf16", "float32"])
     p.add_argument("--repetitions", type=count, default=20)
@@ -47,6 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--dry-run", action="store_true", help="walk through everything, tiny, on the CPU, compiling nothing"
     )
     args = p.parse_args(argv)
+    args.parts = [part for part in PARTS if part in args.part or "all" in args.part]
     args.out = args.out or Path(tempfile.mkdtemp(prefix="dry_run_") if args.dry_run else "gpu_results")
     args.unroll = 2 if args.dry_run else UNROLL
     if args.dry_run:
@@ -55,100 +65,186 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error("torch sees no GPU here: --dry-run walks through the suite on a CPU")
     if args.steps % args.unroll:
         p.error(f"argument --steps: expected a multiple of {args.unroll}, got {args.steps}")
-    args.parts = [part for part in PARTS[1:] if args.part in (part, "all") and contenders(args, part)]
-    if args.only and not args.parts:
+    if args.only and not any(contenders(args, part) for part in ("sample", "train")):
         p.error(f"argument --only: no contender's name has any of {args.only}")
     return args
 
 
 def contenders(args: argparse.Namespace, part: str) -> dict[str, Builder]:
-    """Return the contenders of a part that ``--only`` leaves."""
+    """Return the contenders of sampling or training that ``--only`` leaves."""
     found = gpu_peers.training_contenders() if part == "train" else gpu_peers.sampling_contenders(args.unroll)
     return {name: build for name, build in found.items() if not args.only or any(text in name for text in args.only)}
 
 
-def clocks() -> str | None:
-    """Return what nvidia-smi says of clocks, power and temperature."""
-    query = "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu"
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+class Suite:
+    """One run of the suite: its parts are methods, each fills its report group by group until the clock stops it."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.device = args, pick_device("cpu" if args.dry_run else "cuda")
+        minutes = 0 if args.dry_run else 7.5
+        self.clock = Clock((minutes if args.minutes is None else args.minutes) or None)
+        self.config = preset(args.model)
+        if args.dry_run:
+            self.config = replace(self.config, base_channels=16, num_res_blocks=1)
+        self._rates: dict[str, float] = {}
+
+    def report(self, part: str, **notes: Any) -> Report:
+        """Return the part's report; `notes` are the options that its rows depend on."""
+        if self.args.dry_run:
+            notes["dry run"] = "nothing was compiled or captured; the times mean nothing"
+        return Report(self.args.out, part, self.device, notes, self.args.fresh)
+
+    def ceilings(self) -> dict[str, float]:
+        """Measure, once a run, bytes/s of a copy ("copy") and FLOP/s of a matrix product by precision."""
+        if not self._rates:
+            progress("ceilings")
+            sizes = (256,) if self.args.dry_run else ()
+            copy = ceilings.copy(self.device, 1 << 24 if self.args.dry_run else None)
+            products = {name: ceilings.matmul(self.device, DTYPES[name], sizes) for name in DTYPES}
+            report = Report(self.args.out, "ceilings", self.device, {}, fresh=True)
+            report.add([copy, *products.values()])
+            self._rates = {name: row["tflops"] * 1e12 for name, row in products.items()}
+            self._rates["copy"] = copy["gbytes_per_s"] * 1e9
+        return self._rates
+
+    def tests(self, report: Report) -> None:
+        """Every op against its reference, words, repeated runs and the like: what was seen, or what failed."""
+        reason = gpu_build.build(ROOT / "build" / "gpu")
+        progress(f"native module: {reason or 'there'}")
+        for name, check in gpu_checks.checks(self.device, self.args.dry_run).items():
+            if report.has(name, "", 0):
+                continue
+            self.clock.check()
+            progress(name)
+            row: Row = {"case": name, "precision": "", "batch": 0, "name": OURS}
+            try:
+                row["note"] = check()
+            except gpu_checks.Skipped as skipped:
+                row["note"] = f"skipped: {skipped}"
+            except Exception as error:
+                row["error"] = describe(error)
+            report.add([row])
+
+    def tune(self, report: Report) -> None:
+        """The kernels' configurations; the table is written in the end."""
+        for call in gpu_tune.calls(self.args.dry_run):
+            if not report.has(f"{call.op} {call.key}", NAMES[call.dtype], call.images):
+                self.clock.check()
+                most = 2 if self.args.dry_run else None
+                report.add(gpu_tune.measure(call, self.device, self.args.repetitions, most))
+        gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else "no gpu"
+        name = f"{configs.slug(gpu)}.json"
+        gpu_tune.write_table(self.args.out / name, self.device, report.rows)
+        progress(f"the table: {self.args.out / name}; from {configs.TABLES / name} every call of this GPU reads it")
+
+    def ops(self, report: Report) -> None:
+        """The ops beside PyTorch's, in tensors larger than the L2."""
+        batch, quick = (self.args.batch or [512])[0], self.args.dry_run
+        if not quick:
+            op_benchmarks.keep_freed_memory()
+        for case in op_benchmarks.cases(list(OPS), batch, quick):
+            if not report.has(f"{case.op} {case.label}", NAMES[case.dtype], case.batch):
+                self.clock.check()
+                rates = self.ceilings()
+                repetitions = self.args.repetitions
+                report.add(
+                    op_benchmarks.measure(
+                        case, self.device, not quick, repetitions, rates["copy"], rates[NAMES[case.dtype]]
+                    )
+                )
+
+    def sample(self, report: Report) -> None:
+        """Reverse steps of the network, ours beside the settings that are fastest elsewhere."""
+        self._networks(report, "sample", check_sampling)
+
+    def train(self, report: Report) -> None:
+        """Training iterations: loss, backward, Adam, EMA."""
+        self._networks(report, "train", check_training)
+
+    def _networks(self, report: Report, part: str, check: Check) -> None:
+        flops, case = flops_per_image(self.config, part == "train"), f"{part} {self.args.model}"
+        for problem in self._problems(part):
+            if not report.has(case, problem.precision, problem.batch):
+                self.clock.check()
+                rate, builders = self.ceilings()[problem.precision], self._timely(contenders(self.args, part))
+                report.add(measure(case, problem, builders, check, self.args.repetitions, flops, rate))
+                self._release()
+
+    def profile(self, report: Report) -> None:
+        """Where the time of a step and of an iteration goes, by kind of kernel."""
+        for part in ("sample", "train"):
+            case = f"{part} {self.args.model}"
+            for problem in self._problems(part, "profile"):
+                if not report.has(case, problem.precision, problem.batch):
+                    self.clock.check()
+                    report.add(gpu_profile.measure(case, problem, self._timely(contenders(self.args, part))))
+                    self._release()
+
+    def _problems(self, part: str, sizes: str | None = None) -> list[Problem]:
+        compiler, training = "eager" if self.args.dry_run else "inductor", part == "train"
+        steps = self.args.iterations if training else self.args.steps
+        return [
+            Problem(
+                self.config,
+                self.device,
+                batch,
+                steps,
+                precision,
+                compiler,
+                NUM_TIMESTEPS if training else steps,
+                checked=self.args.unroll,
+            )
+            for precision in self.args.precision
+            for batch in self.args.batch or BATCHES[sizes or part]
+        ]
+
+    def _timely(self, builders: dict[str, Builder]) -> dict[str, Builder]:
+        """The builders, each of which looks at the clock first; compilers find in their caches what was compiled."""
+
+        def timely(build: Builder) -> Builder:
+            def checked(problem: Problem) -> Any:
+                self.clock.check()
+                return build(problem)
+
+            return checked
+
+        return {name: timely(build) for name, build in builders.items()}
+
+    def _release(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
-class Report:
-    """One part's rows, written to its Markdown and JSON files after every group, so that a broken run leaves them."""
-
-    def __init__(self, args: argparse.Namespace, part: str, device: torch.device) -> None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        self.path, self.part = args.out / part, part
-        self.rows: list[Row] = []
-        self.tables: list[str] = []
-        notes = {"dry run": "nothing was compiled or captured; the times mean nothing"} if args.dry_run else {}
-        self.head: dict[str, Any] = header(device) | notes | {"clocks before": clocks()}
-
-    def add(self, rows: Iterable[Row]) -> None:
-        """Append a group of rows, print it and write the files."""
-        group = list(rows)
-        self.rows += group
-        self.tables.append(markdown(group))
-        self.head["clocks after"] = clocks()
-        print(self.tables[-1], end="\n\n", flush=True)
-        text = "\n\n".join([f"# {self.part}", markdown_header(self.head), *self.tables])
-        self.path.with_suffix(".md").write_text(text + "\n")
-        write_json(self.path.with_suffix(".json"), self.head, self.rows)
-
-
-def measure_ceilings(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Report the copy and matrix-product ceilings; return TFLOP/s by precision."""
-    report = Report(args, "ceilings", device)
-    sizes = (256,) if args.dry_run else ()
-    products = {name: ceilings.matmul(device, DTYPES[name], sizes) for name in args.precision}
-    report.add([ceilings.copy(device, 1 << 24 if args.dry_run else None), *products.values()])
-    return {name: row["tflops"] for name, row in products.items()}
-
-
-def measure_part(
-    args: argparse.Namespace,
-    part: str,
-    device: torch.device,
-    config: Config,
-    ceiling: dict[str, float],
-) -> None:
-    """Time the contenders of sampling or training at every precision and batch."""
-    training = part == "train"
-    builders = contenders(args, part)
-    check: Check = check_training if training else check_sampling
-    flops = flops_per_image(config, training)
-    report = Report(args, part, device)
-    for precision in args.precision:
-        for batch in args.batch or ([128, 256] if training else [1, 8, 64, 256]):
-            compiler = "eager" if args.dry_run else "inductor"
-            steps, num_timesteps = (args.iterations, NUM_TIMESTEPS) if training else (args.steps, args.steps)
-            problem = Problem(config, device, batch, steps, precision, compiler, num_timesteps, checked=args.unroll)
-            case, rate = f"{part} {args.model}", ceiling[precision] * 1e12
-            report.add(measure(case, problem, builders, check, args.repetitions, flops, rate))
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+PARTS: dict[str, Callable[[Suite, Report], None]] = {
+    "tests": Suite.tests,
+    "tune": Suite.tune,
+    "ops": Suite.ops,
+    "sample": Suite.sample,
+    "train": Suite.train,
+    "profile": Suite.profile,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the suite and return the exit status; a failing contender is a row, not a failure of the run."""
+    """Run the suite; 1 where a check or an implementation of ours failed, else 0: a peer's failure is a row."""
     args = parse(argv)
-    device = pick_device("cpu" if args.dry_run else "cuda")
+    suite, failed, texts, unfinished = Suite(args), False, [], None
     gpu_peers.set_fast_math()
-    config = preset(args.model)
-    if args.dry_run:
-        config = replace(config, base_channels=16, num_res_blocks=1)
-    progress("ceilings")
-    ceiling = measure_ceilings(args, device)
     for part in args.parts:
-        measure_part(args, part, device, config, ceiling)
-    print(f"written to {args.out}")
-    return 0
+        report = suite.report(part, model=args.model, only=args.only)
+        try:
+            PARTS[part](suite, report)
+        except OutOfTime:
+            unfinished = part
+        failed |= any("error" in row and row["name"].startswith(OURS) for row in report.rows) and part != "tune"
+        texts.append(report.text())
+        if unfinished:
+            break
+    print("\n\n".join(texts))
+    print(f"\nwritten to {args.out}")
+    if unfinished:
+        print(f"the time is up in {unfinished}: the same command goes on from there")
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -250,8 +250,11 @@ COLUMNS = {
     "precision": "precision",
     "batch": "batch",
     "name": "contender",
+    "kernels": "kernels",
     "num_steps": "steps",
+    "launches": "launches",
     "ms": "ms",
+    "share_of_run": "of the run",
     "iqr_ms": "IQR",
     "ratio": "over ours",
     "flop_ratio": "FLOP over ours",
@@ -283,7 +286,7 @@ def markdown(rows: Sequence[Row]) -> str:
 def _cell(key: str, value: Any) -> str:
     if value is None:
         return ""
-    if key in ("share", "agreement"):
+    if key in ("share", "share_of_run", "agreement"):
         return f"{value:.0%}"
     if key in ("ratio", "flop_ratio", "ratio_per_flop"):
         return f"{value:.2f}"

@@ -360,17 +360,3 @@ def test_full_runs_compile_and_quick_ones_do_not():
     for contenders in (sampling.contenders, training.contenders):
         assert not [name for name in contenders(False) if "compile" in name]
         assert [name for name in contenders(True) if "compile" in name]
-
-
-def test_gpu_suite_dry_run(tmp_path):
-    script = ROOT / "benchmarks" / "gpu_suite.py"
-    command = [sys.executable, script, "--dry-run", "--precision", "bf16", "--out", tmp_path / "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for part, contenders in (
-        ("sample", gpu_peers.sampling_contenders(2)),
-        ("train", gpu_peers.training_contenders()),
-        ("ceilings", {"torch.mm": 0, "torch copy_": 0}),
-    ):
-        check_form(tmp_path / "out" / f"{part}.json", set(contenders))
-        assert "contender" in (tmp_path / "out" / f"{part}.md").read_text()

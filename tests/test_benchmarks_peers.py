@@ -16,11 +16,13 @@ from toys import idx_bytes
 
 from benchmarks import checks, memory, peers, sample_quality, sampling, throughput, training
 from benchmarks.checks import check_sampling, check_training
-from benchmarks.harness import OURS, Disagreement, markdown, relative_error
+from benchmarks.harness import OURS, Disagreement, check_agreement, markdown, pick_device, relative_error
+from benchmarks.ops import contenders
+from benchmarks.ops.group_norm_silu import cases
 from benchmarks.peers import common, diffusers, expected, lucidrains, onnx_runtime, openvino
 from benchmarks.problem import Contender, Problem, flops_per_image, measure
 from benchmarks.sampling import CHANNELS_LAST, NCHW
-from ddpm_fast import Diffusion, preset
+from ddpm_fast import Diffusion, ops, preset
 from ddpm_fast.training import readers
 from ddpm_fast.training.checkpoint import save_checkpoint
 
@@ -231,6 +233,47 @@ def trainers(allocate: int = 0) -> dict:
         return Contender(run, contender.predict)
 
     return {"peer": build}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [
+        ((2, 128, 5, 7), 32),  # two slabs; more rows than pixels
+        ((3, 36, 9, 5), 3),  # groups of 12 channels, one slab not full, chunks that end outside
+        ((1, 132, 3, 3), 11),  # slabs of 48: the last not full
+        ((1, 8, 70, 1), 2),  # chunks of several tiles, cut below
+    ],
+)
+def test_two_pass_norm_is_the_norm(shape, groups, dtype, monkeypatch, poison_empty):
+    if ("noise", "triton", None) not in ops.availability():
+        pytest.skip("Triton is not installed, or finds nothing to run on")
+    norm = common.require("benchmarks.peers.two_pass_norm")
+    if shape[2] == 70:
+        monkeypatch.setattr(norm, "PROGRAMS", 2)
+        monkeypatch.setattr(norm, "TILE", 1024)
+        assert norm.cut(1, 8, 70, groups).tiles > 1
+    n, channels = shape[:2]
+    device = pick_device("auto")
+    x = (torch.randn(shape) + 3).to(device, dtype, memory_format=CHANNELS_LAST)
+    weight, bias, add = (torch.randn(size).to(device, dtype) for size in ((channels,), (channels,), (n, channels)))
+
+    def plain(dtype: torch.dtype) -> torch.Tensor:
+        of, *affine, more = (v.to(dtype) for v in (x, weight, bias, add))
+        return nn.functional.silu(nn.functional.group_norm(of + more[:, :, None, None], groups, *affine))
+
+    got = norm.two_pass_group_norm_silu(x, weight, bias, add, groups)
+    check_agreement("two passes", got, [plain(dtype)], plain(torch.float64), dtype)
+    assert got.is_contiguous(memory_format=CHANNELS_LAST) and got.dtype == dtype
+    with pytest.raises(ValueError, match="expected a channels_last image"):
+        norm.two_pass_group_norm_silu(x.contiguous(), weight, bias, add, groups)
+
+
+def test_two_pass_norm_joins_the_forward_on_gpus_alone():
+    name = "two passes, as apex"
+    for case in cases(2):
+        assert name not in contenders(case, CPU, compile=False)
+        assert (name in contenders(case, torch.device("cuda"), compile=False)) == (not case.grads)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the resident memory is read from /proc")

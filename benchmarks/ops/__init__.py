@@ -7,9 +7,9 @@ import ctypes
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle, islice
 from typing import Any
@@ -72,6 +72,7 @@ class Case:
         layouts: whether PyTorch runs in both memory formats and ours in channels_last; else all run in NCHW.
         beside_copy: time a copy that moves as many bytes, too.
         hot: time calls on two sets of inputs; else on enough of them, in turn, to find each out of the caches.
+        peers: other projects' ways by name, timed on GPUs in channels_last.
     """
 
     op: str
@@ -89,6 +90,7 @@ class Case:
     layouts: bool = True
     beside_copy: bool = False
     hot: bool = False
+    peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.op} {self.label} {NAMES[self.dtype]}"
@@ -123,7 +125,7 @@ def cases(names: list[str], batch: int, quick: bool) -> list[Case]:
 
 
 def contenders(case: Case, device: torch.device, compile: bool) -> dict[str, Contender]:
-    """Return ours as dispatched, each of our backends forced, and plain PyTorch, eager and compiled."""
+    """Return ours as dispatched, each of our backends forced, plain PyTorch, eager and compiled, and a GPU's peers."""
     backends = [backend for op, backend, reason in ops.availability() if op == case.op and reason is None]
     if device.type == "cpu":  # Triton's interpreter is no contender
         backends = [backend for backend in backends if backend != "triton"]
@@ -139,6 +141,8 @@ def contenders(case: Case, device: torch.device, compile: bool) -> dict[str, Con
         function = torch.compile(case.plain, fullgraph=True, dynamic=False, options=compile_options(device))
         for suffix, memory_format in formats.items():
             found[f"torch.compile{suffix}"] = Contender(function, memory_format)
+    if device.type == "cuda":
+        found |= {name: Contender(peer, CHANNELS_LAST) for name, peer in case.peers.items()}
     return found
 
 

@@ -1,5 +1,8 @@
 """GroupNorm + time bias + SiLU on the shapes of the CIFAR-10 network."""
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,6 +19,17 @@ def _ours(x: Tensor, weight: Tensor, bias: Tensor, add: Tensor) -> Tensor:
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor, add: Tensor) -> Tensor:
     return F.silu(F.group_norm(x + add[:, :, None, None], GROUPS, weight, bias))
+
+
+@functools.cache
+def _two_pass_norm() -> Any:
+    from benchmarks.peers.common import require
+
+    return require("benchmarks.peers.two_pass_norm").two_pass_group_norm_silu  # needs Triton
+
+
+def _two_passes(x: Tensor, weight: Tensor, bias: Tensor, add: Tensor) -> Tensor:
+    return _two_pass_norm()(x, weight, bias, add, GROUPS)
 
 
 def _case(batch: int, channels: int, size: int, dtype: torch.dtype, training: bool) -> Case:
@@ -44,6 +58,7 @@ def _case(batch: int, channels: int, size: int, dtype: torch.dtype, training: bo
         dtype,
         grads=(0, 1, 2, 3) if training else (),
         backward_alone=training,
+        peers={} if training else {"two passes, as apex": _two_passes},
     )
 
 

@@ -86,6 +86,10 @@ class Target(NamedTuple):
     l1: bool
 
 
+def _blocks(m: Tensor) -> tuple[int, dict[str, int]]:
+    return blocks_of("diffusion_loss", m.shape[0], m[:1].numel(), 4, m.device)
+
+
 def _operands(m: Array, of: Target) -> tuple[tuple[object, ...], dict[str, object]]:
     drawn = isinstance(of.noise, NoiseState)
     z = m if isinstance(of.noise, NoiseState) else array(of.noise)
@@ -93,7 +97,7 @@ def _operands(m: Array, of: Target) -> tuple[tuple[object, ...], dict[str, objec
     seed, draw, first_sample = of.noise if isinstance(of.noise, NoiseState) else (m.data, m.data, 0)
     coefs = [m.data if coef is None else coef for coef in (of.noise_coef, of.x_coef)]
     size = m.data[:1].numel()
-    blocks, counters = blocks_of(size, 4)
+    blocks, cut = _blocks(m.data)
     places = pixels(m.data)
     return (
         (*m[:2], *z[:2], *x[:2], *coefs, seed, draw, first_sample, PERTURB, size, blocks, *places),
@@ -105,7 +109,7 @@ def _operands(m: Array, of: Target) -> tuple[tuple[object, ...], dict[str, objec
             "NOISE_COEF": of.noise_coef is not None,
             "X_COEF": of.x_coef is not None,
             "L1": of.l1,
-            "COUNTERS": counters,
+            **cut,
             **EXACT,
         },
     )
@@ -117,7 +121,7 @@ def forward(model_out: Tensor, of: Target) -> Tensor:
         return torch.full((), float("nan"), device=model_out.device)  # the mean of nothing
     m = array(model_out)
     operands, flags = _operands(m, of)
-    programs = model_out.shape[0] * blocks_of(model_out[:1].numel(), 4)[0]
+    programs = model_out.shape[0] * _blocks(model_out)[0]
     sums = torch.empty(programs, dtype=torch.float32, device=model_out.device)
     diffusion_loss_fwd_kernel[(programs,)](sums, *operands, **flags)
     return (sums.sum(dtype=torch.float64) / model_out.numel()).float()
@@ -128,7 +132,7 @@ def backward(grad_loss: Tensor, model_out: Tensor, of: Target) -> Tensor:
     grad, m = like(model_out), array(model_out)
     if model_out.numel():
         operands, flags = _operands(m, of)
-        programs = model_out.shape[0] * blocks_of(model_out[:1].numel(), 4)[0]
+        programs = model_out.shape[0] * _blocks(model_out)[0]
         diffusion_loss_bwd_kernel[(programs,)](
             *grad[:2], grad_loss, float(model_out.numel()), *operands, GRAD_LAST=grad.last, **flags
         )

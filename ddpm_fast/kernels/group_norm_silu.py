@@ -6,7 +6,7 @@ out in chunks: the first leaves moments (or sums) of each chunk, the second merg
 atomics. Sums are taken of x less a pivot, the channel's own mean, so that an offset costs no accuracy.
 """
 
-import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import configs
 from .activations import activate, through
 from .noise import dropout_factors, words
+from .norm_cut import Config, candidates
+from .norm_merge import added_sums, few, merged_moments
 
 
 @triton.jit
@@ -116,10 +119,10 @@ def _factors(
 def group_norm_silu_fwd_kernel(
     x, x_n, x_c, x_p, x2, x2_n, x2_c, x2_p, residual, r_n, r_c, r_p, h, h_n, h_c, h_p, y, y_n, y_c, y_p,
     weight, bias, add, add_n, scale, shift, statistics, moments, seed, draw, first_sample, stream, threshold, factor,
-    channels, channels_1, pixels, eps,
+    channels, channels_1, pixels, eps, entries, each,
     X2: tl.constexpr, RESIDUAL: tl.constexpr, AFFINE: tl.constexpr, ADD: tl.constexpr, SCALE: tl.constexpr,
     SHIFT: tl.constexpr, DROPOUT: tl.constexpr, ACTIVATION: tl.constexpr, PART: tl.constexpr, PER_GROUP: tl.constexpr,
-    SLAB: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr, CHUNKS: tl.constexpr,
+    SLAB: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr, CHUNKS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """PART 0: all of a slab in one pass. PART 1: a chunk's moments, and the sum h. PART 2: a chunk of y."""
     slabs = tl.cdiv(channels, SLAB)
@@ -142,7 +145,7 @@ def group_norm_silu_fwd_kernel(
             tl.store(h + n * h_n + p[:, None] * h_p + c[None, :] * h_c, total, mask=mask)
             v = tl.where(mask, total.to(tl.float32), 0.0)
     if PART == 2:
-        pivot, mean, squares = _merged(moments, n, c, inside, channels, pixels, PIXELS, CHUNKS)
+        pivot, mean, squares = merged_moments(moments, n, 0, entries, c, inside, channels, pixels, each, ENTRIES)
         d = v - pivot[None, :]
     else:
         in_chunk = tl.minimum(pixels - chunk * PIXELS, PIXELS)
@@ -166,32 +169,15 @@ def group_norm_silu_fwd_kernel(
         tl.store(y + n * y_n + p[:, None] * y_p + c[None, :] * y_c, out.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _merged(moments, n, c, inside, channels, pixels, PIXELS: tl.constexpr, CHUNKS: tl.constexpr):
-    """The moments of all chunks of an image (Chan et al. 1979), around the first chunk's pivot."""
-    at = moments + n * CHUNKS * 3 * channels + c
-    pivot = tl.load(at, mask=inside, other=0.0)
-    mean = tl.load(at + channels, mask=inside, other=0.0)
-    squares = tl.load(at + 2 * channels, mask=inside, other=0.0)
-    for chunk in range(1, CHUNKS):
-        at += 3 * channels
-        more = tl.minimum(pixels - chunk * PIXELS, PIXELS).to(tl.float32)
-        share = more / (more + chunk * PIXELS)
-        d = (tl.load(at, mask=inside, other=0.0) - pivot) + (tl.load(at + channels, mask=inside, other=0.0) - mean)
-        mean += d * share
-        squares += tl.load(at + 2 * channels, mask=inside, other=0.0) + d * d * (share * (chunk * PIXELS))
-    return pivot, mean, squares
-
-
 @triton.jit(do_not_specialize=["first_sample", "stream", "threshold"])
 def group_norm_silu_bwd_kernel(
     x, x_n, x_c, x_p, x2, x2_n, x2_c, x2_p, dy, dy_n, dy_c, dy_p, dh, dh_n, dh_c, dh_p,
     dx, dx_n, dx_c, dx_p, dx2, dx2_n, dx2_c, dx2_p,
     weight, bias, add, add_n, scale, shift, statistics, sums, rows, seed, draw, first_sample, stream, threshold, factor,
-    images, channels, channels_1, pixels,
+    images, channels, channels_1, pixels, entries,
     X2: tl.constexpr, DH: tl.constexpr, AFFINE: tl.constexpr, ADD: tl.constexpr, SCALE: tl.constexpr,
     SHIFT: tl.constexpr, DROPOUT: tl.constexpr, ACTIVATION: tl.constexpr, PART: tl.constexpr, PER_GROUP: tl.constexpr,
-    SLAB: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr, CHUNKS: tl.constexpr,
+    SLAB: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr, CHUNKS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """PART 0: all of a slab in one pass. PART 1: a chunk's sums. PART 2: a chunk of dx, and the first one's rows."""
     slabs = tl.cdiv(channels, SLAB)
@@ -234,7 +220,7 @@ def group_norm_silu_bwd_kernel(
         tl.store(to + 2 * channels, of_d, mask=inside)
     else:
         if PART == 2:
-            of_g, of_product, of_d = _added(sums, n, c, inside, channels, CHUNKS)
+            of_g, of_product, of_d = added_sums(sums, n, 0, entries, c, inside, channels, ENTRIES)
         of_product = of_product - lost * of_g
         count = pixels * PER_GROUP
         if count == 1:  # such an element is its mean: x's gradient and the products are exactly 0, or no number
@@ -263,42 +249,16 @@ def group_norm_silu_bwd_kernel(
             tl.store(to, out, mask=mask)
 
 
-@triton.jit
-def _added(sums, n, c, inside, channels, CHUNKS: tl.constexpr):
-    at = sums + n * CHUNKS * 3 * channels + c
-    of_g, of_product, of_d = tl.zeros(c.shape, tl.float32), tl.zeros(c.shape, tl.float32), tl.zeros(c.shape, tl.float32)
-    for _ in range(CHUNKS):
-        of_g += tl.load(at, mask=inside, other=0.0)
-        of_product += tl.load(at + channels, mask=inside, other=0.0)
-        of_d += tl.load(at + 2 * channels, mask=inside, other=0.0)
-        at += 3 * channels
-    return of_g, of_product, of_d
+def key(direction: str, of: "Operands") -> str:
+    """Under which a table has the name: direction, dtype, layout, images (the next power of two), channels..."""
+    last, dtype = "last" if of.x.stride(1) == 1 else "nchw", str(of.x.dtype).removeprefix("torch.")
+    images, pixels, channels, groups = of.sizes
+    return f"{direction} {dtype} {last} {images}x{channels}x{pixels}/{groups}"
 
 
-class Config(NamedTuple):
-    """How a call is cut."""
-
-    slab: int  # channels of a program, whole groups
-    width: int  # lanes for them, a power of two
-    pixels: int  # pixels of a program, a power of two
-    chunks: int  # programs that share a slab's pixels; 1 for one pass
-    warps: int
-
-
-def config(pixels: int, channels: int, groups: int, tiles: int) -> Config:
-    """The rule by metadata: slabs of about 64 channels, and one pass where `tiles` tiles of it fit the registers."""
-    per_group = channels // groups
-    width = min(max(64, triton.next_power_of_2(per_group)), triton.next_power_of_2(channels))
-    slab = width // per_group * per_group
-    if channels % 8 == 0 and slab < channels:  # each slab begins at 16 bytes
-        aligned = per_group * 8 // math.gcd(per_group, 8)
-        slab = slab // aligned * aligned or slab
-    room = 32768 // tiles  # numbers
-    # Triton 3.6 fails to compile tiles of fewer numbers than threads: four warps have 128, or 256 on AMD.
-    padded = max(256 // width, triton.next_power_of_2(pixels))
-    rows = min(padded, max(16, room // width // (1 if padded * width <= room else 2)))
-    warps = max(4, min(16 // tiles, rows * width * tiles // 2048))  # of 255 registers a thread at 8, 128 at 16
-    return Config(slab, width, rows, triton.cdiv(pixels, rows), triton.next_power_of_2(warps))
+def config(direction: str, of: "Operands", run: Callable[[Config], None]) -> Config:
+    """How this call is cut; `run` is the call itself, for a search."""
+    return configs.chosen("group_norm_silu", key(direction, of), candidates(direction, *of.sizes), of.x.device, run)
 
 
 class Operands(NamedTuple):
@@ -318,6 +278,12 @@ class Operands(NamedTuple):
     @property
     def channels(self) -> int:
         return self.x.shape[1] + (0 if self.x2 is None else self.x2.shape[1])
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """What a configuration depends on: images, rounded up to a power of two, pixels, channels, groups."""
+        images, _, height, width = self.x.shape
+        return triton.next_power_of_2(images), height * width, self.channels, self.groups
 
 
 def _image(x: Tensor | None, other: Tensor) -> tuple[Any, ...]:
@@ -360,32 +326,48 @@ def _flags(of: Operands, cut: Config) -> dict[str, Any]:
 def forward(of: Operands, residual: Tensor | None, y: Tensor, h: Tensor | None, statistics: Tensor, eps: float) -> None:
     """Writes y, h and the groups' statistics (float64 [N, groups, 2]: mean, 1 / deviation)."""
     x, pixels = of.x, of.x.shape[2] * of.x.shape[3]
-    cut = config(pixels, of.channels, of.groups, 1)
-    grid = (x.shape[0] * triton.cdiv(of.channels, cut.slab) * cut.chunks,)
-    moments = statistics if cut.chunks == 1 else _room(x.shape[0] * cut.chunks * 3 * of.channels, x)
-    for part in (0,) if cut.chunks == 1 else (1, 2):
-        group_norm_silu_fwd_kernel[grid](
-            *_image(x, x), *_image(of.x2, x), *_image(residual, x), *_image(h, x), *_image(y, x), *_parameters(of),
-            statistics, moments, *_noise(of), of.channels, x.shape[1], pixels, eps, RESIDUAL=residual is not None,
-            PART=part, **_flags(of, cut),
-        )  # fmt: skip
+
+    def run(cut: Config) -> None:
+        grid = (x.shape[0] * triton.cdiv(of.channels, cut.slab) * cut.chunks,)
+        moments, each = _table(cut, x.shape[0], of.channels, x), cut.pixels
+        for part in (0,) if cut.chunks == 1 else (1, 2):
+            if part == 2:
+                moments, each = few(moments, pixels, cut.pixels, moments=True)
+            group_norm_silu_fwd_kernel[grid](
+                *_image(x, x), *_image(of.x2, x), *_image(residual, x), *_image(h, x), *_image(y, x), *_parameters(of),
+                statistics, moments, *_noise(of), of.channels, x.shape[1], pixels, eps, moments.shape[1], each,
+                RESIDUAL=residual is not None, PART=part, **_flags(of, cut), **_entries(moments, part),
+            )  # fmt: skip
+
+    run(config("forward", of, run))
 
 
 def backward(of: Operands, dy: Tensor, dh: Tensor | None, dx: Tensor, dx2: Tensor | None, statistics: Tensor) -> Tensor:
     """Writes dx and dx2; returns each image's gradients of weight, bias, add, scale and shift: float32 [5, N, C]."""
     x, n, pixels = of.x, of.x.shape[0], of.x.shape[2] * of.x.shape[3]
-    cut = config(pixels, of.channels, of.groups, 2)
-    grid = (n * triton.cdiv(of.channels, cut.slab) * cut.chunks,)
     rows = torch.empty((5, n, of.channels), dtype=torch.float32, device=x.device)
-    sums = rows if cut.chunks == 1 else _room(n * cut.chunks * 3 * of.channels, x)
-    for part in (0,) if cut.chunks == 1 else (1, 2):
-        group_norm_silu_bwd_kernel[grid](
-            *_image(x, x), *_image(of.x2, x), *_image(dy, x), *_image(dh, x), *_image(dx, x), *_image(dx2, x),
-            *_parameters(of), statistics, sums, rows, *_noise(of), n, of.channels, x.shape[1], pixels,
-            DH=dh is not None, PART=part, **_flags(of, cut),
-        )  # fmt: skip
+
+    def run(cut: Config) -> None:
+        grid = (n * triton.cdiv(of.channels, cut.slab) * cut.chunks,)
+        sums = _table(cut, n, of.channels, x)
+        for part in (0,) if cut.chunks == 1 else (1, 2):
+            if part == 2:
+                sums, _ = few(sums, pixels, cut.pixels, moments=False)
+            group_norm_silu_bwd_kernel[grid](
+                *_image(x, x), *_image(of.x2, x), *_image(dy, x), *_image(dh, x), *_image(dx, x), *_image(dx2, x),
+                *_parameters(of), statistics, sums, rows, *_noise(of), n, of.channels, x.shape[1], pixels,
+                sums.shape[1], DH=dh is not None, PART=part, **_flags(of, cut), **_entries(sums, part),
+            )  # fmt: skip
+
+    run(config("backward", of, run))
     return rows
 
 
-def _room(numbers: int, like: Tensor) -> Tensor:
-    return torch.empty(numbers, dtype=torch.float32, device=like.device)
+def _table(cut: Config, images: int, channels: int, like: Tensor) -> Tensor:
+    """Room for what the chunks leave; one pass needs none."""
+    entries = cut.chunks if cut.chunks > 1 else 0
+    return torch.empty((images, entries, 3, channels), dtype=torch.float32, device=like.device)
+
+
+def _entries(table: Tensor, part: int) -> dict[str, int]:
+    return {"ENTRIES": triton.next_power_of_2(table.shape[1]) if part == 2 else 1}

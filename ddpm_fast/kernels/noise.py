@@ -8,6 +8,7 @@ operations; a GPU that does 15 32-bit operations for each byte it writes is boun
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,9 +17,21 @@ from torch import Tensor
 
 from ..reference import noise as formula
 from ..reference.philox import TIMESTEPS, NoiseState
+from . import configs
 
 EXACT = {"enable_fp_fusion": False}
 BLOCK = 256  # counters of a program, of four normals each: two for each thread of four warps
+
+
+class Cut(NamedTuple):
+    """Counters of a program, and its warps."""
+
+    counters: int
+    warps: int
+
+
+# What a search may pick from, the rule's first.
+CUTS = {f"{counters}w{warps}": Cut(counters, warps) for counters, warps in ((BLOCK, 4), (128, 4), (512, 4), (512, 8))}
 
 LOG1P_0, LOG1P_1, LOG1P_2, LOG1P_3, LOG1P_4, LOG1P_5, LOG1P_6, LOG1P_7 = map(tl.constexpr, formula.LOG1P)
 SIN_0, SIN_1, SIN_2 = map(tl.constexpr, formula.SIN)
@@ -130,19 +143,25 @@ def timesteps_kernel(out, seed, draw, first_sample, stream, num_samples, num_tim
     tl.store(out + n, (word.to(tl.int64) * num_timesteps) >> 32, mask=n < num_samples)
 
 
-def blocks_of(size: int, of_a_counter: int) -> tuple[int, int]:
-    """Programs for a sample's elements, and counters of each."""
-    counters = min(BLOCK, triton.next_power_of_2(-(-max(size, 1) // of_a_counter)))
-    return -(-size // (of_a_counter * counters)), counters
+def key(images: int, size: int) -> str:
+    """Under which a table has the name of a cut."""
+    return f"{triton.next_power_of_2(images)}x{size}"
+
+
+def blocks_of(op: str, images: int, size: int, of_a_counter: int, device: torch.device) -> tuple[int, dict[str, int]]:
+    """Programs for a sample's elements, and how each is launched."""
+    most, warps = configs.chosen(op, key(images, size), CUTS, device)
+    counters = min(most, triton.next_power_of_2(-(-max(size, 1) // of_a_counter)))
+    return -(-size // (of_a_counter * counters)), {"COUNTERS": counters, "num_warps": warps}
 
 
 def noise(shape: Sequence[int], state: NoiseState, stream: int, dtype: torch.dtype) -> Tensor:
     """Standard normals; arguments as in ops.noise."""
     out = torch.empty(tuple(shape), dtype=dtype, device=state.seed.device)
     size = math.prod(shape[1:])
-    blocks, counters = blocks_of(size, 4)
+    blocks, cut = blocks_of("noise", shape[0], size, 4, out.device)
     if out.numel():
-        noise_kernel[(shape[0] * blocks,)](out, *state, stream, size, blocks, COUNTERS=counters, **EXACT)
+        noise_kernel[(shape[0] * blocks,)](out, *state, stream, size, blocks, **cut, **EXACT)
     return out
 
 
@@ -160,9 +179,9 @@ def dropout_mask(shape: Sequence[int], p: float, state: NoiseState, stream: int)
     n, channels, height, width = shape
     out = torch.empty((n, height, width, channels), dtype=torch.float32, device=state.seed.device)
     size = channels * height * width
-    blocks, counters = blocks_of(size, 8)
+    blocks, cut = blocks_of("dropout_mask", n, size, 8, out.device)
     threshold, scale = formula.dropout_threshold(p)
     if out.numel():
         grid = (n * blocks,)
-        dropout_mask_kernel[grid](out, *state, stream, threshold, scale, size, blocks, COUNTERS=counters)
+        dropout_mask_kernel[grid](out, *state, stream, threshold, scale, size, blocks, **cut)
     return out.permute(0, 3, 1, 2)

@@ -36,7 +36,7 @@ def q_sample(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: T
     """Arguments as in ops.q_sample; t and the tables contiguous, the tables float32."""
     out, x = like(x_start), array(x_start)
     size = x_start[:1].numel()
-    blocks, counters = blocks_of(size, 4)
+    blocks, cut = blocks_of("q_sample", x_start.shape[0], size, 4, x_start.device)
     drawn = isinstance(noise, NoiseState)
     z = x if isinstance(noise, NoiseState) else array(noise)
     seed, draw, first_sample = noise if isinstance(noise, NoiseState) else (t, t, 0)
@@ -44,6 +44,6 @@ def q_sample(x_start: Tensor, t: Tensor, signal: Tensor, sigma: Tensor, noise: T
         q_sample_kernel[(x_start.shape[0] * blocks,)](
             out.data, out.sample, x.data, x.sample, z.data, z.sample, t, signal, sigma, seed, draw, first_sample,
             PERTURB, size, blocks, *pixels(x_start),
-            OUT_LAST=out.last, X_LAST=x.last, Z_LAST=z.last, DRAWN=drawn, COUNTERS=counters, **EXACT,
+            OUT_LAST=out.last, X_LAST=x.last, Z_LAST=z.last, DRAWN=drawn, **cut, **EXACT,
         )  # fmt: skip
     return out.data

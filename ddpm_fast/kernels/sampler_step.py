@@ -82,12 +82,12 @@ def sampler_step(
     of_z = array(noise) if isinstance(noise, Tensor) else of_x
     seed, draw, first_sample = noise if isinstance(noise, NoiseState) else (k, k, 0)
     size = x[:1].numel()
-    blocks, counters = blocks_of(size, 4)
+    blocks, cut = blocks_of("sampler_step", x.shape[0], size, 4, x.device)
     if x.numel():
         sampler_step_kernel[(x.shape[0] * blocks,)](
             *out[:2], *of_x0[:2], *of_x[:2], *of_m[:2], *of_h[:2], *of_z[:2], rows.contiguous(), k, seed, draw,
             first_sample, REVERSE, math.inf if clip is None else clip, size, blocks, *pixels(x),
             OUT_LAST=out.last, X0_LAST=of_x0.last, X_LAST=of_x.last, M_LAST=of_m.last, H_LAST=of_h.last,
             Z_LAST=of_z.last, X0=x0_out is not None, HIST=hist is not None,
-            NOISE=0 if noise is None else 2 if drawn else 1, COUNTERS=counters, **EXACT,
+            NOISE=0 if noise is None else 2 if drawn else 1, **cut, **EXACT,
         )  # fmt: skip

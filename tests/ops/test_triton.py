@@ -143,8 +143,8 @@ def test_norm_in_one_pass_and_in_chunks(
     n, c1, c2, height, width, groups = shape
     c, rule = c1 + c2, kernels.config
 
-    def config(pixels: int, *rest: Any) -> kernels.Config:
-        cut = rule(pixels, *rest)
+    def config(*args: Any) -> kernels.Config:
+        cut, pixels = rule(*args), height * width
         some = 1 << max(0, (-(-pixels // 3) - 1).bit_length())
         return cut if chunks == 1 else cut._replace(pixels=some, chunks=-(-pixels // some))
 
@@ -159,6 +159,17 @@ def test_norm_in_one_pass_and_in_chunks(
         (some, {"groups": groups, "activation": "mish"}),
     ):
         check(ops.group_norm_silu, norm_reference.group_norm_silu, given, static, wrt=list(given), **options)
+
+
+def test_many_chunks_are_merged_in_between(monkeypatch: pytest.MonkeyPatch, poison_empty: None) -> None:
+    """More than one program reads at once: 45 chunks, the last one short, become two entries; means differ by chunk."""
+    rule = kernels.config
+    monkeypatch.setattr(kernels, "config", lambda *args: rule(*args)._replace(pixels=2, chunks=45))
+    x = torch.randn(2, 8, 89, 1, dtype=torch.float64) + torch.linspace(-50, 50, 89, dtype=torch.float64)[:, None]
+    tensors = {"x": x, **{k: torch.randn(8, dtype=torch.float64) for k in ("weight", "bias")}}
+    options = {"backend": "triton", "dtype": torch.float32, "layout": "channels_last", "keep": PARAMETERS}
+    tensors["add"] = torch.randn(2, 8, dtype=torch.float64)
+    check(ops.group_norm_silu, norm_reference.group_norm_silu, tensors, {"groups": 2}, wrt=list(tensors), **options)
 
 
 @pytest.mark.parametrize("offset", [1e2, 1e4])

@@ -1,0 +1,162 @@
+"""Time every configuration that the Triton kernels may run in, and write the table that they are looked up in."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.configured import configured
+from benchmarks.gpu_peers import capture
+from benchmarks.harness import NAMES, Row, describe, header, progress, time_interleaved
+
+NORMS = ((128, 32), (256, 32), (384, 32), (256, 16), (384, 16), (512, 16), (256, 8), (512, 8), (256, 4), (512, 4))
+IMAGES = (1, 8, 64, 256, 512)
+CALLS = 10  # in a graph
+EVEN = 1.02  # so close to the fastest an earlier configuration, the rule's first, is kept
+CHOSEN = "chosen"
+SAMPLES = ((3, 32, 32), (3, 64, 64), (3, 256, 256))
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A call of one op: `listed` are the names of its configurations, the rule's first."""
+
+    op: str
+    key: str
+    dtype: torch.dtype
+    images: int
+    listed: list[str]
+    make: Callable[[], Callable[[], Any]]
+
+
+def calls(dry: bool) -> Iterator[Tuned]:
+    """Yield the shapes of the CIFAR-10 network and of samples; one of each if dry."""
+    from ddpm_fast.kernels import noise
+
+    for size in SAMPLES[:1] if dry else SAMPLES:
+        for images in (1,) if dry else IMAGES:
+            shape = (images, *size)
+            for op, make in _steps(shape).items():
+                key = noise.key(images, shape[1] * shape[2] * shape[3])
+                yield Tuned(op, key, torch.float32, images, list(noise.CUTS), make)
+    for channels, size in ((32, 4),) if dry else NORMS:
+        for images in (1,) if dry else IMAGES:
+            for dtype in (torch.bfloat16, torch.float32):
+                for direction in ("forward", "backward"):
+                    yield _norm(direction, images, channels, size, dtype)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _steps(shape: tuple[int, ...]) -> dict[str, Callable[[], Callable[[], Any]]]:
+    """By op: makes tensors of the shape, and returns the call on them."""
+    from ddpm_fast.kernels import diffusion_loss, noise, q_sample, sampler_step
+    from ddpm_fast.reference.philox import REVERSE, NoiseState
+
+    def made(call: Callable[..., Any]) -> Callable[[], Callable[[], Any]]:
+        def make() -> Callable[[], Any]:
+            device = _device()
+            state = NoiseState.at(1, 2, device=device)
+            return partial(call, torch.zeros(shape, device=device), state)
+
+        return make
+
+    def perturb(x: torch.Tensor, state: NoiseState) -> Any:
+        table = torch.ones(1000, device=x.device)
+        t = torch.zeros(shape[0], dtype=torch.int64, device=x.device)
+        return q_sample.q_sample(x, t, table, table, state)
+
+    def step(x: torch.Tensor, state: NoiseState) -> Any:
+        out = sampler_step.room(x, None, [])
+        rows = torch.zeros(10, 8, device=x.device)
+        sampler_step.sampler_step(out, None, x, x, rows, state.draw, state, None, 1.0)
+
+    def loss(x: torch.Tensor, state: NoiseState) -> Any:
+        return diffusion_loss.forward(x, diffusion_loss.Target(state, None, None, None, False))
+
+    return {
+        "noise": made(lambda x, state: noise.noise(shape, state, REVERSE, x.dtype)),
+        "dropout_mask": made(lambda x, state: noise.dropout_mask(shape, 0.1, state, 33)),
+        "q_sample": made(perturb),
+        "sampler_step": made(step),
+        "diffusion_loss": made(loss),
+    }
+
+
+def _norm(direction: str, images: int, channels: int, size: int, dtype: torch.dtype) -> Tuned:
+    """In channels_last, with weight, bias and a bias of each image."""
+    from ddpm_fast.kernels import group_norm_silu as norm
+    from ddpm_fast.kernels.norm_cut import candidates
+
+    groups = 32
+    shape = images, channels, size, size
+
+    def operands(device: torch.device) -> Any:
+        x = torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last)
+        row, both = torch.ones(channels, device=device), torch.zeros(images, channels, device=device)
+        return norm.Operands(x, None, row, row, both, None, None, groups, "silu", None)
+
+    def make() -> Callable[[], Any]:
+        of = operands(_device())
+        y, dx = torch.empty_like(of.x), torch.empty_like(of.x)
+        statistics = torch.empty((images, groups, 2), dtype=torch.float64, device=of.x.device)
+        forward = partial(norm.forward, of, None, y, None, statistics, 1e-5)
+        forward()
+        return forward if direction == "forward" else partial(norm.backward, of, y, None, dx, None, statistics)
+
+    of = operands(torch.device("meta"))
+    names = list(candidates(direction, *of.sizes))
+    return Tuned("group_norm_silu", norm.key(direction, of), dtype, images, names, make)
+
+
+def measure(call: Tuned, device: torch.device, repetitions: int, most: int | None = None) -> list[Row]:
+    """Time the first `most` configurations of a call in turn, as CUDA graphs; the fastest row has the note "chosen"."""
+    progress(f"tune {call.op} {call.key}")
+    run, names = call.make(), call.listed[:most]
+    runs: dict[str, Callable[[], Any]] = {}
+    errors: dict[str, str] = {}  # too much for this GPU, or for the compiler
+
+    def several() -> None:
+        for _ in range(CALLS):
+            run()
+
+    for name in names:
+        try:
+            with configured(name):
+                run()
+                runs[name] = capture(several, device)
+        except Exception as error:
+            errors[name] = describe(error)
+
+    def timed(name: str) -> None:
+        with configured(name):  # without a GPU the run is no graph
+            runs[name]()
+
+    times = time_interleaved({n: partial(timed, n) for n in runs}, device, repetitions, warmup=2, errors=errors)
+    ms = {name: sorted(found)[len(found) // 2] / CALLS for name, found in times.items()}
+    best = min(ms.values(), default=0.0)
+    fastest = next((n for n in names if n in ms and ms[n] <= best * EVEN), None)
+    rows = []
+    for name in names:
+        row: Row = {"case": f"{call.op} {call.key}", "precision": NAMES[call.dtype], "batch": call.images, "name": name}
+        row |= {"ms": ms[name], "ratio": ms[name] / best} if name in ms else {"error": errors[name]}
+        notes = [CHOSEN] * (name == fastest) + ["the rule's"] * (name == names[0])
+        rows.append(row | ({"note": ", ".join(notes)} if notes else {}))
+    return rows
+
+
+def write_table(path: Path, device: torch.device, rows: list[Row]) -> None:
+    """Write the chosen names as kernels/configs.py reads them."""
+    found: dict[str, Any] = {"header": {k: v for k, v in header(device).items() if k in ("versions", "commit", "date")}}
+    for row in rows:
+        if CHOSEN in row.get("note", ""):
+            op, key = row["case"].split(" ", 1)
+            found.setdefault(op, {})[key] = row["name"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")

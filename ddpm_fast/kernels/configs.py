@@ -1,0 +1,104 @@
+"""In which configuration a kernel runs: by name, from the committed table of this GPU, else by the kernel's own rule.
+
+A table, `tables/<gpu>.json`, is written by `benchmarks/gpu_suite.py --part tune`: {"header": ..., op: {key: name}}.
+So every process that runs the same package on the same kind of GPU chooses alike. `DDPM_FAST_TUNE=FILE` asks for a
+search: what neither FILE nor the table has is timed at its first call, and kept in FILE, which later processes read.
+"""
+
+import functools
+import json
+import os
+import re
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from triton.runtime.errors import TritonError
+
+C = TypeVar("C")
+Names = dict[str, dict[str, str]]  # op -> key -> name
+
+TABLES = Path(__file__).parent / "tables"
+RUNS = 20
+EVEN = 1.05  # so close to the fastest an earlier configuration, the rule's first, is kept
+
+
+def slug(gpu: str) -> str:
+    """A GPU's name as that of a file: "NVIDIA H200" is nvidia_h200."""
+    return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_")
+
+
+@functools.cache
+def committed(gpu: str) -> Names:
+    """The table of a GPU; empty where there is none."""
+    return _read(TABLES / f"{slug(gpu)}.json")
+
+
+@functools.cache
+def _own(path: Path) -> Names:
+    """What FILE has, and then what this process has found."""
+    return _read(path)
+
+
+def _read(path: Path) -> Names:
+    found: Names = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+_gpu_name = functools.cache(torch.cuda.get_device_name)
+
+
+def chosen(
+    op: str, key: str, listed: Mapping[str, C], device: torch.device, run: Callable[[C], None] | None = None
+) -> C:
+    """The configuration of a call.
+
+    Args:
+        op, key: where a table has the name.
+        listed: configurations by name, the rule's first; a name that is not among them is passed over.
+        device: of the data; a table is for a GPU.
+        run: the call in a configuration, which can be repeated; without it nothing is searched.
+    """
+    rule = next(iter(listed))
+    if device.type != "cuda":
+        return listed[rule]
+    gpu, tune = _gpu_name(device.index), os.environ.get("DDPM_FAST_TUNE")
+    own = _own(Path(tune)) if tune else {}
+    name = own.get(op, {}).get(key) or committed(gpu).get(op, {}).get(key)
+    if name is None and tune and run is not None and not torch.cuda.is_current_stream_capturing():
+        times = {name: milliseconds(functools.partial(run, cut)) for name, cut in listed.items()}
+        name = next(name for name, ms in times.items() if ms <= min(times.values()) * EVEN)
+        keep(Path(tune), op, key, name)
+    return listed[rule if name is None or name not in listed else name]
+
+
+def milliseconds(run: Callable[[], None]) -> float:
+    """The median of several runs on the current stream, after two that don't count; infinite where it is too much."""
+    try:
+        for _ in range(2):
+            run()
+    except TritonError as error:  # too much for this GPU, or for the compiler
+        print(f"passed over: {type(error).__name__}", file=sys.stderr)
+        return float("inf")
+    times = []
+    for _ in range(RUNS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def keep(path: Path, op: str, key: str, name: str) -> None:
+    """Adds a name to FILE, in one step for whoever reads it meanwhile."""
+    own = _own(path)
+    own.setdefault(op, {})[key] = name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(own, indent=1, sort_keys=True) + "\n")
+    part.replace(path)

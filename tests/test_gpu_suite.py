@@ -1,0 +1,83 @@
+"""The GPU suite as it walks on a CPU, and how it goes on where it stopped."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_suite
+from benchmarks.gpu_report import Clock, OutOfTime, Report
+from benchmarks.harness import OURS, Row, time_interleaved
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+def row(case: str, name: str = OURS, **rest: object) -> Row:
+    return {"case": case, "precision": "bf16", "batch": 2, "name": name, "ms": 1.0} | rest
+
+
+def test_a_report_goes_on_where_the_last_run_stopped(tmp_path: Path) -> None:
+    first = Report(tmp_path, "part", CPU, {"model": "a"})
+    first.add([row("one"), row("one", "peer", error="peers may fail")])
+    first.add([row("two", error="ours may not")])
+    again = Report(tmp_path, "part", CPU, {"model": "a"})
+    assert again.has("one", "bf16", 2) and not again.has("two", "bf16", 2) and not again.has("one", "bf16", 4)
+    again.add([row("two")])
+    text = (tmp_path / "part.md").read_text()
+    assert text.startswith("# part") and text.count("| contender |") == 2 and "peers may fail" in text
+    assert len(json.loads((tmp_path / "part.json").read_text())["rows"]) == 3
+    assert not Report(tmp_path, "part", CPU, {"model": "b"}).rows  # other rows than these
+    assert not Report(tmp_path, "part", CPU, {"model": "a"}, fresh=True).rows
+    (tmp_path / "part.json").write_text("{")
+    assert not Report(tmp_path, "part", CPU, {"model": "a"}).rows
+
+
+def test_the_clock_stops_a_run_though_failures_are_rows() -> None:
+    Clock(None).check()
+    Clock(1).check()
+    clock = Clock(1e-9)
+    errors: dict[str, str] = {}
+    with pytest.raises(OutOfTime):
+        time_interleaved({"a": clock.check}, CPU, 1, errors=errors)
+    assert not errors
+
+
+def test_every_part_walks_through_on_a_cpu(tmp_path: Path) -> None:
+    """In a process of its own, from anywhere: at once, then again with nothing left to do."""
+    command = [sys.executable, ROOT / "benchmarks" / "gpu_suite.py", "--dry-run", "--precision", "bf16"]
+    command += ["--out", tmp_path / "out", "--only", OURS, "original", "CUDA graph of 2 steps NCHW"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = {part: json.loads((tmp_path / "out" / f"{part}.json").read_text())["rows"] for part in gpu_suite.PARTS}
+    assert all("error" not in row for part in rows.values() for row in part if row["name"] == OURS)
+    assert {row["case"] for row in rows["tests"]} >= {"words", "reruns", "parity group_norm_silu", "graph"}
+    assert {row["case"].split()[0] for row in rows["ops"]} == set(gpu_suite.OPS)
+    names = {"original", OURS, "torch eager CUDA graph of 2 steps NCHW", "torch.compile CUDA graph of 2 steps NCHW"}
+    assert {row["name"] for row in rows["sample"]} == names
+    assert {row["case"] for row in rows["profile"]} == {"sample digits", "train digits"}
+    assert {"convolution", "idle"} <= {row["kernels"] for row in rows["profile"]}
+    table = json.loads((tmp_path / "out" / "no_gpu.json").read_text())
+    assert set(table) >= {"header", "noise", "q_sample", "group_norm_silu"}
+    assert done.stdout.index("# tests") < done.stdout.index("# profile") < done.stdout.index("written to")
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0 and "timing" not in again.stderr and "going on after" in again.stderr
+
+
+def test_a_run_whose_time_is_up_says_how_it_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--dry-run", "--part", "sample", "--minutes", "1e-9", "--out", str(tmp_path)]
+    assert gpu_suite.main(options) == 0
+    assert "the time is up in sample: the same command goes on from there" in capsys.readouterr().out
+
+
+def test_what_fails_of_ours_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> str:
+        raise AssertionError("wrong words")
+
+    monkeypatch.setattr(gpu_suite.gpu_checks, "checks", lambda device, dry: {"words": broken})
+    monkeypatch.setattr(gpu_suite.gpu_build, "build", lambda folder: None)
+    assert gpu_suite.main(["--dry-run", "--part", "tests", "--out", str(tmp_path)]) == 1
+    assert "wrong words" in (tmp_path / "tests.md").read_text()
