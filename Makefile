@@ -54,7 +54,7 @@ aot: $(READY) ## compile every Triton kernel for GPUs that need not be here; its
 	$(PY) -m benchmarks.aot --json benchmarks/results/aot.json
 
 # Without .venv: it measures the PyTorch, and so the CUDA, that this machine has. PART=tests, tune, ops, sample, train or
-# profile; a part stops after eight minutes, and the same command goes on from there.
+# profile. A run stops after 7.5 minutes, all its parts together, and the same command goes on from there.
 PART ?= all
 OUT ?= benchmarks/results/gpu
 gpu: ## check and measure on this machine's GPU, with its own PyTorch; PART=... for one part

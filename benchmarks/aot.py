@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.configured import configured
+from benchmarks.options import count
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 SEARCHED = "sm_90"  # here every configuration that a search may pick is compiled, else that of the rule
@@ -220,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="GPUs")
     p.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="ops")
     p.add_argument("--quick", action="store_true", help="a few shapes, those that the tests compile")
-    p.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    p.add_argument("--jobs", type=count, default=os.cpu_count() or 1, help="processes")
     p.add_argument("--json", metavar="FILE", help="also write the rows there")
     args = p.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":

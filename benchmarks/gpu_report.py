@@ -1,5 +1,6 @@
 """What a part of the GPU suite has measured, on disk after every group, so that the next run goes on from there."""
 
+import hashlib
 import json
 import subprocess
 import time
@@ -9,9 +10,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import OURS, Row, header, markdown, markdown_header, progress, write_json
+from benchmarks.harness import OURS, ROOT, Row, header, markdown, markdown_header, progress, write_json
 
-SAME = ("machine", "versions", "commit", "notes")  # of two headers whose rows may stand in one table
+SAME = ("machine", "versions", "sources", "notes")  # of two headers whose rows may stand in one table
 
 
 class OutOfTime(BaseException):
@@ -42,6 +43,16 @@ def clocks() -> str | None:
     return done.stdout.strip()
 
 
+def sources() -> str:
+    """Return a digest of the code: rows of other code don't belong in one table."""
+    digest = hashlib.sha256()
+    for folder in ("csrc", "ddpm_fast", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".h", ".cu"):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 class Report:
     """One part's rows in `<out>/<part>.json` and `.md`.
 
@@ -49,14 +60,14 @@ class Report:
         out: the folder.
         part: of the suite.
         device: what is measured.
-        notes: what sets these rows apart from others: sizes, a dry run.
+        notes: the options that the rows depend on.
         fresh: begin anew, whatever is there.
     """
 
     def __init__(self, out: Path, part: str, device: torch.device, notes: dict[str, Any], fresh: bool = False) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.path, self.part = out / part, part
-        self.head = header(device) | {"notes": notes, "clocks before": clocks()}
+        self.head = header(device) | {"sources": sources(), "notes": notes, "clocks before": clocks()}
         self.rows = [] if fresh else self._earlier()
         if self.rows:
             progress(f"{part}: going on after {len(self.rows)} rows of an earlier run")
@@ -70,10 +81,11 @@ class Report:
             return []
         if any(_without_load(head.get(key)) != _without_load(self.head[key]) for key in SAME):
             return []
+        measured = {_group(row) for row in rows if "error" not in row}
         failed = {_group(row) for row in rows if "error" in row and row["name"].startswith(OURS)}
-        return [row for row in rows if _group(row) not in failed]  # those are tried again
+        return [row for row in rows if _group(row) in measured - failed]  # the others are tried again
 
-    def has(self, case: str, precision: str, batch: int) -> bool:
+    def has(self, case: str, precision: str | None = None, batch: int | None = None) -> bool:
         """Whether this group is measured."""
         return any(_group(row) == (case, precision, batch) for row in self.rows)
 
@@ -85,14 +97,19 @@ class Report:
         write_json(self.path.with_suffix(".json"), self.head, self.rows)
 
     def text(self) -> str:
-        """The part as Markdown, a table for each case."""
-        cases = dict.fromkeys((row["case"], row["precision"]) for row in self.rows)
-        tables = [markdown([row for row in self.rows if (row["case"], row["precision"]) == case]) for case in cases]
+        """The part as Markdown: a table of all checks, else one for each case, of configurations for each op."""
+
+        def table(row: Row) -> tuple[Any, ...]:
+            if self.part == "tests":
+                return ()
+            return (row["case"].split()[0] if self.part == "tune" else row["case"]), row["precision"]
+
+        tables = [markdown([row for row in self.rows if table(row) == t]) for t in dict.fromkeys(map(table, self.rows))]
         return "\n\n".join([f"# {self.part}", markdown_header(self.head), *tables])
 
 
 def _group(row: Row) -> tuple[Any, ...]:
-    return row["case"], row["precision"], row["batch"]
+    return row["case"], row.get("precision"), row.get("batch")
 
 
 def _without_load(value: Any) -> Any:

@@ -3,8 +3,9 @@
 python benchmarks/gpu_suite.py --part tests --out results
 python benchmarks/gpu_suite.py --dry-run
 
-A part ends after --minutes and goes on where it stopped when it is run again. Networks are timed as they run: weights
-and activations of a step are larger than the L2, so nothing stays warm; the inputs of ops rotate beyond it.
+A run ends after --minutes, whatever it has measured by then, and the same command goes on from there. Networks are
+timed as they run: weights and activations of a step are larger than the L2, so nothing stays warm; the inputs of ops
+rotate beyond it.
 """
 
 import argparse
@@ -34,37 +35,44 @@ from ddpm_fast.kernels import configs
 from ddpm_fast.models.presets import preset
 
 OPS = ("group_norm_silu", "q_sample", "sampler_step", "diffusion_loss", "noise", "timestep_embedding", "ema_update")
-BATCHES = {"sample": [1, 8, 64, 256, 512], "train": [64, 128, 256], "profile": [1, 256]}
+BATCHES = {"ops": [512], "sample": [1, 8, 64, 256, 512], "train": [64, 128, 256], "profile": [1, 256]}
 UNROLL = 25
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line, with small sizes on the CPU filled in for a dry run."""
     p = Parser(__doc__.splitlines()[0])
-    p.add_argument("--part", nargs="+", choices=(*PARTS, "all"), default=["all"], metavar="PART", help=", ".join(PARTS))
-    p.add_argument("--minutes", type=float, help="a run ends after so many; 0: when all is measured (default: 7.5)")
+    listed = f"{', '.join(PARTS)} (default: all)"
+    p.add_argument("--part", nargs="+", choices=(*PARTS, "all"), metavar="PART", help=listed)
+    p.add_argument(
+        "--minutes", type=float, help="a run ends after so many; 0: when all is measured (default: 7.5, dry 0)"
+    )
     p.add_argument("--fresh", action="store_true", help="measure anew what an earlier run left in --out")
     p.add_argument("--model", choices=MODELS, default="cifar10")
-    p.add_argument("--batch", type=count, nargs="+", help=f"batch sizes (default: {BATCHES}, ops 512)")
+    sizes = ", ".join(f"{part} {' '.join(map(str, batches))}" for part, batches in BATCHES.items())
+    p.add_argument("--batch", type=count, nargs="+", help=f"batch sizes (default: {sizes})")
     p.add_argument("--steps", type=count, default=UNROLL, help=f"sampling steps per run, a multiple of {UNROLL}")
     p.add_argument("--iterations", type=count, default=5, help="training iterations per run")
-    p.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["bf16", "float32"])
+    p.add_argument("--precision", nargs="+", choices=list(DTYPES), help="of networks (default: bf16 float32)")
     p.add_argument("--repetitions", type=count, default=20)
-    p.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="only contenders whose name has one of these")
+    p.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="of networks: contenders whose name has one")
     p.add_argument("--out", type=output_folder, help="folder of the tables and JSON (default: gpu_results)")
     p.add_argument(
         "--dry-run", action="store_true", help="walk through everything, tiny, on the CPU, compiling nothing"
     )
     args = p.parse_args(argv)
-    args.parts = [part for part in PARTS if part in args.part or "all" in args.part]
+    args.parts = [part for part in PARTS if part in (args.part or PARTS) or "all" in args.part]
+    args.precision = args.precision or ["bf16", "float32"]
+    if args.minutes is not None and args.minutes < 0:
+        p.error(f"argument --minutes: expected 0 or more, got {args.minutes}")
+    if args.steps % UNROLL:
+        p.error(f"argument --steps: expected a multiple of {UNROLL}, got {args.steps}")
     args.out = args.out or Path(tempfile.mkdtemp(prefix="dry_run_") if args.dry_run else "gpu_results")
     args.unroll = 2 if args.dry_run else UNROLL
     if args.dry_run:
         args.batch, args.steps, args.iterations, args.repetitions, args.model = [2], 4, 1, 2, "digits"
     elif not torch.cuda.is_available():
         p.error("torch sees no GPU here: --dry-run walks through the suite on a CPU")
-    if args.steps % args.unroll:
-        p.error(f"argument --steps: expected a multiple of {args.unroll}, got {args.steps}")
     if args.only and not any(contenders(args, part) for part in ("sample", "train")):
         p.error(f"argument --only: no contender's name has any of {args.only}")
     return args
@@ -88,8 +96,14 @@ class Suite:
             self.config = replace(self.config, base_channels=16, num_res_blocks=1)
         self._rates: dict[str, float] = {}
 
-    def report(self, part: str, **notes: Any) -> Report:
-        """Return the part's report; `notes` are the options that its rows depend on."""
+    def report(self, part: str) -> Report:
+        """Return the part's report, with the options that its rows depend on."""
+        args = self.args
+        notes: dict[str, Any] = {}
+        if part in ("sample", "train", "profile"):
+            notes = {"model": args.model, "only": args.only, "steps": args.steps, "iterations": args.iterations}
+        if part not in ("tests", "profile"):
+            notes["repetitions"] = args.repetitions
         if self.args.dry_run:
             notes["dry run"] = "nothing was compiled or captured; the times mean nothing"
         return Report(self.args.out, part, self.device, notes, self.args.fresh)
@@ -109,14 +123,14 @@ class Suite:
 
     def tests(self, report: Report) -> None:
         """Every op against its reference, words, repeated runs and the like: what was seen, or what failed."""
-        reason = gpu_build.build(ROOT / "build" / "gpu")
-        progress(f"native module: {reason or 'there'}")
+        if not self.args.dry_run:
+            progress(f"native module: {gpu_build.build(ROOT / 'build' / 'gpu') or 'there'}")
         for name, check in gpu_checks.checks(self.device, self.args.dry_run).items():
-            if report.has(name, "", 0):
+            if report.has(name):
                 continue
             self.clock.check()
             progress(name)
-            row: Row = {"case": name, "precision": "", "batch": 0, "name": OURS}
+            row: Row = {"case": name, "name": OURS}
             try:
                 row["note"] = check()
             except gpu_checks.Skipped as skipped:
@@ -126,20 +140,22 @@ class Suite:
             report.add([row])
 
     def tune(self, report: Report) -> None:
-        """The kernels' configurations; the table is written in the end."""
-        for call in gpu_tune.calls(self.args.dry_run):
-            if not report.has(f"{call.op} {call.key}", NAMES[call.dtype], call.images):
-                self.clock.check()
-                most = 2 if self.args.dry_run else None
-                report.add(gpu_tune.measure(call, self.device, self.args.repetitions, most))
+        """The kernels' configurations, and the table of what is measured by the end of the run."""
         gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else "no gpu"
-        name = f"{configs.slug(gpu)}.json"
-        gpu_tune.write_table(self.args.out / name, self.device, report.rows)
-        progress(f"the table: {self.args.out / name}; from {configs.TABLES / name} every call of this GPU reads it")
+        table = self.args.out / f"{configs.slug(gpu)}.json"
+        try:
+            for call in gpu_tune.calls(self.args.dry_run):
+                if not report.has(f"{call.op} {call.key}", NAMES[call.dtype], call.images):
+                    self.clock.check()
+                    most = 2 if self.args.dry_run else None
+                    report.add(gpu_tune.measure(call, self.device, self.args.repetitions, most))
+        finally:
+            gpu_tune.write_table(table, self.device, report.rows)
+            progress(f"written: {table}; once copied into {configs.TABLES}, every call of this GPU reads it")
 
     def ops(self, report: Report) -> None:
         """The ops beside PyTorch's, in tensors larger than the L2."""
-        batch, quick = (self.args.batch or [512])[0], self.args.dry_run
+        batch, quick = (self.args.batch or BATCHES["ops"])[0], self.args.dry_run
         if not quick:
             op_benchmarks.keep_freed_memory()
         for case in op_benchmarks.cases(list(OPS), batch, quick):
@@ -231,12 +247,12 @@ def main(argv: list[str] | None = None) -> int:
     suite, failed, texts, unfinished = Suite(args), False, [], None
     gpu_peers.set_fast_math()
     for part in args.parts:
-        report = suite.report(part, model=args.model, only=args.only)
+        report = suite.report(part)
         try:
             PARTS[part](suite, report)
         except OutOfTime:
             unfinished = part
-        failed |= any("error" in row and row["name"].startswith(OURS) for row in report.rows) and part != "tune"
+        failed |= any("error" in row and row["name"].startswith(OURS) for row in report.rows)
         texts.append(report.text())
         if unfinished:
             break

@@ -106,7 +106,10 @@ def _commit() -> str | None:
     git = ["git", "-C", str(ROOT)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        sources = ["--", ".", ":(exclude)benchmarks/results"]  # where a run itself may write
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", *sources], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{commit} (modified)" if changed else commit
@@ -257,6 +260,7 @@ COLUMNS = {
     "share_of_run": "of the run",
     "iqr_ms": "IQR",
     "ratio": "over ours",
+    "over_fastest": "over the fastest",
     "flop_ratio": "FLOP over ours",
     "ratio_per_flop": "over ours, per FLOP",
     "images_per_s": "images/s",
@@ -288,7 +292,7 @@ def _cell(key: str, value: Any) -> str:
         return ""
     if key in ("share", "share_of_run", "agreement"):
         return f"{value:.0%}"
-    if key in ("ratio", "flop_ratio", "ratio_per_flop"):
+    if key in ("ratio", "over_fastest", "flop_ratio", "ratio_per_flop"):
         return f"{value:.2f}"
     if key in ("peak_mib", "saved_mib"):
         return f"{value:.1f}"
@@ -301,7 +305,9 @@ def markdown_header(head: Mapping[str, Any]) -> str:
     lines = []
     for key, value in head.items():
         if isinstance(value, Mapping):
-            value = ", ".join(f"{name} {entry}" for name, entry in value.items() if entry is not None)
+            value = ", ".join(f"{name} {entry}" for name, entry in value.items() if entry not in (None, []))
+        if value in (None, ""):
+            continue
         lines.append(f"- {key}: {value}")
     lines.append(f"- {LEGEND}")
     return "\n".join(lines)

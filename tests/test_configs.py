@@ -1,14 +1,15 @@
 """Which configuration a Triton kernel runs in: the rule, the committed tables, and the search that one asks for."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from ddpm_fast.kernels import configs, norm_cut
+from benchmarks import gpu_tune
+from ddpm_fast.kernels import configs, noise, norm_cut
 
 LISTED = {"rule": 1, "other": 2, "third": 3}
 GPU = torch.device("cuda", 0)
@@ -56,24 +57,53 @@ def test_a_search_is_asked_for_and_kept(gpu: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("DDPM_FAST_TUNE", str(file))
     assert configs.chosen("op", "key", LISTED, GPU, runs.append) == 2 and runs == [1, 2, 3]
     assert configs.chosen("op", "key", LISTED, GPU, runs.append) == 2 and len(runs) == 3
-    assert json.loads(file.read_text()) == {"op": {"key": "other"}}
+    assert json.loads(file.read_text()) == {"acme_g_100_80gb": {"op": {"key": "other"}}}
     configs._own.cache_clear()  # another process
     assert configs.chosen("op", "key", LISTED, GPU, runs.append) == 2 and len(runs) == 3
+    found = {"acme_g_100_80gb": {"op": {"key": "other", "theirs": "third"}}, "another": {"op": {"key": "rule"}}}
+    file.write_text(json.dumps(found))  # that process has found more since
     times[2] = 0.99  # no more than the rule's, but for chance
     assert configs.chosen("op", "close", LISTED, GPU, runs.append) == 1
+    found["acme_g_100_80gb"]["op"]["close"] = "rule"
+    assert json.loads(file.read_text()) == found
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert configs.chosen("op", "captured", LISTED, GPU, runs.append) == 1
 
 
-def test_what_is_committed_is_known() -> None:
+def test_a_file_that_is_none_is_named(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DDPM_FAST_TUNE", str(gpu / "broken.json"))
+    (gpu / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match=r"DDPM_FAST_TUNE: .*broken.json is no file of configurations"):
+        configs.chosen("op", "key", LISTED, GPU)
+
+
+def unknown(table: Path) -> list[str]:
+    """The names of a table that no kernel has."""
+    names = json.loads(table.read_text())
+    names.pop("header", None)
+    found = []
+    for op, keys in names.items():
+        for key, name in keys.items():
+            listed: Mapping[str, object] = noise.CUTS
+            if op == "group_norm_silu":
+                direction, *_, sizes = key.split()
+                shape, groups = sizes.split("/")
+                images, channels, pixels = map(int, shape.split("x"))
+                listed = norm_cut.candidates(direction, images, pixels, channels, int(groups))
+            found += [] if name in listed else [f"{op} {key}: {name}"]
+    return found
+
+
+def test_tables_name_what_there_is(tmp_path: Path) -> None:
+    calls = list(gpu_tune.calls(dry=False))
+    rows = [{"case": f"{call.op} {call.key}", "name": call.listed[-1], "note": gpu_tune.CHOSEN} for call in calls]
+    gpu_tune.write_table(tmp_path / "a.json", torch.device("cpu"), rows)
+    assert not unknown(tmp_path / "a.json") and len(json.loads((tmp_path / "a.json").read_text())) == 7
+    rows[0]["name"] = rows[-1]["name"] = "1x1w1"
+    gpu_tune.write_table(tmp_path / "b.json", torch.device("cpu"), rows)
+    assert len(unknown(tmp_path / "b.json")) == 2
     for path in configs.TABLES.glob("*.json"):
-        assert configs.slug(path.stem) == path.stem
-        names = json.loads(path.read_text())
-        for key, name in names.get("group_norm_silu", {}).items():
-            direction, *_, sizes = key.split()
-            shape, groups = sizes.split("/")
-            images, channels, pixels = map(int, shape.split("x"))
-            assert name in norm_cut.candidates(direction, images, pixels, channels, int(groups))
+        assert configs.slug(path.stem) == path.stem and not unknown(path)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

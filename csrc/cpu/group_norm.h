@@ -225,7 +225,9 @@ inline Cut cut(const GroupNorm& g, int64_t bytes, int threads) {
   const int64_t per_group = g.channels / g.groups;
   int64_t least = per_group;  // whole vectors, if that can be
   while (g.channels_last && least % kVec != 0 && least < g.channels) least += per_group;
-  const int64_t room = g.channels_last ? second_cache() / 4 * 3 : first_cache();
+  // Dropout draws for neighbouring channels together: of a few it would throw most away.
+  const bool wide = g.channels_last || g.threshold != 0;
+  const int64_t room = wide ? second_cache() / 4 * 3 : first_cache();
   const int64_t of_image = g.channels * g.pixels * bytes;
   const int64_t row = g.channels * (g.half ? sizeof(bf16) : sizeof(float)), rows = row < kRowBytes ? 1 : row / kRowBytes;
   const int64_t parts = (of_image + room - 1) / room, long_rows = g.channels_last && rows < parts ? rows : parts;

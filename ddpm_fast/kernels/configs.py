@@ -2,7 +2,8 @@
 
 A table, `tables/<gpu>.json`, is written by `benchmarks/gpu_suite.py --part tune`: {"header": ..., op: {key: name}}.
 So every process that runs the same package on the same kind of GPU chooses alike. `DDPM_FAST_TUNE=FILE` asks for a
-search: what neither FILE nor the table has is timed at its first call, and kept in FILE, which later processes read.
+search: where a kernel's call can be repeated (the norm's), what neither FILE nor the table has is timed at its first
+call, and kept in FILE, {gpu: {op: {key: name}}}, which later processes read.
 """
 
 import functools
@@ -13,7 +14,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from triton.runtime.errors import TritonError
@@ -23,7 +24,7 @@ Names = dict[str, dict[str, str]]  # op -> key -> name
 
 TABLES = Path(__file__).parent / "tables"
 RUNS = 20
-EVEN = 1.05  # so close to the fastest an earlier configuration, the rule's first, is kept
+EVEN = 1.05  # so close to the fastest, which single launches don't tell, an earlier one, the rule's first, is kept
 
 
 def slug(gpu: str) -> str:
@@ -38,13 +39,16 @@ def committed(gpu: str) -> Names:
 
 
 @functools.cache
-def _own(path: Path) -> Names:
-    """What FILE has, and then what this process has found."""
-    return _read(path)
+def _own(path: Path) -> dict[str, Names]:
+    """What FILE has, and then what this process has found, by the slug of a GPU."""
+    try:
+        return _read(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"DDPM_FAST_TUNE: {path} is no file of configurations: {error}") from error
 
 
-def _read(path: Path) -> Names:
-    found: Names = json.loads(path.read_text()) if path.exists() else {}
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return found
 
 
@@ -66,21 +70,21 @@ def chosen(
     if device.type != "cuda":
         return listed[rule]
     gpu, tune = _gpu_name(device.index), os.environ.get("DDPM_FAST_TUNE")
-    own = _own(Path(tune)) if tune else {}
+    own = _own(Path(tune)).get(slug(gpu), {}) if tune else {}
     name = own.get(op, {}).get(key) or committed(gpu).get(op, {}).get(key)
     if name is None and tune and run is not None and not torch.cuda.is_current_stream_capturing():
         times = {name: milliseconds(functools.partial(run, cut)) for name, cut in listed.items()}
         name = next(name for name, ms in times.items() if ms <= min(times.values()) * EVEN)
-        keep(Path(tune), op, key, name)
+        keep(Path(tune), slug(gpu), op, key, name)
     return listed[rule if name is None or name not in listed else name]
 
 
 def milliseconds(run: Callable[[], None]) -> float:
-    """The median of several runs on the current stream, after two that don't count; infinite where it is too much."""
+    """The median of several runs, launches included, after two that don't count; infinite where it is too much."""
     try:
         for _ in range(2):
             run()
-    except TritonError as error:  # too much for this GPU, or for the compiler
+    except (TritonError, RuntimeError) as error:  # too much for this GPU, its memory, or the compiler
         print(f"passed over: {type(error).__name__}", file=sys.stderr)
         return float("inf")
     times = []
@@ -94,11 +98,11 @@ def milliseconds(run: Callable[[], None]) -> float:
     return statistics.median(times)
 
 
-def keep(path: Path, op: str, key: str, name: str) -> None:
-    """Adds a name to FILE, in one step for whoever reads it meanwhile."""
-    own = _own(path)
-    own.setdefault(op, {})[key] = name
+def keep(path: Path, gpu: str, op: str, key: str, name: str) -> None:
+    """Adds a name to FILE, and to what this process knows, beside what other processes have written since."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    for found in (_own(path), now := _read(path)):
+        found.setdefault(gpu, {}).setdefault(op, {})[key] = name
     part = path.with_name(f"{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(own, indent=1, sort_keys=True) + "\n")
+    part.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")
     part.replace(path)

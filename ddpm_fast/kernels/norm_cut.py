@@ -68,10 +68,14 @@ def candidates(direction: str, images: int, pixels: int, channels: int, groups: 
     """What a search may pick from, by name; the rule's comes first. "64x256w8": 64 lanes, 256 pixels, 8 warps."""
     listed = [rule(direction, images, pixels, channels, groups)]
     per_group = channels // groups
-    wide = per_group & (per_group - 1) == 0  # else channels are compared one by one, and 128 of them spill
-    for width in _widths(channels, groups, (32, 64, 128) if wide else (32, 64)):
+    compared = per_group & (per_group - 1) != 0  # channels with each other, which takes registers of its own
+    for width in _widths(channels, groups, (32, 64) if compared else (32, 64, 128)):
         for warps in (4, 8, 16):
-            rows = min(_padded(pixels, width), _room(direction, warps) // width)
-            if rows >= 16 and rows * width >= 64 * warps:
+            room = _room(direction, warps)
+            if compared and room < width * pixels:
+                room //= 2
+            rows = min(_padded(pixels, width), room // width)
+            enough = rows >= 16 and rows * width >= 64 * warps
+            if enough and (warps < 16 or width < 128 and rows >= pixels):  # the rest of 16 warps spills
                 listed.append(_cut(pixels, channels, groups, width, rows, warps))
     return {f"{cut.width}x{cut.pixels}w{cut.warps}": cut for cut in listed}
