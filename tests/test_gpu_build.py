@@ -61,6 +61,7 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.packaging  # takes most of a minute
 @needs_compiler
 def test_a_compiler_is_enough(copy: Path) -> None:
     """One test of all that follows from the build."""
