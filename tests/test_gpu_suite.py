@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_benchmarks import check_form
 
-from benchmarks import gpu_suite
+from benchmarks import gpu_report, gpu_suite
 from benchmarks.gpu_report import Clock, OutOfTime, Report
 from benchmarks.harness import OURS, Row, time_interleaved
 
@@ -46,6 +46,16 @@ def test_the_clock_stops_a_run_though_failures_are_rows() -> None:
     with pytest.raises(OutOfTime):
         time_interleaved({"a": clock.check}, CPU, 1, errors=errors)
     assert not errors
+
+
+def test_the_clock_leaves_room_for_a_step_like_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 0.0, 60.0, 240.0, 270.0, 271.0])  # the longest step: 3 of 7.5 minutes
+    monkeypatch.setattr(gpu_report.time, "monotonic", lambda: next(times))
+    clock = Clock(7.5)
+    for _ in range(4):
+        clock.check()
+    with pytest.raises(OutOfTime):
+        clock.check()
 
 
 def test_the_parts_walk_through_on_a_cpu(tmp_path: Path) -> None:

@@ -1,19 +1,12 @@
-// What forward and backward of group_norm_silu share. A task is one image's slab of channels, small enough for the second
+// What forward and backward of group_norm_silu share. A task is one image's slab of channels, small enough for a
 // cache. In channels_last a vector holds neighbouring channels of a pixel, else neighbouring pixels of a channel.
 #pragma once
 
 #include <cfloat>
-#include <cstdlib>
-
-#if defined(__unix__)
-#include <unistd.h>
-#endif
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 
 #include "factors.h"
 #include "group_norm_silu.h"
+#include "memory.h"
 #include "parallel.h"
 #include "vec.h"
 
@@ -143,64 +136,6 @@ inline Floats through(Floats dy, Floats z) {
   }
   return dy;
 }
-
-inline int64_t first_cache() {
-#if defined(_SC_LEVEL1_DCACHE_SIZE)
-  static const long size = sysconf(_SC_LEVEL1_DCACHE_SIZE);
-  if (size > 0) return size;
-#endif
-  return int64_t{1} << 15;
-}
-
-inline int64_t second_cache() {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-  static const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  if (size > 0) return size;
-#endif
-  return int64_t{1} << 20;
-}
-
-// Bytes of the third cache, as the processor tells; 0 if it doesn't. The system adds up those of all its processors.
-inline int64_t third_cache() {
-  int64_t size = 0;
-#if defined(__x86_64__)
-  for (const unsigned leaf : {0x4u, 0x8000001Du}) {  // Intel's, AMD's
-    unsigned a, b, c, d;
-    for (unsigned i = 0; __get_cpuid_count(leaf, i, &a, &b, &c, &d) && (a & 31) != 0; ++i) {
-      const int64_t ways = (b >> 22) + 1, partitions = (b >> 12 & 1023) + 1, line = (b & 4095) + 1;
-      if ((a >> 5 & 7) == 3) size = ways * partitions * line * (int64_t{c} + 1);
-    }
-  }
-#endif
-  return size;
-}
-
-// Whether a call on so many bytes goes to memory: a quarter of the third cache is theirs, the rest is other cores'.
-inline bool in_memory(int64_t bytes) {
-  static const int64_t size = third_cache();
-  return size > 0 && bytes > size / 4;
-}
-
-// Numbers for the length of a call, in whole pages: what one thread writes is no neighbour of another's, where the
-// processor would fetch it ahead. The memory is the allocator's; what doesn't fit it ends the process, as elsewhere.
-constexpr int64_t kPage = 4096 / sizeof(float);
-
-inline int64_t whole_pages(int64_t count) { return (count + kPage - 1) / kPage * kPage; }
-
-class Scratch {
- public:
-  explicit Scratch(int64_t count)
-      : data_(static_cast<float*>(std::aligned_alloc(kPage * sizeof(float), whole_pages(count) * sizeof(float)))) {
-    if (data_ == nullptr) std::abort();
-  }
-  ~Scratch() { std::free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  float* get() const { return data_; }
-
- private:
-  float* data_;
-};
 
 // How a call is cut. A slab is an image's channels, or as many of them as a cache takes at `bytes` an element. In
 // channels_last that is the second cache, and they are no fewer than make long rows: short ones with gaps between cost more
