@@ -29,7 +29,11 @@ CLASSES = (
     ("fused by inductor", r"^triton_|^cpp_fused|CompiledFxGraph"),
     (COPY, r"nc?hwc?To|convertTensor"),
     ("attention", r"flash|fmha|softmax|sdpa|scaled_?dot_?product|attention"),
-    ("group norm", r"group_?norm|RowwiseMoments|ComputeFusedParams|BackwardFusedParams|InternalGradients|GammaBeta"),
+    (
+        "group norm",
+        r"group_?norm|norm_merge|two_pass_norm|RowwiseMoments|ComputeFusedParams|BackwardFusedParams|InternalGradients"
+        r"|GammaBeta",
+    ),
     (CONVOLUTION, r"conv(?!er)|fprop|dgrad|wgrad|implicit_|winograd|fft2d|cudnn"),
     (PRODUCT, r"gemm|gemv|cublas|nvjet|cutlass|splitK|\b(add|badd)?b?mm\b|matmul|aten::linear\b|(add|b)mmBackward"),
     (

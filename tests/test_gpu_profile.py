@@ -53,6 +53,8 @@ KERNELS = {
     ],
     "group norm": [
         "group_norm_silu_fwd_kernel",
+        "norm_merge_kernel",
+        "two_pass_norm_sums_kernel",
         "group_norm_silu_bwd_kernel",
         f"{AT}(anonymous namespace)::RowwiseMomentsCUDAKernel<c10::BFloat16>(long, float, c10::BFloat16*)",
         f"{AT}(anonymous namespace)::ComputeBackwardFusedParamsCUDAKernel<float>(long, long, long)",

@@ -1,6 +1,5 @@
 """The exponential moving average of a network's weights, all tensors in one call."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,11 +49,21 @@ def _rejects_triton(averages: Sequence[Tensor], values: Sequence[Tensor], decay:
         return "takes averages of one dtype, values of one, and one device"
     if not all(a.stride() == v.stride() and _dense(a) for a, v in pairs):
         return "takes dense tensors, each pair with the same strides"
-    ranges = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for pair in pairs for x in pair)
-    if any(end > start for (_, end), (start, _) in itertools.pairwise(ranges)):
-        return "takes tensors that share no memory"
+    if not _apart(pairs):
+        return "takes averages that share no memory"
     tensors = *averages, *values
     return _triton.unfit(*tensors) or _native.unfit_arrays(*tensors, grads=True, dtypes=_triton.ARRAY_DTYPES)
+
+
+def _apart(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Whether no average shares memory; values, which are only read, may among themselves."""
+    ranges = sorted((x.data_ptr(), x.data_ptr() + x.nbytes, i == 0) for pair in pairs for i, x in enumerate(pair))
+    ends = {True: 0, False: 0}  # of averages and of values, so far
+    for start, end, is_average in ranges:
+        if start < ends[True] or (is_average and start < ends[False]):
+            return False
+        ends[is_average] = max(ends[is_average], end)
+    return True
 
 
 def _dense(x: Tensor) -> bool:

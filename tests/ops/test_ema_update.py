@@ -89,11 +89,16 @@ def test_what_triton_refuses() -> None:
     a, b = torch.ones(8), torch.zeros(8)
     for averages, values, text in (
         ([a, a], [b, -b], "share no memory"),
+        ([a[:6]], [a[2:]], "share no memory"),
+        ([b[2:4]], [b[3:5]], "share no memory"),
         ([a, b.half()], [b.clone(), a.clone()], "one dtype"),
         ([a.view(2, 4)], [b.view(4, 2).T], "same strides"),
     ):
         with ops.use_backend("triton"), pytest.raises(RuntimeError, match=text):
             ops.ema_update(averages, values, 0.5)
+    tied = torch.zeros(8)
+    with ops.use_backend("triton"):
+        ops.ema_update([torch.ones(8), torch.ones(4)], [tied, tied[4:]], 0.5)  # values are only read
     ops.ema_update([a], [b], 0.5)  # not asked for it, dispatch takes another
     assert a.eq(0.5).all()
 
