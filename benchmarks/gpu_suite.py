@@ -31,7 +31,7 @@ from benchmarks.harness import DTYPES, NAMES, OURS, ROOT, Row, describe, pick_de
 from benchmarks.options import Parser, count, output_folder
 from benchmarks.problem import Builder, Check, Problem, flops_per_image, measure
 from benchmarks.throughput import MODELS, NUM_TIMESTEPS
-from ddpm_fast.kernels import configs
+from ddpm_fast.kernels import lookup
 from ddpm_fast.models.presets import preset
 
 OPS = ("group_norm_silu", "q_sample", "sampler_step", "diffusion_loss", "noise", "timestep_embedding", "ema_update")
@@ -142,7 +142,7 @@ class Suite:
     def tune(self, report: Report) -> None:
         """The kernels' configurations, and the table of what is measured by the end of the run."""
         gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else "no gpu"
-        table = self.args.out / f"{configs.slug(gpu)}.json"
+        table = self.args.out / f"{lookup.slug(gpu)}.json"
         try:
             for call in gpu_tune.calls(self.args.dry_run):
                 if not report.has(f"{call.op} {call.key}", NAMES[call.dtype], call.images):
@@ -151,7 +151,7 @@ class Suite:
                     report.add(gpu_tune.measure(call, self.device, self.args.repetitions, most))
         finally:
             gpu_tune.write_table(table, self.device, report.rows)
-            progress(f"written: {table}; once copied into {configs.TABLES}, every call of this GPU reads it")
+            progress(f"written: {table}; once copied into {lookup.TABLES}, every call of this GPU reads it")
 
     def ops(self, report: Report) -> None:
         """The ops beside PyTorch's, in tensors larger than the L2."""

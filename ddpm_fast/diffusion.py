@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .graphs import ENGINES
 from .models.ema import EMA, copy_weights
 from .models.presets import Config
 from .models.unet import UNet
@@ -47,6 +48,9 @@ class Diffusion(SamplingDiffusion):
             "torch" - torch's generator in the original code's order.
         seed: of training's noise, timesteps and dropout; drawn from torch's generator when first needed if not given.
         prediction: what the network predicts: "eps" (the noise), "x0" or "v".
+        engine: how chains run: "eager"; "graph" - on a GPU one recorded step is replayed, wherever the network can be
+            recorded; or "auto" - where that pays, too. A network whose Python must run in every step (it counts, or
+            draws from Python's random) needs "eager".
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type.
@@ -67,6 +71,7 @@ class Diffusion(SamplingDiffusion):
         rng: str = "philox",
         seed: int | None = None,
         prediction: str = "eps",
+        engine: str = "auto",
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -79,6 +84,7 @@ class Diffusion(SamplingDiffusion):
         checks.choice("loss_type", loss_type, ("l1", "l2"))
         checks.choice("rng", rng, ("philox", "torch"))
         checks.choice("prediction", prediction, PREDICTIONS)
+        checks.choice("engine", engine, ENGINES)
         if rng == "torch" and seed is not None:
             raise ValueError("seed is for rng='philox'; with rng='torch' call torch.manual_seed")
         # A subclass, a hook or a patch may take other data than the network inside.
@@ -98,6 +104,7 @@ class Diffusion(SamplingDiffusion):
         self.num_classes = num_classes
         self.loss_type = loss_type
         self.rng = rng
+        self.engine = engine
         # Told t [N] and the loss of each image [N] by every forward call, if set.
         self.observer: Callable[[Tensor, Tensor], None] | None = None
 

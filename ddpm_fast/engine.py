@@ -1,23 +1,23 @@
-"""The denoising loop: runs any plan, and never waits for the device on its own account."""
+"""The denoising loop: runs any plan, eagerly or by a recorded step, and never waits for the device by itself."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from .chain import Chain, Network, OnStep, Predictor, RecordedChain, told_by
+from .graphs import Graphs, NotRecorded, footprint, switches
 from .ops import X_T, NoiseState
 from .ops import _checks as checks
 from .ops import noise as draw_noise
-from .ops.sampler_step import OP as SAMPLER_STEP
 from .samplers import Plan
 
-Network = Callable[[Tensor, Tensor], Tensor]  # (x [N, ...], t [N]) -> model_out [N, ...]
-OnStep = Callable[[int, Tensor], None]
-
+# How a chain may run, by the name that a table has for it: steps in a recording, 0 without. The first is the rule.
+WAYS = {"graph": 1, "graph8": 8, "graph32": 32, "eager": 0}
+ROOM = 1024  # rows that a recorded step has room for, at least: one recording for a thousand steps and for fifty
+WORTH = 16  # steps from which on a recording pays, which itself takes about eight
 
 # For a part of the batch: its x_T, and where the noise of its steps comes from (None: torch's generator).
 Start = Callable[[slice], tuple[Tensor, NoiseState | None]]
@@ -97,107 +97,88 @@ def _cast_once(model: nn.Module) -> Iterator[None]:
         torch.clear_autocast_cache()  # the weights may change before the caller's autocast ends
 
 
-class Chain:
-    """A plan under way: all that a step reads and writes, on the device of x.
-
-    Args:
-        x: [N, ...], where the chain starts; overwritten by each step.
-        plan: the sampler.
-        noise: seed and first sample of the steps' noise, which row k draws at draw k; without it, torch's generator.
-    """
-
-    def __init__(self, x: Tensor, plan: Plan, noise: NoiseState | None = None):
-        self.x, self.clip = x, plan.clip
-        self.rows = plan.rows.to(x.device, x.dtype)
-        self.t = plan.timesteps(x.device)
-        self.k = torch.zeros((), dtype=torch.int64, device=x.device)
-        # What no row uses is left out of every step; what a row uses is read here, once, on the host.
-        self.scaled = bool((plan.column("c_in") != 1).any())
-        self.hist = torch.zeros_like(x) if bool((plan.column("c_h") != 0).any()) else None
-        self.noisy = (plan.column("c_z") != 0).tolist()
-        self.noise = noise._replace(draw=self.k) if noise is not None and any(self.noisy) else None
-
-    def step(self, network: Network, z: Tensor | None = None) -> None:
-        """Row k, then k + 1. Nothing here depends on the host's idea of k: one captured step can serve all rows."""
-        x, row = self.x, self.k.reshape(1)
-        model_in = x * self.rows[:, 1].index_select(0, row) if self.scaled else x
-        model_out = network(model_in, self.t.index_select(0, row).repeat(x.shape[0]))
-        noise, keeps = self.noise if z is None else z, self.hist is not None
-        # Unchecked: a chain's arguments are right by construction.
-        SAMPLER_STEP.unchecked(x, model_out, self.rows, self.k, noise, self.hist, self.clip, keeps, x, self.hist)
-        self.k += 1
-
-
 @torch.no_grad()
 def denoise(
-    network: Network, x: Tensor, plan: Plan, noise: NoiseState | None = None, on_step: OnStep | None = None
+    network: Network,
+    x: Tensor,
+    plan: Plan,
+    noise: NoiseState | None = None,
+    on_step: OnStep | None = None,
+    *,
+    graphs: Graphs | None = None,
+    engine: str = "eager",
 ) -> Tensor:
     """Take x through every row of a plan; x, plan and noise as in Chain.
 
     Args:
         network: what predicts; told t as `plan.timesteps` gives it, one per image.
         on_step: called with (k, x) after row k; x is the loop's own tensor, to be read and not kept.
+        graphs: where recorded steps are kept.
+        engine: "eager", "graph" to replay a recorded step wherever one can be made, or "auto": where it also pays.
 
     Returns:
         x after the last row.
     """
-    chain = Chain(x, plan, noise)
-    for k, noisy in enumerate(chain.noisy):
-        z = torch.randn(x.shape, dtype=x.dtype, device=x.device) if noise is None and noisy else None
+    chain = Chain(x, plan, noise, told_by(network, plan.timesteps(x.device)))
+    if graphs is not None and engine != "eager":
+        try:
+            recorded = _recorded(network, chain, graphs, engine)
+            with graphs.alone():
+                return recorded.run(chain, cast(Predictor, network), on_step)
+        except NotRecorded as why:
+            graphs.tell(why, engine == "graph")
+    noisy = (plan.column("c_z") != 0).tolist()
+    for k in range(len(plan)):
+        z = torch.randn(x.shape, dtype=x.dtype, device=x.device) if noise is None and noisy[k] else None
         chain.step(network, z)
         if on_step is not None:
             on_step(k, x)
     return x
 
 
-def in_parts(run: Callable[[slice], Tensor], total: int, limit: int) -> Tensor:
-    """Concatenate run(part) over the images 0..total-1, at most `limit` at once and fewer where memory runs out."""
-    parts: list[Tensor] = []
-    done = 0
-    while done < total:
-        part = slice(done, min(done + limit, total))
-        try:
-            parts.append(run(part))
-            done = part.stop
-        except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error) or part.stop - part.start == 1:
-                raise
-            limit = (part.stop - part.start + 1) // 2
-        # Outside the handler, which holds on to the failed run's tensors.
-        if done < part.stop and torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return torch.cat(parts)
+def fastest_way(model: nn.Module, x: Tensor) -> str:
+    """The name in WAYS that the committed table of this GPU has for a network's size and a batch's; else the rule."""
+    rule = next(iter(WAYS))
+    if x.device.type != "cuda":
+        return rule
+    from .kernels.lookup import committed  # no kernel is loaded before it is used
+
+    parameters = sum(p.numel() for p in model.parameters())
+    found = committed(torch.cuda.get_device_name(x.device)).get("engine", {}).get(key_of(parameters, x.numel()), rule)
+    return found if found in WAYS else rule
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+def key_of(parameters: int, numbers: int) -> str:
+    """Under which a table has the way for a network of so many parameters and a batch of so many numbers."""
+    return "x".join(str(1 << max(0, size - 1).bit_length()) for size in (parameters, numbers))
 
 
-class _Allocations(TorchDispatchMode):
-    """Adds up the bytes of every tensor that the operations inside return."""
+def _recorded(network: Network, chain: Chain, graphs: Graphs, engine: str) -> RecordedChain:
+    """The recorded step for such a chain, recorded now where there is none.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        tensors = (t for t in tree_leaves(out) if isinstance(t, Tensor))
-        self.bytes += sum(t.numel() * t.element_size() for t in tensors)
-        return out
-
-
-@torch.no_grad()
-def batch_that_fits(network: Network, x: Tensor, t: Tensor) -> int:
-    """How many images like `x` [1, ...] the network can take at once on the CPU, where running out means being killed.
-
-    Half of the available memory over all that one evaluation allocates: cautious, as most of that is freed on the way.
+    Raises:
+        NotRecorded: and why.
     """
-    meminfo = Path("/proc/meminfo")
-    if x.device.type != "cpu" or not meminfo.exists():
-        return 2**31
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    available = int(fields.get("MemAvailable", fields["MemFree"]).split()[0]) * 1024
-    with _Allocations() as seen:
-        network(x, t)
-    return max(1, available // 2 // max(1, seen.bytes))
+    x, told, steps = chain.x, chain.told, len(chain.rows)
+    if chain.kind.noisy and chain.noise is None:
+        raise NotRecorded("the noise comes from torch's generator, in the original code's order")
+    if not isinstance(network, Predictor):
+        raise NotRecorded("what this network looks at is not known")
+    unroll = WAYS[fastest_way(network.model, x)]
+    if engine == "auto" and not unroll:
+        raise NotRecorded("it would be slower here")
+    unroll = max(1, unroll)
+    room = max(ROOM, 1 << (steps - 1).bit_length())
+    y = network.y
+    of_y = None if y is None else (tuple(y.shape), y.dtype)
+    key = id(network.model), tuple(x.shape), x.stride(), x.dtype, chain.kind, tuple(told.shape[1:]), told.dtype
+    return cast(
+        RecordedChain,
+        graphs.get(
+            (*key, of_y, room, unroll, *switches(x.device)),
+            footprint(network.model),
+            x.device,
+            lambda recorder: RecordedChain(recorder, network, chain, room, unroll),
+            due=engine == "graph" or steps >= WORTH,
+        ),
+    )

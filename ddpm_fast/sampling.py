@@ -3,13 +3,17 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .engine import Network, Start, batch_that_fits, denoise, eval_mode, in_parts, philox_start, torch_start
+from .chain import Network, Predictor
+from .engine import Start, denoise, eval_mode, philox_start, torch_start
+from .graphs import Graphs
+from .memory import batch_that_fits, in_parts, out_of_memory
 from .models.fusing import takes_noise_state
 from .models.state import DiffusionState, fresh_seed
 from .ops import NoiseState
@@ -40,9 +44,11 @@ class SamplingDiffusion(DiffusionState):
     img_channels: int
     num_classes: int | None
     rng: str
+    engine: str
 
     def __init__(self, betas: Any, prediction: str, seed: int | None):
         super().__init__(betas, prediction, seed)
+        self.graphs = Graphs()  # recorded steps: print(graphs) lists them, graphs.clear() releases their memory
         self._trained = False  # for the warnings: whether forward ran in train mode, what was said already
         self._warned: set[str] = set()
 
@@ -123,7 +129,8 @@ class SamplingDiffusion(DiffusionState):
                         callback(k, x)
 
                 x, state = start(part)
-                return denoise(predict(model, part), x, plan, state, on_step).cpu()
+                watched = on_step if progress or callback is not None else None
+                return self._denoise(predict(model, part), x, plan, state, watched).cpu()
 
             if self.rng == "torch":  # one generator for the whole batch: it can't be split
                 return run(slice(0, batch_size))
@@ -155,8 +162,21 @@ class SamplingDiffusion(DiffusionState):
         x, state = self._start(batch_size, device, seed, first_index, noise)(images)
         sequence = [x.cpu().clone()]
         with eval_mode(self._sampled(use_ema)) as model:
-            denoise(predict(model, images), x, plan, state, lambda k, x: sequence.append(x.cpu().clone()))
+            self._denoise(predict(model, images), x, plan, state, lambda k, x: sequence.append(x.cpu().clone()))
         return sequence
+
+    def _denoise(self, network: Network, x: Tensor, plan: Plan, state: NoiseState | None, on_step: Any) -> Tensor:
+        try:
+            return denoise(network, x, plan, state, on_step, graphs=self.graphs, engine=self.engine)
+        except (RuntimeError, MemoryError) as error:
+            if out_of_memory(error):
+                self.graphs.clear()
+            raise
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SamplingDiffusion":
+        self.graphs.clear()  # what they read moves away
+        super()._apply(fn, recurse)
+        return self
 
     def _start(
         self, batch_size: int, device: torch.device, seed: int | None, first_index: int, noise: Tensor | None
@@ -207,7 +227,9 @@ class SamplingDiffusion(DiffusionState):
         if not plan.timesteps("cpu").is_floating_point() and wrong.any():  # a noise level is no index
             k = int(wrong.nonzero()[0])
             raise ValueError(f"sampler: row {k} has t = {t[k]:.0f}, expected 0 to {self.num_timesteps - 1}")
-        return plan, lambda model, part: lambda x, t: self._call(model, x, t, labels(part))
+        if self.rng == "torch":  # for parity: the time is embedded in each step, as in the original code
+            return plan, lambda model, part: lambda x, t: self._call(model, x, t, labels(part))
+        return plan, lambda model, part: Predictor(model, partial(self._call, model), labels(part))
 
     def _sampled(self, use_ema: bool) -> nn.Module:
         """The network to sample from."""

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 from benchmarks import gpu_tune
-from ddpm_fast.kernels import configs, noise, norm_cut
+from ddpm_fast.kernels import configs, lookup, noise, norm_cut
 
 LISTED = {"rule": 1, "other": 2, "third": 3}
 GPU = torch.device("cuda", 0)
@@ -19,13 +19,13 @@ GPU = torch.device("cuda", 0)
 def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A GPU by name, and the folder of its table."""
     monkeypatch.setattr(configs, "_gpu_name", lambda index: "ACME G-100 80GB")
-    monkeypatch.setattr(configs, "TABLES", tmp_path)
+    monkeypatch.setattr(lookup, "TABLES", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.delenv("DDPM_FAST_TUNE", raising=False)
-    configs.committed.cache_clear()
+    lookup.committed.cache_clear()
     configs._own.cache_clear()
     yield tmp_path
-    configs.committed.cache_clear()
+    lookup.committed.cache_clear()
     configs._own.cache_clear()
 
 
@@ -102,8 +102,8 @@ def test_tables_name_what_there_is(tmp_path: Path) -> None:
     rows[0]["name"] = rows[-1]["name"] = "1x1w1"
     gpu_tune.write_table(tmp_path / "b.json", torch.device("cpu"), rows)
     assert len(unknown(tmp_path / "b.json")) == 2
-    for path in configs.TABLES.glob("*.json"):
-        assert configs.slug(path.stem) == path.stem and not unknown(path)
+    for path in lookup.TABLES.glob("*.json"):
+        assert lookup.slug(path.stem) == path.stem and not unknown(path)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

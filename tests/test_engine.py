@@ -9,7 +9,8 @@ from torch.utils._pytree import tree_leaves
 from toys import BETAS, Pixelwise, pixelwise
 
 from ddpm_fast import Diffusion, UNet, ops
-from ddpm_fast.engine import Chain, batch_that_fits, in_parts
+from ddpm_fast.chain import Chain, Predictor, told_by
+from ddpm_fast.memory import batch_that_fits, in_parts
 from ddpm_fast.samplers import make_plan
 
 
@@ -30,16 +31,22 @@ class NoHostReads(TorchDispatchMode):
 def meta_loop(network, **options) -> None:
     """Run a whole chain on the meta device, where a read of a value can't succeed."""
     plan = make_plan("ddpm", np.cumprod(1 - BETAS), num_steps=3, options=options)
-    chain = Chain(torch.zeros(2, 1, 8, 8, device="meta"), plan, ops.NoiseState.at(1, 0, device="meta"))
+    told = told_by(network, plan.timesteps("meta"))
+    chain = Chain(torch.zeros(2, 1, 8, 8, device="meta"), plan, ops.NoiseState.at(1, 0, device="meta"), told)
     with NoHostReads(), torch.no_grad():
         for _ in range(len(plan)):
             chain.step(network)
 
 
 @pytest.mark.parametrize("clip", [False, True])
-def test_the_loop_never_reads_the_device(clip: bool) -> None:
-    net = UNet(1, 8, (1, 2), 1, time_emb_dim=8, num_groups=4, attention_resolutions=(1,)).eval().to("meta")
-    meta_loop(net, clip=clip)
+@pytest.mark.parametrize("embedded", [False, True])
+@pytest.mark.parametrize("num_classes", [None, 3])
+def test_the_loop_never_reads_the_device(clip: bool, embedded: bool, num_classes: int | None) -> None:
+    """Network, ops and counter; the network told t, or rows of what it makes of t."""
+    net = UNet(1, 8, (1, 2), 1, time_emb_dim=8, num_groups=4, attention_resolutions=(1,), num_classes=num_classes)
+    net = net.eval().to("meta")
+    y = None if num_classes is None else torch.zeros(2, dtype=torch.int64, device="meta")
+    meta_loop(Predictor(net, net, y) if embedded else lambda x, t: net(x, t, y), clip=clip)
 
 
 @pytest.mark.parametrize(

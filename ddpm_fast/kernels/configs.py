@@ -9,47 +9,29 @@ call, and kept in FILE, {gpu: {op: {key: name}}}, which later processes read.
 import functools
 import json
 import os
-import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from triton.runtime.errors import TritonError
 
-C = TypeVar("C")
-Names = dict[str, dict[str, str]]  # op -> key -> name
+from .lookup import Names, committed, read, slug
 
-TABLES = Path(__file__).parent / "tables"
+C = TypeVar("C")
 RUNS = 20
 EVEN = 1.05  # so close to the fastest, which single launches don't tell, an earlier one, the rule's first, is kept
-
-
-def slug(gpu: str) -> str:
-    """A GPU's name as that of a file: "NVIDIA H200" is nvidia_h200."""
-    return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_")
-
-
-@functools.cache
-def committed(gpu: str) -> Names:
-    """The table of a GPU; empty where there is none."""
-    return _read(TABLES / f"{slug(gpu)}.json")
 
 
 @functools.cache
 def _own(path: Path) -> dict[str, Names]:
     """What FILE has, and then what this process has found, by the slug of a GPU."""
     try:
-        return _read(path)
+        return read(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"DDPM_FAST_TUNE: {path} is no file of configurations: {error}") from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return found
 
 
 _gpu_name = functools.cache(torch.cuda.get_device_name)
@@ -101,7 +83,7 @@ def milliseconds(run: Callable[[], None]) -> float:
 def keep(path: Path, gpu: str, op: str, key: str, name: str) -> None:
     """Adds a name to FILE, and to what this process knows, beside what other processes have written since."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for found in (_own(path), now := _read(path)):
+    for found in (_own(path), now := read(path)):
         found.setdefault(gpu, {}).setdefault(op, {})[key] = name
     part = path.with_name(f"{path.name}.{os.getpid()}")
     part.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")

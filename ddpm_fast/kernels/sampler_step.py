@@ -41,7 +41,9 @@ def sampler_step_kernel(
         noise = tl.load(z + n * z_sample + place(e, channels, pixels, Z_LAST), mask=mask).to(tl.float32)
         x_next = x_next + tl.load(row + 7).to(tl.float32) * noise
     if NOISE == 2:
-        noise = normals(first, tl.load(seed), tl.load(draw), first_sample + n, stream, COUNTERS)
+        # By its address in a recorded step, which serves any part of a batch.
+        start = tl.load(first_sample) if first_sample.dtype.is_ptr() else first_sample
+        noise = normals(first, tl.load(seed), tl.load(draw), start + n, stream, COUNTERS)
         x_next = x_next + tl.load(row + 7).to(tl.float32) * noise
     if X0:
         to = x0_out + n * x0_sample + place(e, channels, pixels, X0_LAST)

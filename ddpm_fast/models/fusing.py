@@ -45,12 +45,17 @@ def takes_noise_state(module: nn.Module) -> bool:
 
 def is_plain(*modules: nn.Module) -> bool:
     """Whether an op may stand in for these modules: PyTorch's own classes, without hooks or a replaced forward."""
+    return all(type(m) in _STOCK for m in modules) and is_untouched(*modules)
+
+
+def is_untouched(*modules: nn.Module) -> bool:
+    """Whether nothing runs when these modules are called but their class's own forward."""
     if nn.modules.module._has_any_global_hook():
         return False
     for m in modules:
-        if type(m) not in _STOCK or m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
             return False
-        if m._backward_hooks or m._backward_pre_hooks:
+        if "forward" in m.__dict__:
             return False
     return True
 

@@ -187,51 +187,67 @@ class ResidualBlock(TakesNoiseState):
         noise_state: NoiseState | None = None,  # where dropout draws from; torch's generator without it
     ) -> Tensor:  # [N, out_channels, H, W]
         check_input(x, self.in_channels, self.conv_1)
-        norm_1, conv_1, norm_2, conv_2 = self.norm_1, self.conv_1, self.norm_2, self.conv_2
-        layers = list(conv_2.children())
-        if (
-            is_plain(norm_1, norm_2, conv_2, *layers)
-            and [type(m) for m in layers] == [nn.Dropout, nn.Conv2d]
-            and is_conv3x3(conv_1)
-            and is_conv3x3(layers[1])
-        ):
-            drop, last_conv = cast(nn.Dropout, layers[0]), cast(nn.Conv2d, layers[1])
-            # conv_1's bias joins the time and class biases in norm_2: one pass less over the activations.
-            # The op unchecked: the modules' own arguments are right.
-            x_1 = norm_act(norm_1, self.activation, x)
-            h = CONV3X3.unchecked(x_1, conv_1.weight, None, None, None, None, False)
-            add = self._bias(x.shape[0], time_emb, y, conv_1.bias)
-            dropout = Dropout(drop.p, noise_state, self.dropout_stream) if drop.training and drop.p > 0 else None
-            h = norm_act(norm_2, self.activation, h, add=add, dropout=dropout)
-            residual = self.residual_connection(x)
-            out = CONV3X3.unchecked(h, last_conv.weight, last_conv.bias, None, None, residual, False)
-        else:
-            h = self.conv_1(self.activation(self.norm_1(x)))
-            bias = self._bias(x.shape[0], time_emb, y)
-            h = h if bias is None else h + bias[..., None, None]
-            out = self.conv_2(self.activation(self.norm_2(h))) + self.residual_connection(x)
-        return self.attention(out)
+        time = self._time(x.shape[0], time_emb)
+        if self.is_fusible():
+            return self.fused(x, self._with_time(time), y, noise_state)
+        h = self.conv_1(self.activation(self.norm_1(x)))
+        bias = self._with_class(time, x.shape[0], y)
+        h = h if bias is None else h + bias[..., None, None]
+        return self.attention(self.conv_2(self.activation(self.norm_2(h))) + self.residual_connection(x))
 
-    def _bias(
-        self, num_images: int, time_emb: Tensor | None, y: Tensor | None, bias: Tensor | None = None
-    ) -> Tensor | None:
-        """The sum of `bias` [C], the time bias and the class bias [N, C]."""
-        if self.time_bias is not None:
-            if time_emb is None:
-                raise ValueError("time_emb is required: this block was built with time_emb_dim")
-            checks.tensor("time_emb", time_emb, shape=(num_images, cast(int, self.time_emb_dim)))
-            dtype = self.time_bias.weight.dtype if type(self.time_bias) is nn.Linear else time_emb.dtype
-            if time_emb.dtype != dtype and not torch.is_autocast_enabled(time_emb.device.type):
-                checks.tensor("time_emb", time_emb, dtype=dtype)
-            time = self.time_bias(self.activation(time_emb))
-            bias = time if bias is None else bias + time
-        if self.class_bias is not None:
-            if y is None:
-                raise ValueError("y is required: this block was built with num_classes")
-            check_labels(y, num_images)
-            try:
-                label = self.class_bias(y)
-            except IndexError as error:
-                raise ValueError(f"y must lie in [0, {self.num_classes}), got {y.tolist()}") from error
-            bias = label if bias is None else bias + label
+    def is_fusible(self) -> bool:
+        """Whether `fused` computes what the modules would."""
+        layers = list(self.conv_2.children())
+        return (
+            is_plain(self.norm_1, self.norm_2, self.conv_2, *layers)
+            and [type(m) for m in layers] == [nn.Dropout, nn.Conv2d]
+            and is_conv3x3(self.conv_1)
+            and is_conv3x3(layers[1])
+        )
+
+    def fused(self, x: Tensor, bias: Tensor, y: Tensor | None, noise_state: NoiseState | None = None) -> Tensor:
+        """As forward, given the bias [C] or [N, C] of conv_1 and the time; the class's joins them in norm_2: one pass
+        less over the activations. The ops unchecked: the modules' own arguments are right."""
+        drop, last_conv = cast(tuple[nn.Dropout, nn.Conv2d], tuple(self.conv_2.children()))
+        x_1 = norm_act(self.norm_1, self.activation, x)
+        h = CONV3X3.unchecked(x_1, self.conv_1.weight, None, None, None, None, False)
+        add = self._with_class(bias, x.shape[0], y)
+        dropout = Dropout(drop.p, noise_state, self.dropout_stream) if drop.training and drop.p > 0 else None
+        h = norm_act(self.norm_2, self.activation, h, add=add, dropout=dropout)
+        residual = self.residual_connection(x)
+        return self.attention(CONV3X3.unchecked(h, last_conv.weight, last_conv.bias, None, None, residual, False))
+
+    def embed(self, time_emb: Tensor) -> Tensor:
+        """The biases for `fused` of time embeddings: [S, time_emb_dim] -> [S, out_channels]."""
+        bias = self._with_time(self._time(time_emb.shape[0], time_emb))
+        return bias if bias.ndim == 2 else bias.expand(time_emb.shape[0], -1)
+
+    def _with_time(self, time: Tensor | None) -> Tensor:
+        bias = cast(Tensor, self.conv_1.bias)
+        return bias if time is None else bias + time
+
+    def _time(self, num_images: int, time_emb: Tensor | None) -> Tensor | None:
+        """The time bias, [N, C]."""
+        if self.time_bias is None:
+            return None
+        if time_emb is None:
+            raise ValueError("time_emb is required: this block was built with time_emb_dim")
+        checks.tensor("time_emb", time_emb, shape=(num_images, cast(int, self.time_emb_dim)))
+        dtype = self.time_bias.weight.dtype if type(self.time_bias) is nn.Linear else time_emb.dtype
+        if time_emb.dtype != dtype and not torch.is_autocast_enabled(time_emb.device.type):
+            checks.tensor("time_emb", time_emb, dtype=dtype)
+        bias: Tensor = self.time_bias(self.activation(time_emb))
         return bias
+
+    def _with_class(self, bias: Tensor | None, num_images: int, y: Tensor | None) -> Tensor | None:
+        """`bias` and the class bias, [N, C]."""
+        if self.class_bias is None:
+            return bias
+        if y is None:
+            raise ValueError("y is required: this block was built with num_classes")
+        check_labels(y, num_images)
+        try:
+            label: Tensor = self.class_bias(y)
+        except IndexError as error:
+            raise ValueError(f"y must lie in [0, {self.num_classes}), got {y.tolist()}") from error
+        return label if bias is None else bias + label

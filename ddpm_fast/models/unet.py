@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import _C, Tensor, nn
 from ..ops import DROPOUT, NoiseState
 from ..ops import _checks as checks
 from ..reference.philox import MAX_STREAM
-from .fusing import Activation, TakesNoiseState, norm_act, takes_noise_state
+from .fusing import Activation, TakesNoiseState, is_untouched, norm_act, takes_noise_state
 from .layers import (
     Downsample,
     PositionalEmbedding,
@@ -129,7 +130,7 @@ class UNet(TakesNoiseState):
         self.out_conv = nn.Conv2d(now, img_channels, 3, padding=1)
 
         self._ups_take_skip = [isinstance(layer, ResidualBlock) for layer in self.ups]
-        blocks = [m for part in (self.downs, self.mid, self.ups) for m in part if isinstance(m, ResidualBlock)]
+        blocks = [m for m in self._layers() if isinstance(m, ResidualBlock)]
         if dropout > 0 and len(blocks) > MAX_STREAM - DROPOUT + 1:
             raise ValueError(f"at most {MAX_STREAM - DROPOUT + 1} residual blocks can draw dropout, got {len(blocks)}")
         for k, b in enumerate(blocks):
@@ -141,7 +142,7 @@ class UNet(TakesNoiseState):
         """
         Args:
             x: [N, img_channels, H, W].
-            time: [N], the timesteps (or another conditioning number).
+            time: [N], the timesteps (or another conditioning number); or [1, E], a row of `embed_steps` for all images.
             y: [N] int64, the classes.
             noise_state: where dropout draws its masks from; None for torch's generator.
 
@@ -157,34 +158,67 @@ class UNet(TakesNoiseState):
         nchw = plain and x.is_contiguous()
         if self.initial_pad:
             x = F.pad(x, (self.initial_pad,) * 4)
-        time_emb = None if self.time_mlp is None else self.time_mlp(time)
+        embedded = self.time_mlp is not None and cast(Tensor, time).ndim == 2
+        time_emb = time if embedded or self.time_mlp is None else self.time_mlp(time)
         x = self.init_conv(x)
         if plain and x.is_cpu:  # where convolutions and kernels are faster in it, and torch.cat of two layouts is slow
             x = x.contiguous(memory_format=torch.channels_last)
+        biases = iter(cast(Tensor, time)[0].split(self._bias_sizes())) if embedded else None
+
+        def run(layer: nn.Module, x: Tensor) -> Tensor:
+            if biases is not None and isinstance(layer, ResidualBlock):
+                return layer.fused(x, next(biases), y)
+            # Only residual blocks know of a noise state, unless they were replaced or wrapped.
+            if noise_state is not None and takes_noise_state(layer):
+                return cast(Tensor, layer(x, time_emb, y, noise_state=noise_state))
+            return cast(Tensor, layer(x, time_emb, y))
+
         skips = [x]
         for layer in self.downs:
-            x = self._run(layer, x, time_emb, y, noise_state)
+            x = run(layer, x)
             skips.append(x)
         for layer in self.mid:
-            x = self._run(layer, x, time_emb, y, noise_state)
+            x = run(layer, x)
         for layer, takes_skip in zip(self.ups, self._ups_take_skip, strict=True):
             if takes_skip:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = self._run(layer, x, time_emb, y, noise_state)
+            x = run(layer, x)
         x = self.out_conv(norm_act(self.out_norm, self.activation, x))
         if nchw:  # as it came
             x = x.contiguous()
         p = self.initial_pad
         return x[:, :, p : x.shape[2] - p, p : x.shape[3] - p] if p else x
 
-    @staticmethod
-    def _run(
-        layer: nn.Module, x: Tensor, time_emb: Tensor | None, y: Tensor | None, noise_state: NoiseState | None
-    ) -> Tensor:
-        """One layer; only residual blocks know of a noise state, unless they were replaced or wrapped."""
-        if noise_state is not None and takes_noise_state(layer):
-            return layer(x, time_emb, y, noise_state=noise_state)
-        return layer(x, time_emb, y)
+    def embed_steps(self, t: Tensor) -> Tensor | None:
+        """All that this network computes from timesteps alone, so that a sampler does it once for all of its steps.
+
+        Args:
+            t: [S], what `forward` would be told of each step.
+
+        Returns:
+            [S, E], of which `forward` takes a row [1, E] in place of the time; or None where a module was replaced or
+            hooked, and must see the time itself.
+        """
+        mlp, layers = self.time_mlp, self._layers()
+        if mlp is None or type(self).forward is not UNet.forward or not is_untouched(*self.modules()):
+            return None
+        if [type(m) for m in (mlp, *mlp)] != [nn.Sequential, PositionalEmbedding, nn.Linear, nn.SiLU, nn.Linear]:
+            return None
+        blocks = [m for m in layers if type(m) is ResidualBlock]
+        if any(type(m) not in (ResidualBlock, Downsample, Upsample) for m in layers):
+            return None
+        if not all(b.is_fusible() and type(b.time_bias) is nn.Linear for b in blocks):
+            return None
+        time_emb = mlp(t)
+        return torch.cat([b.embed(time_emb) for b in blocks], dim=1)
+
+    def _layers(self) -> list[nn.Module]:
+        """In the order in which they run."""
+        return [*self.downs, *self.mid, *self.ups]
+
+    def _bias_sizes(self) -> list[int]:
+        """Channels of each residual block in a row of `embed_steps`."""
+        return [m.conv_1.out_channels for m in self._layers() if isinstance(m, ResidualBlock)]
 
     def _check(self, x: Tensor, time: Tensor | None, y: Tensor | None) -> None:
         check_input(x, self.img_channels)
@@ -195,7 +229,8 @@ class UNet(TakesNoiseState):
         if self.time_mlp is not None:
             if time is None:
                 raise ValueError("time is required: this network was built with time_emb_dim")
-            if not isinstance(time, Tensor) or time.shape != x.shape[:1]:
+            embedded = isinstance(time, Tensor) and time.shape == (1, sum(self._bias_sizes()))
+            if not embedded and (not isinstance(time, Tensor) or time.shape != x.shape[:1]):
                 raise ValueError(f"time must have shape [{x.shape[0]}], got {checks.text(time)}")
             if time.is_complex():
                 raise TypeError(f"time must hold real numbers, got {checks.text(time)}")

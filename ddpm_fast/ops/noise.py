@@ -196,7 +196,8 @@ def drawn(source: Tensor | NoiseState, like: Tensor, stream: int) -> Tensor:
     """The noise itself where that is given, else drawn by the best backend like `like`, at least in float32."""
     if not isinstance(source, NoiseState):
         return source
-    return OP(like.shape, source, stream, torch.promote_types(like.dtype, torch.float32))
+    # Unchecked: the op that draws has checked its own arguments, and a recorded step has its first sample in a tensor.
+    return OP.unchecked(like.shape, source, stream, torch.promote_types(like.dtype, torch.float32))
 
 
 def drawn_dropout(dropout: Dropout | None, shape: Sequence[int]) -> Dropout | Tensor | None:

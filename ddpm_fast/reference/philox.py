@@ -24,12 +24,13 @@ ROUNDS = 10
 class NoiseState(NamedTuple):
     """Where in the random sequence a call stands: all an op needs to draw its numbers, or to draw them again.
 
-    `seed` and `draw` are int64 scalars on the device of the data, so that a captured graph can advance them.
+    `seed` and `draw` are int64 scalars on the device of the data, so that a captured graph can advance them. So may
+    `first_sample` be for `sampler_step`: a recorded step serves any part of a batch.
     """
 
     seed: Tensor  # [] the 64-bit key
     draw: Tensor  # [] row of the plan when sampling, number of the forward call in training
-    first_sample: int = 0  # global index of the batch's first image
+    first_sample: int | Tensor = 0  # global index of the batch's first image
 
     @classmethod
     def at(cls, seed: int, draw: int, first_sample: int = 0, device: torch.device | str = "cpu") -> "NoiseState":

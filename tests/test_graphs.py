@@ -1,0 +1,343 @@
+"""Recorded steps, on a stand-in for CUDA graphs that runs recorded operators again: reuse, and when there is none."""
+
+import copy
+import pickle
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from tape import Tape
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from toys import BETAS, TINY, Pixelwise, pixelwise
+
+from ddpm_fast import Diffusion, UNet, graphs, ops
+from ddpm_fast.engine import WORTH, fastest_way
+from ddpm_fast.samplers import Plan
+
+pytestmark = pytest.mark.filterwarnings("ignore:sampling from ema_model")
+
+
+@pytest.fixture
+def tape(monkeypatch) -> Tape:
+    """What records from now on; there is one whoever asks for it."""
+    tape = Tape()
+    monkeypatch.setattr(graphs, "Recorder", lambda device: tape)
+    return tape
+
+
+def network(**options) -> UNet:
+    torch.manual_seed(0)
+    kwargs = {"time_emb_dim": 8, "num_groups": 4, "attention_resolutions": (1,), "activation": nn.functional.silu}
+    return UNet(1, 8, (1, 2), 1, **kwargs | options)
+
+
+def pair(net: nn.Module | None = None, **options) -> tuple[Diffusion, Diffusion]:
+    """The same diffusion that replays, and that doesn't; both on the ops that the tape can see."""
+    net = network() if net is None else net
+    make = lambda engine: Diffusion(net, (8, 8), 1, options.get("num_classes"), BETAS, engine=engine)  # noqa: E731
+    return make("graph"), make("eager")
+
+
+def same(graph: Diffusion, eager: Diffusion, size: int = 2, **options) -> None:
+    """Both give the same bits."""
+    with ops.use_backend("reference"):
+        assert torch.equal(graph.sample(size, "cpu", **options), eager.sample(size, "cpu", **options))
+
+
+def test_one_recording_serves_every_plan_seed_and_weight(tape: Tape) -> None:
+    """Any number of steps, any seed, first image and weights: all that changes is what the recorded tensors hold."""
+    graph, eager = pair()
+    same(graph, eager, seed=1)
+    records, replays = tape.records, tape.replays
+    assert records == 2 and replays == len(BETAS)  # the first step, which would cast weights, and another
+    same(graph, eager, seed=-(2**63), first_index=2**33 + 5)
+    same(graph, eager, seed=3, num_steps=5)
+    same(graph, eager, seed=4, noise=torch.ones(2, 1, 8, 8))
+    with torch.no_grad():
+        for p in graph.ema_model.parameters():
+            p.mul_(1.5)
+    with ops.use_backend("reference"):
+        assert not torch.equal(graph.sample(2, "cpu", seed=1), eager.sample(2, "cpu", seed=1))
+    eager.ema_model.load_state_dict(graph.ema_model.state_dict())
+    same(graph, eager, seed=1)
+    assert tape.records == records and len(graph.graphs) == 1
+
+
+def test_the_recording_really_runs(tape: Tape) -> None:
+    """If a replay did nothing, the test above would be one of the eager engine alone."""
+    graph, _ = pair()
+    before = graph.sample(2, "cpu", seed=1)
+    entry = next(iter(graph.graphs._entries.values()))[1]
+    entry.first = entry.next = graphs.Recording(lambda: None, 0)
+    assert torch.equal(graph.sample(2, "cpu", seed=1), entry.chain.x) and not torch.equal(before, entry.chain.x)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sampler_options": {"clip": True}}, {"sampler_options": {"variance": "posterior"}}]
+)
+def test_samplers(tape: Tape, options) -> None:
+    graph, eager = pair()
+    same(graph, eager, seed=1, **options)
+
+
+def test_every_column_of_a_plan(tape: Tape) -> None:
+    """c_in, history and a noise level instead of an index; then a shorter plan of the kind, with other numbers."""
+    graph, eager = pair()
+    for seed, steps in ((0, 7), (1, 4)):
+        rows = torch.rand(steps, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        same(graph, eager, seed=seed, sampler=Plan(rows, clip=0.7))
+    assert tape.records == 2
+
+
+def test_classes(tape: Tape) -> None:
+    graph, eager = pair(network(num_classes=5), num_classes=5)
+    same(graph, eager, seed=1, y=torch.tensor([1, 3]))
+    same(graph, eager, seed=1, y=torch.tensor([4, 0]))
+    assert tape.records == 2
+    with ops.use_backend("reference"):
+        a, b = (graph.sample(2, "cpu", seed=1, y=torch.tensor(y)) for y in ([1, 3], [4, 0]))
+    assert not torch.equal(a, b)
+
+
+def test_several_steps_in_one_recording(tape: Tape, monkeypatch) -> None:
+    """12 steps by eights: one alone, which would cast weights, eight at once, three alone."""
+    monkeypatch.setattr("ddpm_fast.engine.fastest_way", lambda model, x: "graph8")
+    graph, eager = pair()
+    same(graph, eager, seed=1)
+    assert tape.records == 3 and tape.replays == 1 + 1 + 3
+    seen: list[int] = []
+    same(graph, eager, seed=1, callback=lambda k, x: seen.append(k))
+    assert seen == [*range(12)] * 2  # and a callback sees each step
+
+
+def test_callbacks_may_change_x(tape: Tape) -> None:
+    """As inpainting does."""
+    graph, eager = pair()
+    same(graph, eager, seed=1, callback=lambda k, x: x[:, :, :4].fill_(0.5))
+    seen: list[Tensor] = []
+    image = graph.sample(2, "cpu", seed=1, callback=lambda k, x: seen.append(x.clone()))
+    assert torch.equal(seen[-1], image)
+    assert torch.equal(torch.stack(graph.sample_diffusion_sequence(2, "cpu", seed=1)[1:]), torch.stack(seen))
+
+
+def test_autocast_casts_each_weight_once_a_chain_and_anew_for_the_next(tape: Tape) -> None:
+    graph, eager = pair()
+    with torch.autocast("cpu", torch.bfloat16):
+        same(graph, eager, seed=1)
+        assert tape.lengths[0] > tape.lengths[1], "the first step's casts are missing, or every step has them"
+        with torch.no_grad():
+            for a, b in zip(graph.ema_model.parameters(), eager.ema_model.parameters(), strict=True):
+                a.mul_(1.5)
+                b.mul_(1.5)
+        same(graph, eager, seed=1)
+    assert tape.records == 2
+    same(graph, eager, seed=1)  # without: another recording
+    assert tape.records == 4
+
+
+CHANGES = {
+    "load with assign": lambda d: d.ema_model.load_state_dict(network().state_dict(), assign=True),
+    "a new parameter": lambda d: setattr(d.ema_model.out_conv, "weight", nn.Parameter(torch.zeros(1, 8, 3, 3))),
+    "new memory": lambda d: setattr(d.ema_model.out_conv.weight, "data", torch.zeros(1, 8, 3, 3)),
+    "another module": lambda d: d.ema_model.mid.__setitem__(1, nn.Identity()),
+    "another attribute": lambda d: setattr(d.ema_model.downs[0], "activation", torch.tanh),
+    "a number": lambda d: setattr(d.ema_model.downs[0].norm_1, "eps", 0.5),
+    "moved": lambda d: d.double().float(),
+}
+
+
+class Passes(nn.Module):
+    """In a residual block's place."""
+
+    def forward(self, x: Tensor, time_emb: Tensor, y: Tensor) -> Tensor:
+        return 2 * x
+
+
+CHANGES["another module"] = lambda d: d.ema_model.mid.__setitem__(1, Passes())
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_recorded_anew(tape: Tape, change: str) -> None:
+    graph, eager = pair()
+    same(graph, eager, seed=1)
+    for diffusion in (graph, eager):
+        CHANGES[change](diffusion)
+    same(graph, eager, seed=1)
+    assert tape.records == 4 and len(graph.graphs) == 1, "the old one is released"
+
+
+def test_other_switches_shapes_and_networks_have_recordings_of_their_own(tape: Tape, monkeypatch) -> None:
+    graph, eager = pair()
+    same(graph, eager, seed=1)
+    same(graph, eager, 3, seed=1)
+    same(graph, eager, seed=1, use_ema=False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    same(graph, eager, seed=1)
+    assert tape.records == 8 and len(graph.graphs) == 4
+    same(graph, eager, 5, seed=1)
+    assert len(graph.graphs) == graphs.MOST, "the one that was used longest ago is gone"
+    graph.graphs.clear()
+    assert len(graph.graphs) == 0 and repr(graph.graphs) == "Graphs: none"
+
+
+def eagerly(diffusion: Diffusion, match: str, **options) -> Tensor:
+    """Sample, and see the reason why that was eager; it is said once."""
+    with pytest.warns(UserWarning, match=match):
+        images = diffusion.sample(2, "cpu", seed=1, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(diffusion.sample(2, "cpu", seed=1, **options), images)
+    return images
+
+
+class Reads(nn.Module):
+    """Looks at t on the host, as the second chain shows."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        return x * 0.5 if t[0].item() > 5 else x * 0.25
+
+
+def test_a_network_that_reads_the_device_runs_eagerly(tape: Tape) -> None:
+    graph, eager = pair(Reads())
+    images = eagerly(graph, "can't be recorded: RuntimeError: operation not permitted when stream is capturing")
+    assert torch.equal(images, eager.sample(2, "cpu", seed=1))
+    assert "can't be recorded" in repr(graph.graphs) and len(graph.graphs) == 0
+
+
+def test_without_a_gpu_all_is_eager_and_only_a_wish_for_graphs_is_answered() -> None:
+    graph, eager = pair()
+    images = eagerly(graph, "no CUDA graph: CUDA graphs need a GPU, the data is on cpu; running eagerly")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        auto = Diffusion(eager.model, (8, 8), 1, None, BETAS)
+        assert auto.engine == "auto" and torch.equal(auto.sample(2, "cpu", seed=1), images)
+
+
+def test_hooks_run_in_every_step(tape: Tape) -> None:
+    graph, _ = pair()
+    calls: list[int] = []
+    graph.ema_model.mid[0].register_forward_hook(lambda *_: calls.append(1))
+    eagerly(graph, r"mid\.0 has hooks")
+    assert len(calls) == 2 * len(BETAS)
+
+
+class Passing(TorchDispatchMode):
+    """Sees every operator, and changes nothing."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_else_is_eager(tape: Tape, monkeypatch) -> None:
+    net = Pixelwise()
+    with pytest.warns(UserWarning, match="torch's generator"):
+        Diffusion(net, (8, 8), 1, None, BETAS, rng="torch", engine="graph").sample(1, "cpu")
+
+    class Mean(Diffusion):
+        def remove_noise(self, x, t, y, use_ema=True):
+            return x * 0.5
+
+    with pytest.warns(UserWarning, match="not known"):
+        Mean(net, (8, 8), 1, None, BETAS, engine="graph").sample(1, "cpu")
+    graph, _ = pair(net)
+    with Passing(), pytest.warns(UserWarning, match="dispatch mode"):
+        graph.sample(1, "cpu")
+    with FlopCounterMode(display=False), pytest.warns(UserWarning, match="global module hook"):
+        graph.sample(1, "cpu")
+    inner: list[Tensor] = []
+    with pytest.warns(UserWarning, match="another recorded chain is under way"):  # whose memory it would take
+        again = lambda k, x: inner or inner.append(graph.sample(1, "cpu", seed=1))  # noqa: E731
+        outer = graph.sample(1, "cpu", seed=1, callback=again)
+    assert torch.equal(inner[0], outer)
+    auto = Diffusion(net, (8, 8), 1, None, BETAS)
+    auto.sample(1, "cpu")
+    assert len(BETAS) < WORTH and not len(auto.graphs), "a short chain isn't worth it"
+    with monkeypatch.context() as patch:
+        patch.setattr("ddpm_fast.engine.WORTH", len(BETAS))
+        auto.sample(1, "cpu")
+        assert len(auto.graphs) == 1
+        patch.setattr("ddpm_fast.engine.fastest_way", lambda model, x: "eager")
+        auto.graphs.clear()
+        auto.sample(1, "cpu")
+        assert not len(auto.graphs), "the table says that it doesn't pay"
+
+
+def test_memory_that_runs_out_is_given_back_and_the_batch_split(tape: Tape, monkeypatch) -> None:
+    """In a capture as in a step."""
+    graph, eager = pair()
+    same(graph, eager, seed=1)
+    record = tape.record
+
+    def limited(run):
+        if len(graph.graphs) or full:
+            full.clear()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return record(run)
+
+    full = [True]
+    monkeypatch.setattr(tape, "record", limited)
+    same(graph, eager, 4, seed=1)
+    shapes = [entry.chain.x.shape[0] for _, entry in graph.graphs._entries.values()]
+    assert shapes == [2]
+
+
+def test_copies_have_no_recordings(tape: Tape) -> None:
+    graph, eager = pair()
+    same(graph, eager, seed=1)
+    other = copy.deepcopy(graph)
+    assert len(graph.graphs) == 1 and len(other.graphs) == 0 and len(pickle.loads(pickle.dumps(graph)).graphs) == 0
+    same(other, eager, seed=1)
+
+
+def test_inference_mode(tape: Tape) -> None:
+    """A recording made in it is of no other use outside, nor the other way round."""
+    graph, eager = pair()
+    with torch.inference_mode():
+        same(graph, eager, seed=1)
+    same(graph, eager, seed=1)
+    with torch.inference_mode():
+        same(graph, eager, seed=1)
+
+
+def test_the_list_tells_what_there_is(tape: Tape) -> None:
+    graph, eager = pair()
+    same(graph, eager, seed=1)
+    assert repr(graph.graphs) == "Graphs:\n  UNet on float32 [2, 1, 8, 8], plans of up to 1024 steps: 2 MiB"
+
+
+def test_a_table_of_the_gpu_decides(monkeypatch) -> None:
+    """By the size of network and batch, of this kind of GPU."""
+    from ddpm_fast.kernels import lookup
+
+    net = network()
+    parameters = sum(p.numel() for p in net.parameters())
+    key = f"{1 << (parameters - 1).bit_length()}x128"
+
+    class OnGpu:
+        device = torch.device("cuda", 0)
+
+        def numel(self) -> int:
+            return 2 * 8 * 8
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert fastest_way(net, OnGpu()) == "graph" == fastest_way(net, torch.zeros(1))
+    for name, way in (("graph8", "graph8"), ("eager", "eager"), ("gone", "graph")):
+        monkeypatch.setattr(lookup, "committed", lambda gpu, name=name: {"engine": {key: name}})
+        assert fastest_way(net, OnGpu()) == way
+
+
+def test_engine_is_checked() -> None:
+    with pytest.raises(ValueError, match="engine must be one of"):
+        pixelwise(engine="cuda")
+
+
+def test_dropout_is_off_in_a_recorded_chain(tape: Tape) -> None:
+    torch.manual_seed(0)
+    graph = Diffusion.from_config(replace(TINY, num_classes=None), engine="graph").train()
+    eager = copy.deepcopy(graph)
+    eager.engine = "eager"
+    same(graph, eager, seed=1, use_ema=False)
+    assert graph.model.training and len(graph.graphs) == 1
