@@ -183,6 +183,49 @@ def test_a_network_under_vmap() -> None:
     assert torch.allclose(torch.vmap(lambda v: net(v[None])[0])(x), net(x), atol=1e-5)
 
 
+@pytest.mark.parametrize("num_classes", [None, 3])
+@pytest.mark.parametrize("norm", ["gn", "in", None])
+@pytest.mark.parametrize("times", [torch.arange(5) * 199, torch.rand(5) * 1000], ids=["int", "float"])
+def test_timesteps_embedded_at_once(num_classes: int | None, norm: str | None, times: torch.Tensor) -> None:
+    """A row of `embed_steps` stands for the timestep, as near as the order of a product's sums lets it."""
+    net = unet(num_classes=num_classes, norm=norm, attention_resolutions=(1,), initial_pad=4).eval().double()
+    y = None if num_classes is None else torch.tensor([2, 0])
+    rows = net.embed_steps(times)
+    assert rows.shape == (5, 8 + 16 + 16 + 16 + 16 + 16 + 8 + 8) and rows.dtype == torch.float64
+    for k in (0, 3):
+        expected = net(X.double(), times[k : k + 1].expand(2), y)
+        torch.testing.assert_close(net(X.double(), rows[k : k + 1], y), expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"time must have shape \[2\]"):
+        net(X.double(), rows[:1, 1:], y)
+
+
+EMBEDDED = {
+    "as it is": (lambda net: None, True),
+    "no time": (lambda net: setattr(net, "time_mlp", None), False),
+    "hook": (lambda net: net.ups[0].register_forward_hook(lambda *_: None), False),
+    "hook inside": (lambda net: net.mid[1].time_bias.register_forward_pre_hook(lambda *_: None), False),
+    "patched": (lambda net: setattr(net.mid[0], "forward", net.mid[0].forward), False),
+    "wrapped": (lambda net: net.mid.__setitem__(0, nn.Sequential(net.mid[0])), False),
+    "another embedding": (lambda net: net.time_mlp.__setitem__(2, nn.ReLU()), False),
+    "parametrized": (lambda net: parametrizations.weight_norm(net.mid[0].time_bias), False),
+    "another norm": (lambda net: setattr(net.mid[0], "norm_1", nn.LayerNorm((16, 4, 4))), False),
+}
+
+
+@pytest.mark.parametrize("change", EMBEDDED)
+def test_only_an_untouched_network_embeds_its_timesteps(change: str) -> None:
+    net = unet().eval()
+    alter, possible = EMBEDDED[change]
+    alter(net)
+    assert (net.embed_steps(T) is not None) == possible
+
+    class Own(UNet):
+        def forward(self, x, time=None, y=None, noise_state=None):
+            return super().forward(x, time, y, noise_state) + time.view(-1, 1, 1, 1)
+
+    assert Own(1, 8, (1, 2), 1, time_emb_dim=8, num_groups=4).embed_steps(T) is None
+
+
 def test_every_time_matters() -> None:
     """A timestep of 900 must not be rounded on its way into a half-precision network."""
     embedding = PositionalEmbedding(8, 1.0).bfloat16()

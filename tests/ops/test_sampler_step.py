@@ -7,6 +7,7 @@ from oracle import LAYOUTS, backends, check, laid_out, typed_backends
 
 from ddpm_fast import ops
 from ddpm_fast.ops import REVERSE, NoiseState
+from ddpm_fast.ops.sampler_step import OP
 from ddpm_fast.reference import sampler_step as reference
 
 STATE = NoiseState.at(1, 2, 3)
@@ -206,6 +207,22 @@ def test_noise_is_drawn_at_the_row() -> None:
     z = ops.noise((2, 3, 4, 4), STATE._replace(draw=K), REVERSE, dtype=torch.float64)
     drawn = ops.sampler_step(**a, noise=STATE._replace(draw=K))
     assert torch.equal(drawn, ops.sampler_step(**a, noise=z))
+
+
+@pytest.mark.parametrize("backend", backends("sampler_step"))
+def test_the_first_sample_may_lie_on_the_device(backend: str) -> None:
+    """As in a recorded step, which serves any part of a batch; beyond 32 bits, too."""
+    a = float32((2, 3, 4, 4))
+    rest = (None, None, False, None, None)
+    with ops.use_backend(backend):
+        for first in (0, 1, 2**33 + 5):
+            state = STATE._replace(first_sample=first)
+            on_device = STATE._replace(first_sample=torch.tensor(first))
+            got, expected = (OP.unchecked(*a.values(), noise, *rest) for noise in (on_device, state))
+            assert torch.equal(got, expected)
+        assert not torch.equal(
+            expected, OP.unchecked(*a.values(), STATE._replace(first_sample=torch.tensor(2**33 + 6)), *rest)
+        )
 
 
 X = torch.zeros(2, 3, 4, 4)
