@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .chain import Chain, Network, OnStep, Predictor, RecordedChain, told_by
-from .graphs import Graphs, NotRecorded, footprint, switches
+from .graphs import Footprint, Graphs, NotRecorded, switches
 from .ops import X_T, NoiseState
 from .ops import _checks as checks
 from .ops import noise as draw_noise
@@ -123,8 +123,9 @@ def denoise(
     if graphs is not None and engine != "eager":
         try:
             recorded = _recorded(network, chain, graphs, engine)
-            with graphs.alone():
-                return recorded.run(chain, cast(Predictor, network), on_step)
+            if recorded is not None:
+                with graphs.alone():
+                    return recorded.run(chain, cast(Predictor, network), on_step)
         except NotRecorded as why:
             graphs.tell(why, engine == "graph")
     noisy = (plan.column("c_z") != 0).tolist()
@@ -153,8 +154,8 @@ def key_of(parameters: int, numbers: int) -> str:
     return "x".join(str(1 << max(0, size - 1).bit_length()) for size in (parameters, numbers))
 
 
-def _recorded(network: Network, chain: Chain, graphs: Graphs, engine: str) -> RecordedChain:
-    """The recorded step for such a chain, recorded now where there is none.
+def _recorded(network: Network, chain: Chain, graphs: Graphs, engine: str) -> RecordedChain | None:
+    """The recorded step for such a chain, recorded now where there is none; None where that isn't worth it.
 
     Raises:
         NotRecorded: and why.
@@ -171,14 +172,14 @@ def _recorded(network: Network, chain: Chain, graphs: Graphs, engine: str) -> Re
     room = max(ROOM, 1 << (steps - 1).bit_length())
     y = network.y
     of_y = None if y is None else (tuple(y.shape), y.dtype)
-    key = id(network.model), tuple(x.shape), x.stride(), x.dtype, chain.kind, tuple(told.shape[1:]), told.dtype
-    return cast(
-        RecordedChain,
-        graphs.get(
-            (*key, of_y, room, unroll, *switches(x.device)),
-            footprint(network.model),
-            x.device,
-            lambda recorder: RecordedChain(recorder, network, chain, room, unroll),
-            due=engine == "graph" or steps >= WORTH,
-        ),
+    arrays = tuple(x.shape), x.stride(), x.dtype, tuple(told.shape[1:]), told.dtype, of_y
+    key = (id(network.model), chain.kind, *arrays, room, unroll, *switches(x.device))
+    due = engine == "graph" or steps >= WORTH
+    made: RecordedChain | None = graphs.get(
+        key,
+        lambda: Footprint(network.model),
+        x.device,
+        lambda recorder: RecordedChain(recorder, network, chain, room, unroll),
+        due,
     )
+    return made

@@ -6,11 +6,11 @@ and torch's switches.
 """
 
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,16 @@ from .ops._dispatch import forced
 
 ENGINES = ("auto", "eager", "graph")
 MOST = 4  # recordings that are kept, the last used ones
+MOST_CHANGES = 8  # after so many recordings that were of no use any more, no other one is made
+FAILED = "it can't be recorded"
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+EVERY_MODULE = vars(nn.Module()).keys() - {"training"}  # what no code of a network's own sets
+PLAIN = (bool, int, float, str)  # what is the same when it is equal
 WARM_UPS = 3  # runs before a capture, in which libraries search for algorithms and take their workspaces
+
+
+Table = dict[Any, Any]
+Place = tuple[object, ...]
 
 
 class NotRecorded(Exception):
@@ -77,52 +86,58 @@ class Recorder:
         return Recording(graph.replay, torch.cuda.memory_reserved(self.device) - before)
 
 
-class Footprint(NamedTuple):
-    """What recorded code looks at, as marks to compare, and what must live on for them to keep their meaning."""
+class Footprint:
+    """What recorded code has looked at: attributes, tensors, submodules and hooks of modules, and the entries of other
+    dictionaries. It holds on to all of that, so that another object can't pass for it.
 
-    subject: tuple[int, ...]  # which modules
-    marks: tuple[Hashable, ...]
-    held: tuple[object, ...]
-
-
-def footprint(*modules: nn.Module, others: Sequence[object] = ()) -> Footprint:
-    """Of all of the modules, and of other objects by identity.
+    Args:
+        modules: with all that is in them.
+        tables: other dictionaries.
+        ignored: keys of those that don't matter.
 
     Raises:
-        NotRecorded: a module has hooks, which are Python to be run every time.
+        NotRecorded: a module has hooks, which are Python to be run every time, or is spread over processes.
     """
-    if nn.modules.module._has_any_global_hook():
-        raise NotRecorded("a global module hook must run every time")
-    marks: list[Hashable] = [*map(id, others)]
-    held: list[object] = [*others]
 
-    def note(name: str, value: object) -> None:
-        plain = value is None or isinstance(value, (bool, int, float, str))
-        marks.append((name, value if plain else id(value)))
-        if not plain:
-            held.append(value)
+    def __init__(self, *modules: nn.Module, tables: Iterable[Table] = (), ignored: Container[object] = ()):
+        if nn.modules.module._has_any_global_hook():
+            raise NotRecorded("a hook of all modules must run every time")
+        self._sizes: list[tuple[Table, int]] = []
+        self._entries: list[tuple[Table, object, object, Place | None]] = []
+        for module in modules:
+            for name, m in module.named_modules():
+                if any(vars(m)[hooks] for hooks in HOOKS):
+                    raise NotRecorded(f"{name or type(m).__name__} has hooks, which must run every time")
+                if isinstance(m, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+                    raise NotRecorded(f"{type(m).__name__} works with other devices")
+                self._watch(vars(m), EVERY_MODULE)
+                for table in (m._modules, m._parameters, m._buffers, *(vars(m)[hooks] for hooks in HOOKS)):
+                    self._watch(table, ())
+        for table in tables:
+            self._watch(table, ignored)
 
-    for module in modules:
-        for name, m in module.named_modules():
-            if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-                raise NotRecorded(f"{name or type(m).__name__} has hooks, which must run every time")
-            marks.append((name, id(m), type(m)))
-            held.append(m)
-            for key, value in vars(m).items():
-                if not key.startswith("_"):
-                    note(key, value)
-            for table in (m._parameters, m._buffers):
-                for key, tensor in table.items():
-                    marks.append((key, *_place(tensor)))
-                    held.append(tensor if tensor is None else tensor.detach())  # the same memory, whoever moves it on
-    return Footprint(tuple(map(id, modules)), tuple(marks), tuple(held))
+    def _watch(self, table: Table, ignored: Container[object]) -> None:
+        self._sizes.append((table, len(table)))
+        for key, value in table.items():
+            if key not in ignored:
+                self._entries.append((table, key, value, _place(value) if isinstance(value, Tensor) else None))
+
+    def unchanged(self) -> bool:
+        """Whether all of it is still the same, in the same memory."""
+        if nn.modules.module._has_any_global_hook() or any(len(table) != size for table, size in self._sizes):
+            return False
+        for table, key, value, place in self._entries:
+            now = table.get(key)
+            if now is value:
+                if place is not None and place != _place(value):
+                    return False
+            elif type(now) is not type(value) or not isinstance(value, PLAIN) or now != value:
+                return False
+        return True
 
 
-def _place(tensor: Tensor | None) -> tuple[Hashable, ...]:
-    if tensor is None:
-        return ()
-    grad = torch.is_grad_enabled() and tensor.requires_grad
-    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), grad
+def _place(tensor: Any) -> Place:
+    return tensor.data_ptr(), tensor.shape, tensor.requires_grad and torch.is_grad_enabled()
 
 
 def switches(device: torch.device) -> tuple[Hashable, ...]:
@@ -143,18 +158,19 @@ class Graphs:
     """
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[Hashable, tuple[Footprint, Any]] = OrderedDict()
-        self._recorder: Any = None
+        self._entries: OrderedDict[tuple[Hashable, ...], _Entry] = OrderedDict()
+        self._changes: Counter[Hashable] = Counter()  # how often a recording was of no more use
+        self._recorder: Recorder | None = None
         self._busy = False
         self._told: set[str] = set()
 
     def __len__(self) -> int:
         """How many there are."""
-        return sum(not isinstance(made, str) for _, made in self._entries.values())
+        return sum(not isinstance(entry.made, str) for entry in self._entries.values())
 
     def __repr__(self) -> str:
-        lines = [made if isinstance(made, str) else f"{made}" for _, made in self._entries.values()]
-        return "\n".join(["Graphs:", *(f"  {line}" for line in lines)]) if lines else "Graphs: none"
+        lines = [f"\n  {entry.made}" for entry in self._entries.values()]
+        return "Graphs:" + ("".join(lines) or " none")
 
     def __deepcopy__(self, memo: object) -> "Graphs":
         return Graphs()  # of a copy, whose tensors are others
@@ -178,13 +194,20 @@ class Graphs:
             self._busy = False
 
     def get(
-        self, key: Hashable, seen: Footprint, device: torch.device, make: Callable[[Any], Any], due: bool = True
+        self,
+        key: tuple[Hashable, ...],
+        look: Callable[[], Footprint],
+        device: torch.device,
+        make: Callable[[Any], Any],
+        due: bool,
     ) -> Any:
-        """What `make` returned for this key, made now where that is due, or where what it had seen has changed.
+        """What `make` returned for this key: made now, where what it had looked at has changed since or there is none.
 
         Args:
-            make: takes a recorder and returns an object with what it recorded.
-            due: whether making one is worth it.
+            key: its first item says of what; all recordings of that are looked at, and released where it has changed.
+            look: says what `make` looks at.
+            make: takes a Recorder and returns an object with what it recorded.
+            due: whether making one now is worth it; without it and without one, the result is None.
 
         Raises:
             NotRecorded: it can't be made, and why.
@@ -193,19 +216,24 @@ class Graphs:
             raise NotRecorded("another recorded chain is under way")
         if torch._C._len_torch_dispatch_stack():
             raise NotRecorded("a dispatch mode wants to see every operation")
-        kept = self._entries.items()
-        for stale in [k for k, (old, _) in kept if old.subject == seen.subject and old.marks != seen.marks]:
-            del self._entries[stale]
+        same = [k for k in self._entries if k[0] == key[0]]
+        for old in [k for k in same if not self._entries[k].seen.unchanged()]:
+            del self._entries[old]
+            self._changes[old] += 1
         if not self._entries:
             self.clear()
         if key not in self._entries:
             if not due:
-                raise NotRecorded("too short to be worth a recording")
-            self._entries[key] = seen, self._made(device, make)
+                return None
+            if self._changes[key] > MOST_CHANGES:
+                raise NotRecorded("what it looks at changes all the time")
+            look()  # raises where there is no point in trying
+            made = self._made(device, make)
+            self._entries[key] = _Entry(look(), made)
             while len(self._entries) > MOST:
                 self._entries.popitem(last=False)
         self._entries.move_to_end(key)
-        made = self._entries[key][1]
+        made = self._entries[key].made
         if isinstance(made, str):
             raise NotRecorded(made)
         return made
@@ -213,9 +241,9 @@ class Graphs:
     def _made(self, device: torch.device, make: Callable[[Any], Any]) -> Any:
         """What was made, or a text that says why not: it isn't tried again."""
         self._recorder = self._recorder or Recorder(device)
+        grads = torch.is_grad_enabled()
         try:
-            grads = torch.is_grad_enabled()
-            # Tensors that can also be written outside of it; leaving it would switch gradients on.
+            # Tensors that can also be written outside of inference mode; leaving that would switch gradients on.
             with torch.inference_mode(False), torch.set_grad_enabled(grads):
                 return make(self._recorder)
         except (torch.OutOfMemoryError, MemoryError):
@@ -224,11 +252,17 @@ class Graphs:
         except Exception as error:  # whatever a network does that a capture can't follow
             self._recorder = None
             text = (str(error).strip() or type(error).__name__).splitlines()[0]
-            return f"it can't be recorded: {type(error).__name__}: {text}"
+            return f"{FAILED}: {type(error).__name__}: {text}"
 
     def tell(self, why: NotRecorded, wanted: bool) -> None:
         """Say why something runs eagerly, once, if a recording was asked for or has failed."""
         text = str(why)
-        if text not in self._told and (wanted or text.startswith("it can't be recorded")):
+        if text not in self._told and (wanted or text.startswith(FAILED)):
             self._told.add(text)
             warnings.warn(f"no CUDA graph: {text}; running eagerly", stacklevel=3)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    seen: Footprint
+    made: Any  # or a text that says why it couldn't be
