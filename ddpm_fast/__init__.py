@@ -9,6 +9,7 @@ try:
     from .ops import use_backend
     from .samplers import Plan
     from .schedules import generate_cosine_schedule, generate_linear_schedule
+    from .training.step import TrainStep
 except KeyboardInterrupt:  # while PyTorch is loading; the command line then ends without a traceback
     import os
     import sys
@@ -29,6 +30,7 @@ __all__ = [
     "Plan",
     "PositionalEmbedding",
     "ResidualBlock",
+    "TrainStep",
     "UNet",
     "Upsample",
     "generate_cosine_schedule",

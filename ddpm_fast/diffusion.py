@@ -92,7 +92,7 @@ class Diffusion(SamplingDiffusion):
             model.check_data(size, img_channels)
         super().__init__(betas, prediction, seed)
 
-        self._draw: int | Tensor | None = None  # of the forward call under way
+        self._state: NoiseState | None = None  # where the random numbers of the forward call under way stand
         self.model = model
         self.ema_model = copy.deepcopy(model).requires_grad_(False)
         self.ema = ema
@@ -137,22 +137,27 @@ class Diffusion(SamplingDiffusion):
         self._check_x(x)
         if self.rng == "torch":
             t = torch.randint(0, self.num_timesteps, (x.shape[0],), device=x.device)
-        else:
-            self._draw = self.count_call()
-            t = ops.timesteps(x.shape[0], self.num_timesteps, self.noise_state(self._draw, x.device))
-        try:
             return self.get_losses(x, t, y)
+        return self.at(self.noise_state(self.count_call(), x.device), x, y)
+
+    def at(self, state: NoiseState, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """As `forward`, for the call whose random numbers stand at `state`; it isn't counted."""
+        self._state = state
+        try:
+            return self.get_losses(x, ops.timesteps(x.shape[0], self.num_timesteps, state), y)
         finally:
-            self._draw = None
+            self._state = None
 
     def get_losses(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """The loss at timesteps t [N]; see `forward`."""
         self._check_x(x)
         y = self._checked_y(y, x.shape[0], x.device)
-        draw = self.count_call() if self._draw is None else self._draw
         if self.training:  # written and not read, or a compiler would guard it
             self._trained = True
-        state = self.noise_state(draw, x.device) if self.rng == "philox" else None
+        state = self._state
+        if state is None:
+            calls = self.count_call()
+            state = self.noise_state(calls, x.device) if self.rng == "philox" else None
         noise = torch.randn(x.shape, dtype=x.dtype, device=x.device) if state is None else state
         return self._loss(self.model, x, t, y, noise, state, self.observer)
 
@@ -186,11 +191,20 @@ class Diffusion(SamplingDiffusion):
     def update_ema(self) -> None:
         """Call after each optimizer step: moves `ema_model` towards `model`."""
         self.step += 1
-        if self.step % self.ema_update_rate == 0:
-            if self.step < self.ema_start:
-                copy_weights(self.ema_model, self.model)
-            else:
-                self.ema.update_model_average(self.ema_model, self.model)
+        self.move_ema(self.ema_move(self.step))
+
+    def ema_move(self, step: int) -> str:
+        """How call number `step` of `update_ema` moves `ema_model`: "stay", "copy" or "average"."""
+        if step % self.ema_update_rate:
+            return "stay"
+        return "copy" if step < self.ema_start else "average"
+
+    def move_ema(self, move: str) -> None:
+        """Move `ema_model` as `ema_move` says; that isn't counted."""
+        if move == "copy":
+            copy_weights(self.ema_model, self.model)
+        elif move == "average":
+            self.ema.update_model_average(self.ema_model, self.model)
 
 
 GaussianDiffusion = Diffusion

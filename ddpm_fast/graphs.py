@@ -92,14 +92,13 @@ class Footprint:
 
     Args:
         modules: with all that is in them.
-        tables: other dictionaries.
-        ignored: keys of those that don't matter.
+        tables: other dictionaries, each with its keys that don't matter.
 
     Raises:
         NotRecorded: a module has hooks, which are Python to be run every time, or is spread over processes.
     """
 
-    def __init__(self, *modules: nn.Module, tables: Iterable[Table] = (), ignored: Container[object] = ()):
+    def __init__(self, *modules: nn.Module, tables: Iterable[tuple[Table, Container[object]]] = ()):
         if nn.modules.module._has_any_global_hook():
             raise NotRecorded("a hook of all modules must run every time")
         self._sizes: list[tuple[Table, int]] = []
@@ -113,7 +112,7 @@ class Footprint:
                 self._watch(vars(m), EVERY_MODULE)
                 for table in (m._modules, m._parameters, m._buffers, *(vars(m)[hooks] for hooks in HOOKS)):
                     self._watch(table, ())
-        for table in tables:
+        for table, ignored in tables:
             self._watch(table, ignored)
 
     def _watch(self, table: Table, ignored: Container[object]) -> None:
@@ -223,12 +222,13 @@ class Graphs:
         if not self._entries:
             self.clear()
         if key not in self._entries:
+            self._recorder = self._recorder or Recorder(device)
             if not due:
                 return None
             if self._changes[key] > MOST_CHANGES:
                 raise NotRecorded("what it looks at changes all the time")
             look()  # raises where there is no point in trying
-            made = self._made(device, make)
+            made = self._made(make, self._recorder)
             self._entries[key] = _Entry(look(), made)
             while len(self._entries) > MOST:
                 self._entries.popitem(last=False)
@@ -238,14 +238,13 @@ class Graphs:
             raise NotRecorded(made)
         return made
 
-    def _made(self, device: torch.device, make: Callable[[Any], Any]) -> Any:
+    def _made(self, make: Callable[[Any], Any], recorder: Recorder) -> Any:
         """What was made, or a text that says why not: it isn't tried again."""
-        self._recorder = self._recorder or Recorder(device)
         grads = torch.is_grad_enabled()
         try:
             # Tensors that can also be written outside of inference mode; leaving that would switch gradients on.
             with torch.inference_mode(False), torch.set_grad_enabled(grads):
-                return make(self._recorder)
+                return make(recorder)
         except (torch.OutOfMemoryError, MemoryError):
             self.clear()
             raise

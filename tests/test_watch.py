@@ -81,8 +81,7 @@ def test_the_log_has_losses_by_timestep_and_the_gradient_s_norm(tmp_path: Path) 
     t, seen, norms = trainer(tmp_path), [], []
     observer = t.diffusion.observer
     t.diffusion.observer = lambda at, losses: (seen.append((at, losses)), observer(at, losses))
-    add = t.watch.add
-    t.watch.add = lambda loss, norm, step: (norms.append(float(norm)), add(loss, norm, step))
+    t._step.check = lambda loss, norm: (norms.append(float(norm)), t.watch.add(loss, norm))[1]
     t.run(6)
     lines = read_log(tmp_path / "log.jsonl")
     assert [line["step"] for line in lines] == [3, 6]
@@ -101,7 +100,8 @@ def test_the_log_has_losses_by_timestep_and_the_gradient_s_norm(tmp_path: Path) 
 def test_few_timesteps_and_empty_ranges() -> None:
     watch = Watch(3, torch.device("cpu"))
     watch.observe(torch.tensor([0, 2, 2]), torch.tensor([1.0, 2.0, 4.0]))
-    watch.add(torch.tensor(1.0), torch.tensor(2.0), 1)
+    watch.add(torch.tensor(1.0), torch.tensor(2.0))
+    watch.count += 1
     by_t = watch.line()["loss_by_t"]
     assert by_t == [1, None, None, None, None, None, 3, None, None, None]
     watch.observe(torch.tensor([0]), torch.tensor([torch.nan]))  # stays in its own range
@@ -117,7 +117,8 @@ def test_nothing_waits_for_the_device_between_log_lines(tmp_path: Path, monkeypa
         monkeypatch.setattr(torch.Tensor, name, lambda x, *a, own=own, name=name: (waits.append(name), own(x, *a))[1])
     watch, loss = t.watch, torch.tensor(1.0)
     watch.observe(torch.tensor([3]), torch.tensor([1.0]))
-    watch.add(loss, loss, 2)
+    watch.add(loss, loss)
+    watch.count += 1
     assert waits == []
     watch.line()
     assert waits == ["tolist"]

@@ -1,9 +1,8 @@
 """The trainer: Adam, clipping, warm-up, EMA; a log, sample grids and checkpoints on the way; resumable."""
 
-import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from .holdout import holdout_loss, split
 from .journal import Journal
 from .keep import Keeper
 from .recipe import Recipe
+from .step import TrainStep
 from .watch import Watch
 
 OWN = r"(model(-\d+)?|best)\.safetensors|log\.jsonl|samples-\d+\.png"  # the files a run writes
@@ -93,7 +93,16 @@ class Trainer:
         self.position = 0  # images seen
         self.interrupted = 0  # the signal that stopped it
         self.watch = Watch(config.num_timesteps, self.device)
-        self.diffusion.observer = self.watch.observe
+        recipe, dtype = self.recipe, torch.bfloat16 if self.recipe.bf16 else None
+        self._step = TrainStep(
+            self.diffusion,
+            self.optimizer,
+            clip=recipe.clip or None,
+            accumulate=recipe.accumulate,
+            dtype=dtype,
+            observer=self.watch.observe,
+            check=self.watch.add,
+        )
         keep = checks.integer("keep", keep, 0)
         self.keeper = Keeper(self.out / CHECKPOINT, keep, best=keep > 0 or self.held_out is not None)
         self.journal = Journal(self.out, tensorboard=checks.flag("tensorboard", tensorboard))
@@ -175,32 +184,17 @@ class Trainer:
         A step whose loss or gradient isn't finite, and those after it, change no weights; `run` finds out when it logs
         or saves.
         """
-        recipe, parameters = self.recipe, self.diffusion.model.parameters()
         for group in self.optimizer.param_groups:
-            group["lr"] = recipe.lr * min(1.0, (self.step + 1) / max(1, recipe.warmup))
-        self.optimizer.zero_grad()
-        loss = torch.zeros((), device=self.device)
-        for part in self._losses(self.position):
-            part.backward()
-            loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.clip or math.inf)
-        self.watch.add(loss, norm, self.step + 1)
-        self.optimizer.found_inf = self.watch.failed  # type: ignore[attr-defined] # as torch.amp.GradScaler sets it
-        self.optimizer.step()
-        self.diffusion.update_ema()
+            group["lr"] = self.recipe.lr * min(1.0, (self.step + 1) / max(1, self.recipe.warmup))
+        loss = self._step(*self._batch(self.position))
+        self.watch.count += 1
         self.step += 1
-        self.position += recipe.batch_size
+        self.position += self.recipe.batch_size
         return loss
 
-    def _losses(self, position: int) -> Iterator[Tensor]:
-        """The loss of the step at `position`, in the parts that it is done in."""
-        parts, conditional = self.recipe.accumulate, self.config.num_classes is not None
+    def _batch(self, position: int) -> tuple[Tensor, Tensor | None]:
         x, y = self.batches.take(position, self.recipe.batch_size)
-        labels = y.chunk(parts) if y is not None and conditional else [None] * parts
-        for x_part, y_part in zip(x.chunk(parts), labels, strict=True):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
-                loss = self.diffusion(x_part, y_part)
-            yield loss if parts == 1 else loss / parts
+        return x, y if self.config.num_classes is not None else None
 
     def save(self) -> None:
         """Writes the checkpoint.
@@ -278,7 +272,8 @@ class Trainer:
             back = self.step - failed + 1
             position = self.position - back * self.recipe.batch_size
             self.diffusion.calls -= back * self.recipe.accumulate
-            raise FloatingPointError(explain(self.diffusion, failed, lambda: self._losses(position)))
+            losses = partial(self._step.losses, *self._batch(position), self.diffusion)
+            raise FloatingPointError(explain(self.diffusion, failed, losses))
 
     def _write_line(self) -> str:
         self._check()
@@ -294,7 +289,7 @@ class Trainer:
             self.step = checks.integer("step", training["step"], 0)
             self.position = checks.integer("position", training["position"], 0)
             if "watch" in training:  # of a file written before there was a watch, nothing is missing
-                self.watch.load(training["watch"])
+                self.watch.load(training["watch"], self.step)
                 self.keeper.load(training["keep"])
         self.keeper.keep(self.step)
         self.journal.cut(self.step)

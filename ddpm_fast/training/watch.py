@@ -25,11 +25,11 @@ class Watch:
 
     def __init__(self, num_timesteps: int, device: torch.device) -> None:
         self.num_timesteps = num_timesteps
-        self.count = 0  # steps since the last log line
+        self.count = 0  # steps since the last log line; counted by whoever makes them
         self.sums = torch.zeros(3 + 2 * BUCKETS, device=device)  # one tensor, and so one wait
         self.loss, self.norm, self.good = self.sums[:3]
         self.by_t, self.images = self.sums[3:].view(2, BUCKETS)
-        self.smooth = torch.zeros((), device=device)
+        self.smooth, self.steps = torch.zeros(2, device=device)  # and how many it has seen
         self.failed = torch.zeros((), device=device)
         self.holdout: float | None = None  # measured since the last log line
         self._buckets = torch.arange(BUCKETS, device=device)
@@ -40,15 +40,17 @@ class Watch:
         self.by_t += torch.where(hits, losses[:, None], 0).sum(0)
         self.images += hits.sum(0)
 
-    def add(self, loss: Tensor, norm: Tensor, step: int) -> None:
-        """The loss and the norm of the gradient of step number `step`, before the optimizer's step."""
+    def add(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """The loss and the norm of the gradient of the next step, before the optimizer's: `failed`. Only the device's
+        numbers change here, so that a recorded step does it, too."""
         self.loss += loss
         self.norm += norm
         finite = torch.isfinite(self.loss + self.norm)  # a sum stays non-finite once it is
         self.good += finite
-        self.failed = 1 - finite.float()
-        self.smooth.lerp_(loss, 1 / min(step, SMOOTH))
-        self.count += 1
+        self.failed.copy_(1 - finite.float())
+        self.steps += 1
+        self.smooth.lerp_(loss, 1 / self.steps.clamp(max=SMOOTH))
+        return self.failed
 
     def first_failure(self, step: int) -> int | None:
         """The first step since the last log line, up to `step`, that wasn't finite; waits for the device."""
@@ -76,11 +78,12 @@ class Watch:
         values = {"sums": self.sums.tolist(), "smooth": float(self.smooth)}
         return {"count": self.count, "holdout": self.holdout, **values}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state` gave."""
+    def load(self, state: Mapping[str, Any], step: int) -> None:
+        """Takes over what `state` gave after step number `step`."""
         if len(state["sums"]) != len(self.sums):
             raise ValueError(f"{len(state['sums'])} sums, expected {len(self.sums)}")
         self.count = checks.integer("count", state["count"], 0)
         self.holdout = state["holdout"]
         self.sums.copy_(torch.tensor(state["sums"]))
         self.smooth.fill_(checks.number("smooth", state["smooth"]))
+        self.steps.fill_(step)

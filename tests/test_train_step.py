@@ -1,0 +1,354 @@
+"""A whole training step as one call: the weights of the lines it stands for, eagerly and recorded on a stand-in."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tape import Tape
+from torch import Tensor, nn
+from toys import TINY
+
+from ddpm_fast import Diffusion, TrainStep, graphs, ops
+from ddpm_fast.graphs import WARM_UPS
+
+CONFIG = replace(TINY, ema_start=6, num_classes=5)  # copies, then averages
+
+
+@pytest.fixture
+def tape(monkeypatch) -> Tape:
+    tape = Tape()
+    monkeypatch.setattr(graphs, "Recorder", lambda device: tape)
+    return tape
+
+
+@pytest.fixture(autouse=True)
+def on_reference() -> Iterator[None]:
+    """What a tape sees are torch's operators."""
+    with ops.use_backend("reference"):
+        yield
+
+
+def diffusion(**options) -> Diffusion:
+    torch.manual_seed(0)
+    return Diffusion.from_config(replace(CONFIG, **options), seed=7).train()
+
+
+def adam(d: Diffusion, **options) -> torch.optim.Optimizer:
+    return torch.optim.Adam(d.model.parameters(), **{"lr": 2**-7, "fused": True} | options)
+
+
+def batch(k: int, size: int = 4) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(k)
+    return torch.rand(size, 1, 8, 8, generator=g) * 2 - 1, torch.randint(5, (size,), generator=g)
+
+
+def script(d: Diffusion, optimizer, x: Tensor, y: Tensor, clip=None, accumulate=1, dtype=None) -> Tensor:
+    """The lines that a TrainStep stands for."""
+    optimizer.zero_grad()
+    total = torch.zeros(())
+    for x_part, y_part in zip(x.chunk(accumulate), y.chunk(accumulate), strict=True):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            loss = d(x_part, y_part)
+        (loss / accumulate).backward()
+        total += loss.detach() / accumulate
+    if clip is not None:
+        nn.utils.clip_grad_norm_(d.model.parameters(), clip)
+    optimizer.step()
+    d.update_ema()
+    return total
+
+
+def same(a: Diffusion, b: Diffusion) -> None:
+    """Every tensor and every count is equal."""
+    for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(p, q), name
+    assert (a.step, a.calls, a.seed) == (b.step, b.calls, b.seed)
+
+
+def pair(**options) -> tuple[Diffusion, torch.optim.Optimizer, TrainStep]:
+    """A diffusion for the script, its optimizer, and a step of a copy."""
+    a = diffusion()
+    b = copy.deepcopy(a)
+    return a, adam(a), TrainStep(b, adam(b), **options)
+
+
+OPTIONS = {
+    "plain": {},
+    "clip": {"clip": 0.05},
+    "accumulate": {"accumulate": 2, "clip": 0.05},
+    "bf16": {"dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_weights_of_the_script(tape: Tape, engine: str, options) -> None:
+    """Bit for bit, over both ways of the average, with the same losses and gradients left behind."""
+    a, optimizer, step = pair(engine=engine, **options)
+    for k in range(12):
+        expected = script(a, optimizer, *batch(k), **options)
+        assert torch.equal(step(*batch(k)), expected), k
+        same(step.diffusion, a)
+        for p, q in zip(step.diffusion.model.parameters(), a.model.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad)
+    for ours, theirs in zip(step.optimizer.state.values(), optimizer.state.values(), strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert tape.replays == (12 - 2 * WARM_UPS if engine == "graph" else 0)
+    assert tape.records == (2 if engine == "graph" else 0), "one for copies, one for averages"
+    assert step.optimizer.param_groups[0]["lr"] == 2**-7 and not step.optimizer.param_groups[0]["capturable"]
+
+
+def recorded(**options) -> tuple[Diffusion, torch.optim.Optimizer, TrainStep]:
+    """As `pair`, after the recording."""
+    a, optimizer, step = pair(engine="graph", **options)
+    for k in range(12):
+        script(a, optimizer, *batch(k))
+        step(*batch(k))
+    assert len(step.graphs) == 2
+    return a, optimizer, step
+
+
+def load(d: Diffusion, *_) -> None:
+    d.load_state_dict(diffusion(ema_decay=0.5).state_dict(), step=20)
+
+
+def reload(d: Diffusion, optimizer) -> None:
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+# What happens between two steps, and whether another recording is due.
+BETWEEN = {
+    "another rate": (lambda d, o: o.param_groups[0].update(lr=2**-5), False),
+    "rate in a tensor": (lambda d, o: o.param_groups[0].update(lr=torch.tensor(2**-5)), False),
+    "a call for the loss": (lambda d, o: d(*batch(50)), False),
+    "another seed": (lambda d, o: setattr(d, "seed", 99), False),
+    "samples": (lambda d, o: d.sample(1, "cpu", y=torch.tensor([1]), seed=1), False),
+    "weights": (load, True),  # it notes that it was loaded
+    "eval mode and back": (lambda d, o: d.eval().train(), False),
+    "weights by assignment": (lambda d, o: d.load_state_dict(copy.deepcopy(d.state_dict()), assign=True), True),
+    "the optimizer's state": (reload, True),
+    "an option of the optimizer": (lambda d, o: o.param_groups[0].update(weight_decay=0.1), True),
+    "a frozen layer": (lambda d, o: d.model.out_conv.requires_grad_(False), True),
+    "eval mode": (lambda d, o: d.eval(), True),
+    "loss": (lambda d, o: setattr(d, "loss_type", "l1"), True),
+}
+
+
+@pytest.mark.parametrize("change", BETWEEN)
+def test_what_happens_between_steps_counts(tape: Tape, change: str) -> None:
+    a, optimizer, step = recorded()
+    alter, again = BETWEEN[change]
+    alter(a, optimizer)
+    alter(step.diffusion, step.optimizer)
+    records = tape.records
+    for k in range(3):
+        assert torch.equal(step(*batch(k)), script(a, optimizer, *batch(k)))
+        same(step.diffusion, a)
+    assert tape.records == records + again
+
+
+def test_batches_of_other_shapes(tape: Tape) -> None:
+    """The last one of an epoch runs eagerly, in between; gradients are those of the last step."""
+    a, optimizer, step = recorded()
+    for k, size in enumerate((4, 3, 4, 4, 3, 4)):
+        assert torch.equal(step(*batch(k, size)), script(a, optimizer, *batch(k, size)))
+        same(step.diffusion, a)
+        assert torch.equal(step.diffusion.model.out_conv.weight.grad, a.model.out_conv.weight.grad)
+    assert tape.records == 2
+
+
+def test_an_average_every_third_step(tape: Tape) -> None:
+    """Two recordings in turn, each with gradients of its own."""
+    a, b = (diffusion(ema_update_rate=3, ema_start=0) for _ in range(2))
+    optimizer, step = adam(a), TrainStep(b, adam(b), engine="graph")
+    for k in range(16):
+        assert torch.equal(step(*batch(k)), script(a, optimizer, *batch(k)))
+        same(b, a)
+        assert torch.equal(b.model.out_conv.weight.grad, a.model.out_conv.weight.grad)
+    assert tape.records == 2 and tape.replays > 6
+
+
+def test_rates_are_rounded_where_steps_are_recorded(tape: Tape) -> None:
+    """In those before the recording, too: the weights must not depend on which of them was the last eager one."""
+    a, b = (diffusion(ema_start=0) for _ in range(2))
+    optimizer, step = adam(a, lr=float(np.float32(1e-2))), TrainStep(b, adam(b, lr=1e-2), engine="graph")
+    for k in range(5):
+        assert torch.equal(step(*batch(k)), script(a, optimizer, *batch(k)))
+        same(b, a)
+    assert tape.replays == 2 and step.optimizer.param_groups[0]["lr"] == 1e-2
+
+
+def test_a_result_stays_what_it_was(tape: Tape) -> None:
+    _, _, step = recorded()
+    losses = [step(*batch(k)) for k in range(3)]
+    assert len({float(loss) for loss in losses}) == 3
+
+
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+def test_float16_scales_the_loss_as_gradscaler_does(tape: Tape, engine: str) -> None:
+    """The first scale overflows, and is halved until it doesn't; steps that overflow change no weight."""
+    a, b = diffusion(), diffusion()
+    for d in (a, b):  # so that gradients overflow
+        d.model.out_conv.weight.data.mul_(300)
+    optimizer, step = adam(a), TrainStep(b, adam(b), dtype=torch.float16, clip=1.0, engine=engine)
+    scaler = torch.amp.GradScaler("cpu")
+    scales = []
+    for k in range(14):
+        x, y = batch(k)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = a(x, y)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(a.model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        a.update_ema()
+        assert torch.equal(step(x, y), loss.detach().float())
+        same(b, a)
+        scales.append(float(step.scale))
+        assert scales[-1] == scaler.get_scale()
+    assert scales[0] < 2.0**16 and scales[-1] > 0 and tape.replays == (8 if engine == "graph" else 0)
+
+
+def test_a_check_can_stop_the_optimizer(tape: Tape) -> None:
+    d = diffusion(ema_start=0)
+    stop, told = torch.zeros(()), torch.zeros(2)
+
+    def check(loss: Tensor, norm: Tensor) -> Tensor:
+        told.copy_(torch.stack([loss, norm]))
+        return stop
+
+    step = TrainStep(d, adam(d), clip=1e-3, check=check, engine="graph")
+    for k in range(5):
+        loss = step(*batch(k))
+        assert told[0] == loss and told[1] > 1e-3, "the norm before clipping"
+    before = copy.deepcopy(d.model.state_dict())
+    stop.fill_(1)
+    step(*batch(9))
+    assert tape.replays == 3 and all(torch.equal(v, before[name]) for name, v in d.model.state_dict().items())
+    stop.fill_(0)
+    step(*batch(9))
+    assert not torch.equal(before["out_conv.weight"], d.model.out_conv.weight)
+
+
+def test_an_observer_sees_every_step(tape: Tape) -> None:
+    d, count = diffusion(), torch.zeros(())
+    step = TrainStep(d, adam(d), observer=lambda t, losses: count.add_(len(t)), engine="graph")
+    for k in range(5):
+        step(*batch(k))
+    assert count == 20 and tape.replays == 2
+
+
+class Own(Diffusion):
+    """Does more in Python."""
+
+    def forward(self, x, y=None):
+        return super().forward(x, y)
+
+
+def _hooked(d: Diffusion) -> Diffusion:
+    d.model.mid[0].register_forward_hook(lambda *_: None)
+    return d
+
+
+def _watched(d: Diffusion) -> Diffusion:
+    d.observer = lambda t, losses: None
+    return d
+
+
+def _gradients_watched(d: Diffusion) -> Diffusion:
+    d.model.out_conv.weight.register_hook(lambda grad: None)
+    return d
+
+
+def _from_torch() -> Diffusion:
+    return Diffusion.from_config(CONFIG, rng="torch").train()
+
+
+def _optimizer_watched(d: Diffusion):
+    optimizer = adam(d)
+    optimizer.register_step_post_hook(lambda *_: None)
+    return optimizer
+
+
+EAGER: dict[str, tuple[Callable, Callable, str]] = {
+    "hook": (lambda: _hooked(diffusion()), adam, r"model\.mid\.0 has hooks"),
+    "hook of a parameter": (lambda: _gradients_watched(diffusion()), adam, "hooks of parameters"),
+    "hook of the optimizer": (diffusion, _optimizer_watched, "hooks of the optimizer"),
+    "observer": (lambda: _watched(diffusion()), adam, r"diffusion\.observer"),
+    "generator": (_from_torch, adam, "torch's generator"),
+    "subclass": (lambda: Own.from_config(CONFIG, seed=7).train(), adam, r"Own\.forward must run"),
+    "host counts": (diffusion, lambda d: adam(d, fused=False), "made? with fused=True|make it with fused=True"),
+}
+
+
+@pytest.mark.parametrize("case", EAGER)
+def test_what_can_not_be_recorded_runs_eagerly_and_says_why(tape: Tape, case: str) -> None:
+    make, optimizer_of, reason = EAGER[case]
+    d = make()
+    step = TrainStep(d, optimizer_of(d), engine="graph")
+    for k in range(WARM_UPS):
+        step(*batch(k))
+    with pytest.warns(UserWarning, match=reason):
+        step(*batch(8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(*batch(9))
+        TrainStep(d, optimizer_of(d))(*batch(10))
+    assert tape.records == 0 and d.step == d.calls == WARM_UPS + 3
+
+
+def test_a_network_that_reads_the_device_runs_eagerly(tape: Tape) -> None:
+    a, optimizer, step = pair(engine="graph")
+    for d in (a, step.diffusion):
+        d.model.out_conv = Reading(8, 1, 3, padding=1)
+    step.optimizer = adam(step.diffusion)
+    optimizer = adam(a)
+    step.diffusion.load_state_dict(a.state_dict(), step=0)
+    for k in range(WARM_UPS):
+        assert torch.equal(step(*batch(k)), script(a, optimizer, *batch(k)))
+    with pytest.warns(UserWarning, match="can't be recorded: RuntimeError: operation not permitted"):
+        step(*batch(8))
+    script(a, optimizer, *batch(8))
+    same(step.diffusion, a)
+
+
+class Reading(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 if float(x.detach().sum()) > 0 else 2)
+
+
+def test_without_a_gpu_it_is_eager() -> None:
+    a, optimizer, step = pair()
+    for k in range(5):
+        assert torch.equal(step(*batch(k)), script(a, optimizer, *batch(k)))
+    with pytest.warns(UserWarning, match="CUDA graphs need a GPU"):
+        TrainStep(a, optimizer, engine="graph")(*batch(1))
+
+
+D = diffusion()
+BAD = [
+    (lambda: TrainStep(nn.Linear(1, 1), adam(D)), TypeError, "diffusion must be a Diffusion, got Linear"),
+    (lambda: TrainStep(D, 3), TypeError, "optimizer must be a torch.optim.Optimizer, got 3"),
+    (lambda: TrainStep(D, adam(D), clip=-1.0), ValueError, "clip must be"),
+    (lambda: TrainStep(D, adam(D), accumulate=0), ValueError, "accumulate must be"),
+    (lambda: TrainStep(D, adam(D), dtype=torch.float64), ValueError, "dtype must be"),
+    (lambda: TrainStep(D, adam(D), engine="cuda"), ValueError, "engine must be"),
+    (lambda: TrainStep(D, adam(D, fused=False), dtype=torch.float16), ValueError, r"float16 needs an .*fused=True"),
+    (lambda: TrainStep(D, adam(D, fused=False), check=lambda a, b: a), ValueError, r"check needs an .*fused=True"),
+    (lambda: TrainStep(D, adam(D))(3), TypeError, "x must be a tensor"),
+    (lambda: TrainStep(D, adam(D), accumulate=3)(*batch(0)), ValueError, r"x must have a batch that 3 divides"),
+    (lambda: TrainStep(D, adam(D))(batch(0)[0][:, :, :4], batch(0)[1]), ValueError, "x must have shape"),
+    (lambda: TrainStep(D, adam(D))(batch(0)[0], batch(0)[1] + 5), ValueError, r"y must lie in \[0, 5\)"),
+]
+
+
+@pytest.mark.parametrize(("call", "kind", "text"), BAD)
+def test_bad_input(call, kind, text) -> None:
+    with pytest.raises(kind, match=text):
+        call()
