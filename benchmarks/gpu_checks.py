@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from benchmarks.gpu_cases import ALL, CASES, ROW, ROWS, STATE, TABLES, Case, normals
+from benchmarks.gpu_graphs import GRAPHS
 from benchmarks.harness import ROOT, pick_device
 from benchmarks.options import Parser
 
@@ -53,6 +54,7 @@ def checks(device: torch.device, dry: bool) -> dict[str, Check]:
     found: dict[str, Check] = {f"parity {op}": partial(_parity, op, device, dry) for op in CASES}
     found |= {name: partial(check, device, dry) for name, check in (("words", _words), ("reruns", _reruns))}
     found |= {name: partial(check, device) for name, check in (("batch", _batch), ("graph", _graph))}
+    found |= {name: partial(check, device, dry) for name, check in GRAPHS.items()}
     for tool in ("memcheck", "racecheck"):
         found[f"compute-sanitizer {tool}"] = partial(_sanitizer, tool, device)
     return found

@@ -5,6 +5,7 @@ Without a GPU the graphs are replaced by what they would capture, so that a dry 
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -172,7 +173,8 @@ def sampling_contenders(unroll: int) -> dict[str, Builder]:
     """Return ours, the original, and the settings S1, S2 and S4 (graphs of 1 and of ``unroll`` steps)."""
     many = f"CUDA graph of {unroll} steps"
     return {
-        OURS: sampling.ours,
+        OURS: partial(sampling.ours, engine="graph"),
+        f"{OURS} eager": partial(sampling.ours, engine="eager"),
         "original": sampling.original_loop,
         f"torch eager {many} channels_last": in_graph(CHANNELS_LAST, unroll),
         f"torch eager {many} NCHW": in_graph(NCHW, unroll),
@@ -193,7 +195,8 @@ def sampling_contenders(unroll: int) -> dict[str, Builder]:
 def training_contenders() -> dict[str, Builder]:
     """Return ours, the original, eager, and the compiled loss with inductor's graphs or the whole iteration in one."""
     return {
-        OURS: training.ours,
+        OURS: training.recorded,
+        f"{OURS} eager": training.ours,
         "original": training.original_loop,
         "torch eager channels_last": training.plain(CHANNELS_LAST),
         "torch eager NCHW": training.plain(NCHW),

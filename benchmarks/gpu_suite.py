@@ -35,7 +35,7 @@ from ddpm_fast.kernels import lookup
 from ddpm_fast.models.presets import preset
 
 OPS = ("group_norm_silu", "q_sample", "sampler_step", "diffusion_loss", "noise", "timestep_embedding", "ema_update")
-BATCHES = {"ops": [512], "sample": [1, 8, 64, 256, 512], "train": [64, 128, 256], "profile": [1, 256]}
+BATCHES = {"ops": [512], "sample": [1, 8, 64, 256, 512], "train": [64, 128, 256], "profile": [1, 64, 256]}
 UNROLL = 25
 
 

@@ -1,9 +1,11 @@
-"""Time every configuration that the Triton kernels may run in, and write the table that they are looked up in.
+"""Time every configuration that the Triton kernels may run in, and every way in which a chain of reverse steps may,
+and write the table that they are looked up in.
 
-Calls repeat on the same tensors, which the L2 holds where they fit: as where another kernel has just written them.
+Kernels are called again on the same tensors, which the L2 holds where they fit: as where another has just written them.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +17,8 @@ import torch
 from benchmarks.configured import configured
 from benchmarks.gpu_peers import capture
 from benchmarks.harness import NAMES, Row, describe, header, progress, time_interleaved
+from ddpm_fast import Diffusion, preset
+from ddpm_fast.engine import WAYS, WORTH, key_of
 
 NORMS = ((128, 32), (384, 32), (256, 16), (512, 16), (256, 8))
 IMAGES = (1, 8, 64, 256)
@@ -34,6 +38,8 @@ class Tuned:
     images: int
     listed: list[str]
     make: Callable[[torch.device], Callable[[], Any]]
+    calls: int = CALLS  # that are captured together
+    steps: int = 0  # of a run that isn't captured
 
 
 def calls(dry: bool) -> Iterator[Tuned]:
@@ -51,6 +57,30 @@ def calls(dry: bool) -> Iterator[Tuned]:
             for dtype in (torch.bfloat16, torch.float32):
                 for direction in ("forward", "backward"):
                     yield _norm(direction, images, channels, size, dtype)
+    for model in ("digits",) if dry else ("digits", "cifar10"):
+        for images in (1,) if dry else IMAGES:
+            yield _chain(model, images, 4 if dry else WORTH)
+
+
+def _chain(model: str, images: int, steps: int) -> Tuned:
+    """In bf16, as it is sampled."""
+    config = preset(model)
+
+    def make(device: torch.device) -> Callable[[], Any]:
+        torch.manual_seed(0)
+        diffusion = Diffusion.from_config(config, engine="auto").to(device)
+        y = None if config.num_classes is None else torch.zeros(images, dtype=torch.int64, device=device)
+
+        def run() -> Any:
+            with torch.autocast(device.type, torch.bfloat16):
+                return diffusion.sample(images, device, y, use_ema=False, num_steps=steps, seed=0)
+
+        return run
+
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in config.build_unet().parameters())
+    key = key_of(parameters, images * config.img_channels * math.prod(config.img_size))
+    return Tuned("engine", key, torch.bfloat16, images, list(WAYS), make, steps=steps)
 
 
 def _steps(shape: tuple[int, ...]) -> dict[str, Callable[[torch.device], Callable[[], Any]]]:
@@ -118,13 +148,14 @@ def measure(call: Tuned, device: torch.device, repetitions: int, most: int | Non
     errors: dict[str, str] = {}  # too much for this GPU, or for the compiler
 
     def several(run: Callable[[], Any]) -> None:
-        for _ in range(CALLS):
+        for _ in range(call.calls):
             run()
 
     for name in names:
         try:
             with configured(name):
-                runs[name] = capture(partial(several, call.make(device)), device)
+                run = call.make(device)
+                runs[name] = run if call.steps else capture(partial(several, run), device)
         except Exception as error:
             errors[name] = describe(error)
 
@@ -132,8 +163,9 @@ def measure(call: Tuned, device: torch.device, repetitions: int, most: int | Non
         with configured(name):  # without a GPU the run is no graph
             runs[name]()
 
+    repetitions = max(2, repetitions // 4) if call.steps else repetitions
     times = time_interleaved({n: partial(timed, n) for n in runs}, device, repetitions, warmup=2, errors=errors)
-    ms = {name: sorted(found)[len(found) // 2] / CALLS for name, found in times.items()}
+    ms = {name: sorted(found)[len(found) // 2] / (call.steps or call.calls) for name, found in times.items()}
     best = min(ms.values(), default=0.0)
     fastest = next((n for n in names if n in ms and ms[n] <= best * EVEN), None)
     rows = []

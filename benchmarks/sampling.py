@@ -136,12 +136,12 @@ def original_loop(problem: Problem) -> Contender:
     return Contender(_run(problem, diffusion), predict)
 
 
-def ours(problem: Problem) -> Contender:
+def ours(problem: Problem, engine: str = "auto") -> Contender:
     """Our engine through its public interface."""
     net = problem.config.build_unet()
     net.load_state_dict(problem.weights)
     net = net.to(problem.device, memory_format=CHANNELS_LAST)
-    diffusion = Diffusion(net, *geometry(problem)).to(problem.device).eval()
+    diffusion = Diffusion(net, *geometry(problem), engine=engine).to(problem.device).eval()
     x, y = problem.inputs
     rows = diffusion.plan().rows[-problem.checked :].clone()
     rows[:, COLUMNS.index("c_z")] = 0

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import original
-from benchmarks.harness import OURS
+from benchmarks.harness import DTYPES, OURS
 from benchmarks.problem import DRAWS_SEED, Builder, Contender, Draws, Problem, on_reference
 from benchmarks.sampling import CHANNELS_LAST, NCHW, compile_module, geometry, with_sdpa
-from ddpm_fast import Diffusion
+from ddpm_fast import Diffusion, TrainStep
 from ddpm_fast.reference import noise as reference
 from ddpm_fast.reference.philox import PERTURB
 
@@ -149,15 +149,45 @@ def ours(problem: Problem) -> Contender:
     diffusion = Diffusion(net, *geometry(problem), ema_decay=EMA_DECAY, ema_start=1).to(problem.device)
     optimizer = torch.optim.Adam(diffusion.model.parameters(), lr=LEARNING_RATE, fused=True)
     contender = _drop_in(problem, diffusion, optimizer, read_loss=False)
-    first = diffusion.noise_state(1, problem.device)
-    t = reference.timesteps(problem.batch, problem.num_timesteps, first)
-    draws = Draws(t, reference.noise(problem.shape, first, PERTURB))
 
     def predict() -> Tensor:
         diffusion.calls = 0
         return contender.predict()
 
-    return Contender(contender.run, predict, draws)
+    return Contender(contender.run, predict, first_draws(problem, diffusion))
+
+
+def recorded(problem: Problem) -> Contender:
+    """Our engine through ``TrainStep``; the check's step, without dropout, is one of those before a recording."""
+    net = problem.config.build_unet()
+    net.load_state_dict(problem.weights)
+    net = net.to(problem.device, memory_format=CHANNELS_LAST)
+    diffusion = Diffusion(net, *geometry(problem), ema_decay=EMA_DECAY, ema_start=1).to(problem.device)
+    optimizer = torch.optim.Adam(diffusion.model.parameters(), lr=LEARNING_RATE, fused=True)
+    dtype = None if problem.precision == "float32" else DTYPES[problem.precision]
+    step = TrainStep(diffusion, optimizer, dtype=dtype)
+
+    def run() -> Tensor:
+        diffusion.train()
+        for _ in range(problem.steps):
+            loss = step(*problem.inputs)
+        return loss
+
+    def predict() -> Tensor:
+        diffusion.eval()
+        diffusion.calls = 0
+        diffusion.model.load_state_dict(problem.weights)
+        step(*problem.inputs)
+        return left_gradients(diffusion.model.parameters())
+
+    return Contender(run, predict, first_draws(problem, diffusion))
+
+
+def first_draws(problem: Problem, diffusion: Diffusion) -> Draws:
+    """Return what the first forward call draws."""
+    first = diffusion.noise_state(1, problem.device)
+    t = reference.timesteps(problem.batch, problem.num_timesteps, first)
+    return Draws(t, reference.noise(problem.shape, first, PERTURB))
 
 
 def _drop_in(problem: Problem, diffusion: Any, optimizer: torch.optim.Optimizer, read_loss: bool) -> Contender:

@@ -69,12 +69,12 @@ def test_the_parts_walk_through_on_a_cpu(tmp_path: Path) -> None:
     rows = {part: json.loads((tmp_path / "out" / f"{part}.json").read_text())["rows"] for part in parts}
     assert all("error" not in row for part in rows.values() for row in part if row["name"] == OURS)
     assert {row["case"].split()[0] for row in rows["ops"]} == set(gpu_suite.OPS)
-    names = {"original", OURS, "torch eager CUDA graph of 2 steps NCHW", "torch.compile CUDA graph of 2 steps NCHW"}
-    assert {row["name"] for row in rows["sample"]} == names
+    graphs = {f"{kind} CUDA graph of 2 steps NCHW" for kind in ("torch eager", "torch.compile")}
+    assert {row["name"] for row in rows["sample"]} == {OURS, f"{OURS} eager", "original"} | graphs
     assert {row["case"] for row in rows["profile"]} == {"sample digits", "train digits"}
     assert {"convolution", "idle"} <= {row["kernels"] for row in rows["profile"]}
     table = json.loads((tmp_path / "out" / "no_gpu.json").read_text())
-    assert set(table) >= {"header", "noise", "q_sample", "group_norm_silu"}
+    assert set(table) >= {"header", "noise", "q_sample", "group_norm_silu", "engine"}
     assert done.stdout.index("# tune") < done.stdout.index("# profile") < done.stdout.index("written to")
     for part in ("ops", "sample"):
         peers = {row["name"] for row in rows[part] if not row["name"].startswith(f"{OURS} ")}
