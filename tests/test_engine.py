@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from toys import BETAS, Pixelwise, pixelwise
+from toys import BETAS, Pixelwise, pixelwise, small
 
 from ddpm_fast import Diffusion, UNet, ops
 from ddpm_fast.chain import Chain, Predictor, told_by
@@ -47,6 +47,18 @@ def test_the_loop_never_reads_the_device(clip: bool, embedded: bool, num_classes
     net = net.eval().to("meta")
     y = None if num_classes is None else torch.zeros(2, dtype=torch.int64, device="meta")
     meta_loop(Predictor(net, net, y) if embedded else lambda x, t: net(x, t, y), clip=clip)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_training_never_reads_the_device(prediction: str) -> None:
+    """Timesteps, perturbation, network with dropout, loss and backward of a call that the device counts."""
+    diffusion = small(num_classes=3, prediction=prediction).train().to("meta")
+    state = ops.NoiseState.at(1, 0, device="meta")
+    x, y = torch.zeros(2, 1, 8, 8, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
+    with NoHostReads():
+        state.draw.add_(1)
+        diffusion.at(state, x, y).backward()
+    assert all(p.grad is not None for p in diffusion.model.parameters())
 
 
 @pytest.mark.parametrize(
