@@ -111,17 +111,17 @@ class RecordedChain:
         if chain.noise is not None:
             chain.noise = NoiseState(chain.noise.seed.clone(), chain.k, torch.zeros_like(chain.k))
         recorder.warm_up(self._one)
-        # The first step casts the weights, where autocast does, and the others find them cast.
         torch.clear_autocast_cache()
         try:
-            self.first, self.next = recorder.record(self._one), recorder.record(self._one)
+            self.first = self.next = recorder.record(self._one)
+            if torch.is_autocast_enabled(x.device.type):  # then the first step casts the weights, for all to come
+                self.next = recorder.record(self._one)
             self.several = recorder.record(self._several) if unroll > 1 else None
         finally:
             torch.clear_autocast_cache()  # its tensors lie in the recordings' memory, which is used again
 
     def __repr__(self) -> str:
-        parts = [part for part in (self.first, self.next, self.several) if part is not None]
-        size = sum(part.num_bytes for part in parts) / 2**20
+        size = sum(part.num_bytes for part in {self.first, self.next, self.several} if part is not None) / 2**20
         x = self.chain.x
         name = type(self.network.model).__name__
         kind = str(x.dtype).removeprefix("torch.")
