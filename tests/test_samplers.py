@@ -1,24 +1,28 @@
 """Plans against textbook loops, and the plan itself."""
 
+import math
+from functools import partial
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from ddpm_fast import Plan, generate_cosine_schedule, generate_linear_schedule
+from ddpm_fast import Plan, generate_cosine_schedule, generate_linear_schedule, ops
 from ddpm_fast.engine import denoise
-from ddpm_fast.reference.samplers import ddpm_loop
+from ddpm_fast.reference import samplers as loops
 from ddpm_fast.samplers import COLUMNS, SAMPLERS, make_plan
-from ddpm_fast.samplers.ddpm import spaced_timesteps
+from ddpm_fast.samplers.steps import sigma_of, steps_of, time_at
 
 SHAPE = (2, 3, 4, 4)
 SCHEDULES = {"linear": generate_linear_schedule(1000, 1e-4, 0.02), "cosine": generate_cosine_schedule(40)}
 
 
 def network(x: Tensor, t: Tensor | int) -> Tensor:
-    """Non-linear, bounded, different at each timestep."""
-    time = t.view(-1, 1, 1, 1) if isinstance(t, Tensor) else t
-    return torch.tanh(0.8 * x + 0.1 * torch.sin(torch.as_tensor(time * 1.0, dtype=x.dtype)))
+    """Non-linear, bounded, different at each timestep; a real one as the engine tells it, in float32."""
+    time = t.view(-1, 1, 1, 1) if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float32)
+    return torch.tanh(0.8 * x + 0.1 * torch.sin(time.to(x.dtype)))
 
 
 class Recorded:
@@ -32,45 +36,162 @@ class Recorded:
         monkeypatch.setattr(torch, "randn", lambda shape, dtype, device: next(numbers).to(dtype))
 
 
-def both(monkeypatch, betas, dtype, num_steps, prediction="eps", **options) -> tuple[Tensor, Tensor, Tensor]:
-    """(plan through the engine, textbook loop, the loop in float64), from the same noise."""
+# sampler, its options, those that its textbook loop has, too
+CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "ddpm beta": ("ddpm", {}, ()),
+    "ddpm posterior": ("ddpm", {"variance": "posterior"}, ("variance",)),
+    "ddpm between": ("ddpm", {"variance": 0.3}, ("variance",)),
+    "ddim": ("ddim", {}, ()),
+    "ddim eta": ("ddim", {"eta": 0.5}, ("eta",)),
+    "euler": ("euler", {}, ()),
+    "ancestral_euler": ("ancestral_euler", {}, ()),
+    "ancestral_euler half": ("ancestral_euler", {"eta": 0.5}, ("eta",)),
+    "heun": ("heun", {}, ()),
+    "heun churn": (
+        "heun",
+        {"s_churn": 2.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.007},
+        ("s_churn", "s_tmin", "s_tmax", "s_noise"),
+    ),
+    "dpmpp_2m": ("dpmpp_2m", {}, ()),
+    "dpmpp_2m_sde": ("dpmpp_2m_sde", {}, ()),
+    "dpmpp_2m_sde half": ("dpmpp_2m_sde", {"eta": 0.5}, ("eta",)),
+}
+LOOPS = {
+    "ddpm": loops.ddpm_loop,
+    "ddim": loops.ddim_loop,
+    "euler": loops.euler_loop,
+    "ancestral_euler": partial(loops.euler_loop, eta=1.0),
+    "heun": loops.heun_loop,
+    "dpmpp_2m": loops.dpmpp_2m_loop,
+    "dpmpp_2m_sde": loops.dpmpp_2m_sde_loop,
+}
+
+
+def both(monkeypatch, case, betas, dtype, num_steps, *, spacing="linspace", final="clean", **common) -> list[Tensor]:
+    """[plan through the engine, textbook loop, the loop in float64], from the same noise."""
+    name, options, shared = CASES[case]
     abar = np.cumprod(1 - betas)
-    plan = make_plan("ddpm", abar, prediction, num_steps, options)
-    taken = plan.column("t").long().tolist()[::-1]
-    noise = Recorded(len(plan))
+    prediction, clip = common.get("prediction", "eps"), common.get("clip", False)
+    plan = make_plan(name, abar, prediction, num_steps, options | {"spacing": spacing, "final": final, "clip": clip})
+    t, level, after = steps_of(abar, num_steps, spacing, final)
+    # The noise of row k is that of a step: its own, or in Heun's correction that before the next one.
+    noisy, steps = (plan.column("c_z") != 0).nonzero()[:, 0].tolist(), len(t)
+    numbers = [torch.zeros(SHAPE, dtype=torch.float64) for _ in range(steps + 1)]
+    drawn = Recorded(len(noisy))
+    for row, z in zip(noisy, drawn.noise, strict=True):
+        numbers[row if name != "heun" else row // 2 + 1] = z
     x_T = torch.randn(SHAPE, dtype=torch.float64)
-    options["prediction"] = prediction
-    exact = ddpm_loop(network, x_T, abar[taken], taken, noise.noise, **options)
-    rounded = [z.to(dtype) for z in noise.noise]
-    loop = ddpm_loop(network, x_T.to(dtype), abar[taken], taken, rounded, **options)
+    more = {name: options[name] for name in shared} | common
+    if name == "heun":
+        more["time_at"] = lambda sigma: float(time_at(abar, np.array(sigma)))
+    levels = [*level.tolist(), after[-1]]
+    found = []
+    for kind in (dtype, torch.float64):
+        z = [v.to(kind) for v in numbers]
+        found.append(LOOPS[name](network, x_T.to(kind), t.tolist(), levels, z, **more))
     with monkeypatch.context() as m:
-        noise.patch(m)
+        drawn.patch(m)
         got = denoise(network, x_T.to(dtype).clone(), plan)
-    return got, loop, exact
+    return [got, *found]
 
 
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-@pytest.mark.parametrize("variance", ["beta", "posterior"])
 @pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("num_steps", [None, 10, 1])
-def test_ddpm_against_the_textbook(monkeypatch, schedule, prediction, variance, clip, num_steps) -> None:
-    options = {"prediction": prediction, "variance": variance, "clip": clip}
-    got, _, exact = both(monkeypatch, SCHEDULES[schedule], torch.float64, num_steps, **options)
-    assert float((got - exact).abs().max()) <= 1e-10 * max(1, float(exact.abs().max()))
+def test_against_the_textbook(monkeypatch, case, schedule, prediction, clip) -> None:
+    """Every spacing and end, some and all steps."""
+    whole = 40 if schedule == "cosine" else 60  # steps that Karras' levels are still apart for
+    for spacing, final, num_steps in (
+        ("linspace", "clean", whole), ("linspace", "clean", 1), ("linspace", "first", 7), ("leading", "clean", 10),
+        ("trailing", "first", 10), ("quadratic", "clean", 10), ("logsnr", "first", 10), ("karras", "clean", 13),
+        ([3, 5, 4], "clean", None),
+    ):  # fmt: skip
+        options = {"prediction": prediction, "clip": clip, "spacing": spacing, "final": final}
+        got, _, exact = both(monkeypatch, case, SCHEDULES[schedule], torch.float64, num_steps, **options)
+        error = float((got - exact).abs().max()) / max(1, float(exact.abs().max()))
+        assert error <= 1e-10, f"{spacing}, {final}, {num_steps}: {error}"
 
 
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("clip", [False, True])
-def test_float32_is_as_close_to_float64_as_the_textbook_loop(monkeypatch, clip: bool) -> None:
-    got, loop, exact = both(monkeypatch, SCHEDULES["linear"], torch.float32, None, clip=clip)
-    scale = float(exact.abs().max())
-    ours, theirs = (float((v.double() - exact).abs().max()) / scale for v in (got, loop))
-    assert ours <= 2 * theirs + torch.finfo(torch.float32).eps
+def test_float32_is_as_close_to_float64_as_the_textbook_loop(monkeypatch, case: str, clip: bool) -> None:
+    ours = theirs = 0.0
+    for _ in range(10):  # a single chain's largest error is a matter of luck
+        got, loop, exact = both(monkeypatch, case, SCHEDULES["linear"], torch.float32, 50, spacing="karras", clip=clip)
+        errors = [float((v.double() - exact).abs().max() / exact.abs().max()) for v in (got, loop)]
+        ours, theirs = max(ours, errors[0]), max(theirs, errors[1])
+    assert ours <= 2 * theirs + 3 * torch.finfo(torch.float32).eps
 
 
-def test_spaced_timesteps_include_both_ends() -> None:
-    assert spaced_timesteps(1000, 5).tolist() == [0, 250, 500, 749, 999]
-    assert spaced_timesteps(10, 10).tolist() == list(range(10))
+ORDERS = {"ddim": 1, "euler": 1, "heun": 2, "dpmpp_2m": 2}
+
+
+@pytest.mark.parametrize("spacing", ["logsnr", "karras"])
+@pytest.mark.parametrize("sampler", ORDERS)
+def test_order_of_convergence(sampler: str, spacing: str) -> None:
+    """Data that are normal, where the flow's solution is known: twice the steps, half or a quarter of the error."""
+    abar = np.cumprod(1 - SCHEDULES["linear"])
+    mean, deviation = 0.3, 0.5
+
+    def exact_x0(x: Tensor, t: Tensor) -> Tensor:
+        level = np.log(sigma_of(abar))
+        sigma = np.exp(np.interp(t.double().numpy(), np.arange(1000), level))
+        s2, a = torch.from_numpy(sigma**2).view(-1, 1), torch.from_numpy(1 / np.sqrt(1 + sigma**2)).view(-1, 1)
+        return (deviation**2 * x / a + s2 * mean) / (deviation**2 + s2)
+
+    x_T = torch.linspace(-2, 2, 5, dtype=torch.float64).view(5, 1)
+    (high, low), errors = sigma_of(abar[[-1, 0]]), []
+    y_T = x_T * np.sqrt(1 + high**2)
+    expected = (mean + (y_T - mean) * np.sqrt((deviation**2 + low**2) / (deviation**2 + high**2))) / np.sqrt(1 + low**2)
+    for num_steps in (40, 80, 160):
+        plan = make_plan(sampler, abar, "x0", num_steps, {"spacing": spacing, "final": "first"})
+        errors.append(float((denoise(exact_x0, x_T.clone(), plan) - expected).abs().max()))
+    orders = [math.log2(errors[i] / errors[i + 1]) for i in range(2)]
+    assert all(abs(order - ORDERS[sampler]) < 0.35 for order in orders), (errors, orders)
+
+
+def test_spacings() -> None:
+    """By hand, and for all steps every timestep once."""
+    abar = np.cumprod(1 - generate_linear_schedule(1000, 1e-4, 0.02))
+    expected = {
+        "linspace": [999, 749, 500, 250, 0],
+        "leading": [800, 600, 400, 200, 0],
+        "trailing": [999, 799, 599, 399, 199],
+        "quadratic": [800, 450, 200, 50, 0],
+    }
+    for spacing, times in expected.items():
+        assert steps_of(abar, 5, spacing).t.tolist() == times
+        if spacing != "quadratic":
+            assert steps_of(abar, None, spacing).t.tolist() == list(range(999, -1, -1))
+    assert (
+        steps_of(abar, None, [10, 15, 20]).t.tolist()[:20] == spread(667, 999, 20)
+        and len(steps_of(abar, 45, [10, 15, 20]).t) == 45
+    )
+    for spacing in ("logsnr", "karras"):
+        t, level, after = steps_of(abar, 5, spacing, "first")
+        power = (lambda s: s ** (1 / 7)) if spacing == "karras" else np.log
+        gaps = np.diff(power(sigma_of(level)))
+        assert np.allclose(gaps, gaps[0], rtol=1e-9) and np.allclose(t[[0, -1]], [999, 0]) and after[-1] == abar[0]
+        assert np.array_equal(level[1:], after[:-1])
+
+
+def spread(first: int, last: int, n: int) -> list[int]:
+    """As improved-diffusion respaces a part: fractional strides, rounded."""
+    return [first + round(i * (last - first) / (n - 1)) for i in range(n)][::-1]
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "heun"])
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+def test_from_pure_noise(sampler: str, prediction: str) -> None:
+    """beta = 1 at the last timestep: nothing is left of the image there, and no number becomes infinite."""
+    abar = np.append(np.cumprod(1 - SCHEDULES["linear"])[:-1], 0.0)
+    plan = make_plan(sampler, abar, prediction, 5, {"spacing": "trailing"})
+    assert plan.rows.isfinite().all() and plan.column("t")[0] == 999
+    x = torch.randn(SHAPE, dtype=torch.float64)
+    assert denoise(network, x, plan, ops.NoiseState.at(0, 0)).isfinite().all()
+    with pytest.raises(ValueError, match="prediction 'eps' says nothing of the image"):
+        make_plan(sampler, abar, "eps", 5, {"spacing": "trailing"})
 
 
 def test_rows_in_full() -> None:

@@ -1,4 +1,9 @@
-"""Textbook sampler loops, each as its paper writes it: what the plans are held against."""
+"""Textbook sampler loops, each as its paper writes it: what the plans are held against.
+
+All take `network(x, t)`, x where it starts, the S timesteps in the order of use, the S + 1 levels abar from there to
+the end, and the noise z of each step. x is a x_0 + s noise with a = sqrt(abar), s = sqrt(1 - abar). What is written in
+sigma runs on x / a, with sigma = s / a.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,37 +11,146 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+Network = Callable[[Tensor, float], Tensor]  # (x_t, t) -> what it predicts
+
+
+def x0_of(prediction: str, x: Tensor, out: Tensor, abar: float, clip: bool) -> Tensor:
+    """The image that a prediction stands for."""
+    a, s = math.sqrt(abar), math.sqrt(1 - abar)
+    x0 = {"eps": lambda: (x - s * out) / a, "x0": lambda: out, "v": lambda: a * x - s * out}[prediction]()
+    return torch.clamp(x0, -1, 1) if clip else x0
+
+
+def _sigma(abar: float) -> float:
+    return math.sqrt((1 - abar) / abar) if abar > 0 else math.inf
+
 
 def ddpm_loop(
-    network: Callable[[Tensor, int], Tensor],  # (x_t, t) -> what it predicts
-    x: Tensor,  # x_T
-    alphas_cumprod: Sequence[float],  # of the timesteps taken, ascending
-    timesteps: Sequence[int],  # ascending
-    noise: Sequence[Tensor],  # z of each step, in the order of use
-    *,
-    prediction: str = "eps",
-    variance: str = "beta",
-    clip: bool = False,
-) -> Tensor:
+    network: Network, x: Tensor, t: Sequence[float], abar: Sequence[float], noise: Sequence[Tensor], *,
+    prediction: str = "eps", variance: str | float = "beta", clip: bool = False,
+) -> Tensor:  # fmt: skip
     """Ancestral sampling: Ho et al. 2020, algorithm 2; with clip, through x0 and equation 7."""
-    for step, i in enumerate(reversed(range(len(timesteps)))):
-        abar = alphas_cumprod[i]
-        abar_prev = alphas_cumprod[i - 1] if i > 0 else 1.0
-        alpha = abar / abar_prev
+    for i, time in enumerate(t):
+        now, after = abar[i], abar[i + 1]
+        alpha = now / after
         beta = 1 - alpha
-        out = network(x, timesteps[i])
-        if prediction == "eps":
-            x0 = (x - math.sqrt(1 - abar) * out) / math.sqrt(abar)
-        elif prediction == "v":
-            x0 = math.sqrt(abar) * x - math.sqrt(1 - abar) * out
-        else:
-            x0 = out
+        out = network(x, time)
         if prediction == "eps" and not clip:
-            mean = (x - beta / math.sqrt(1 - abar) * out) / math.sqrt(alpha)
+            mean = (x - beta / math.sqrt(1 - now) * out) / math.sqrt(alpha)
         else:
-            x0 = torch.clamp(x0, -1, 1) if clip else x0
-            mean = math.sqrt(abar_prev) * beta * x0 + math.sqrt(alpha) * (1 - abar_prev) * x
-            mean = mean / (1 - abar)
-        sigma = math.sqrt(beta) if variance == "beta" else math.sqrt(beta * (1 - abar_prev) / (1 - abar))
-        x = mean + sigma * noise[step] if i > 0 else mean
+            x0 = x0_of(prediction, x, out, now, clip)
+            mean = math.sqrt(after) * beta * x0 + math.sqrt(alpha) * (1 - after) * x
+            mean = mean / (1 - now)
+        x = mean
+        if after < 1 and beta > 0:
+            posterior = beta * (1 - after) / (1 - now)
+            if isinstance(variance, str):
+                sigma = math.sqrt(beta if variance == "beta" else posterior)
+            else:  # Nichol & Dhariwal 2021, equation 15
+                logs = math.log(beta), math.log(posterior)
+                sigma = math.exp((variance * logs[0] + (1 - variance) * logs[1]) / 2)
+            x = mean + sigma * noise[i]
     return x
+
+
+def ddim_loop(
+    network: Network, x: Tensor, t: Sequence[float], abar: Sequence[float], noise: Sequence[Tensor], *,
+    prediction: str = "eps", eta: float = 0.0, clip: bool = False,
+) -> Tensor:  # fmt: skip
+    """Song et al. 2021, equations 12 and 16; eps follows from a clipped x0."""
+    for i, time in enumerate(t):
+        now, after = abar[i], abar[i + 1]
+        x0 = x0_of(prediction, x, network(x, time), now, clip)
+        eps = (x - math.sqrt(now) * x0) / math.sqrt(1 - now)
+        sigma = eta * math.sqrt((1 - after) / (1 - now)) * math.sqrt(1 - now / after)
+        x = math.sqrt(after) * x0 + math.sqrt(1 - after - sigma**2) * eps + sigma * noise[i]
+    return x
+
+
+def euler_loop(
+    network: Network, x: Tensor, t: Sequence[float], abar: Sequence[float], noise: Sequence[Tensor], *,
+    prediction: str = "eps", eta: float = 0.0, clip: bool = False,
+) -> Tensor:  # fmt: skip
+    """Euler's method in sigma, ancestral with eta = 1 (k-diffusion's sample_euler and sample_euler_ancestral)."""
+    y = x / math.sqrt(abar[0])
+    for i, time in enumerate(t):
+        a, sigma, after = math.sqrt(abar[i]), _sigma(abar[i]), _sigma(abar[i + 1])
+        x0 = x0_of(prediction, y * a, network(y * a, time), abar[i], clip)
+        up = min(after, eta * math.sqrt(after**2 * (sigma**2 - after**2) / sigma**2))
+        down = math.sqrt(after**2 - up**2)
+        y = y + (y - x0) / sigma * (down - sigma) + noise[i] * up
+    return y * math.sqrt(abar[-1])
+
+
+def heun_loop(
+    network: Network, x: Tensor, t: Sequence[float], abar: Sequence[float], noise: Sequence[Tensor], *,
+    time_at: Callable[[float], float], prediction: str = "eps", s_churn: float = 0.0, s_tmin: float = 0.0,
+    s_tmax: float = math.inf, s_noise: float = 1.0, clip: bool = False,
+) -> Tensor:  # fmt: skip
+    """Karras et al. 2022, algorithm 2; `time_at(sigma)` is what the network is told of a grown sigma.
+
+    x already has the noise that is added before the first step: it stands at that step's grown sigma.
+    """
+
+    def slope(y: Tensor, sigma: float, time: float) -> Tensor:
+        level = 1 / (1 + sigma**2)
+        a = math.sqrt(level)
+        return (y - x0_of(prediction, y * a, network(y * a, time), level, clip)) / sigma
+
+    y = x
+    for i, time in enumerate(t):
+        sigma, after = _sigma(abar[i]), _sigma(abar[i + 1])
+        gamma = min(s_churn / len(t), math.sqrt(2) - 1) if s_tmin <= sigma <= s_tmax else 0.0
+        grown = sigma * (1 + gamma)
+        if i == 0:
+            y = x * math.sqrt(1 + grown**2)
+        else:
+            y = y + math.sqrt(grown**2 - sigma**2) * s_noise * noise[i]
+        d = slope(y, grown, time_at(grown) if gamma else time)
+        following = y + (after - grown) * d
+        if after > 0:
+            corrected = slope(following, after, t[i + 1] if i + 1 < len(t) else 0.0)
+            following = y + (after - grown) * (d + corrected) / 2
+        y = following
+    return y * math.sqrt(abar[-1])
+
+
+def dpmpp_2m_loop(
+    network: Network, x: Tensor, t: Sequence[float], abar: Sequence[float], noise: Sequence[Tensor], *,
+    prediction: str = "eps", clip: bool = False,
+) -> Tensor:  # fmt: skip
+    """Lu et al. 2022b, algorithm 2; a last step without noise is of first order."""
+    before, h_before = None, 0.0
+    for i, time in enumerate(t):
+        a, s = math.sqrt(abar[i + 1]), math.sqrt(1 - abar[i + 1])
+        h = math.log(_sigma(abar[i])) - math.log(_sigma(abar[i + 1])) if s > 0 else math.inf
+        x0 = x0_of(prediction, x, network(x, time), abar[i], clip)
+        d = x0
+        if before is not None and 0 < h < math.inf:
+            r = h_before / h
+            d = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * before
+        x = s / math.sqrt(1 - abar[i]) * x - a * (math.exp(-h) - 1) * d
+        before, h_before = x0, h
+    return x
+
+
+def dpmpp_2m_sde_loop(
+    network: Network, x: Tensor, t: Sequence[float], abar: Sequence[float], noise: Sequence[Tensor], *,
+    prediction: str = "eps", eta: float = 1.0, clip: bool = False,
+) -> Tensor:  # fmt: skip
+    """Lu et al. 2022b, appendix D.3 (k-diffusion's sample_dpmpp_2m_sde, midpoint)."""
+    y, before, h_before = x / math.sqrt(abar[0]), None, 0.0
+    for i, time in enumerate(t):
+        a, sigma, after = math.sqrt(abar[i]), _sigma(abar[i]), _sigma(abar[i + 1])
+        x0 = x0_of(prediction, y * a, network(y * a, time), abar[i], clip)
+        if after == 0:
+            y = x0
+            continue
+        h = math.log(sigma / after)
+        share = 1 - math.exp(-h - eta * h)
+        y = after / sigma * math.exp(-eta * h) * y + share * x0
+        if before is not None:
+            y = y + 0.5 * share * h / h_before * (x0 - before)
+        y = y + noise[i] * after * math.sqrt(1 - math.exp(-2 * eta * h))
+        before, h_before = x0, h
+    return y * math.sqrt(abar[-1])

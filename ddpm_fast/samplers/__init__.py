@@ -8,10 +8,16 @@ import numpy as np
 
 from ..ops import _checks as checks
 from ..schedules import Array
+from .ddim import ddim
 from .ddpm import ddpm
+from .dpmpp import dpmpp_2m, dpmpp_2m_sde
+from .euler import ancestral_euler, euler
+from .heun import heun
 from .plan import COLUMNS, Plan
 
-SAMPLERS: dict[str, Callable[..., Plan]] = {"ddpm": ddpm}
+SAMPLERS: dict[str, Callable[..., Plan]] = {
+    build.__name__: build for build in (ddpm, ddim, euler, ancestral_euler, heun, dpmpp_2m, dpmpp_2m_sde)
+}
 
 
 def make_plan(
@@ -49,4 +55,16 @@ def make_plan(
     return build(np.asarray(alphas_cumprod, dtype=np.float64), prediction, num_steps, **options)
 
 
-__all__ = ["COLUMNS", "SAMPLERS", "Plan", "ddpm", "make_plan"]
+__all__ = [
+    "COLUMNS",
+    "SAMPLERS",
+    "Plan",
+    "ancestral_euler",
+    "ddim",
+    "ddpm",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "euler",
+    "heun",
+    "make_plan",
+]

@@ -1,17 +1,13 @@
 """Ancestral sampling (Ho et al. 2020, algorithm 2), also on fewer timesteps (Nichol & Dhariwal 2021, section 4)."""
 
+from collections.abc import Sequence
+
 import numpy as np
-import torch
 
 from ..ops import _checks as checks
-from ..predictions import x0_coefficients
 from ..schedules import Array
-from .plan import Plan
-
-
-def spaced_timesteps(num_timesteps: int, num_steps: int) -> Array:
-    """`num_steps` timesteps evenly spaced over 0..T-1, both ends included, ascending."""
-    return np.unique(np.round(np.linspace(0, num_timesteps - 1, num_steps))).astype(np.int64)
+from .plan import Plan, plan_of
+from .steps import steps_of
 
 
 def ddpm(
@@ -19,7 +15,9 @@ def ddpm(
     prediction: str = "eps",
     num_steps: int | None = None,
     *,
-    variance: str = "beta",
+    variance: str | float = "beta",
+    spacing: str | Sequence[int] = "linspace",
+    final: str = "clean",
     clip: bool = False,
 ) -> Plan:
     """Rows of the posterior mean (Ho et al. 2020, equation 7) plus noise.
@@ -29,32 +27,30 @@ def ddpm(
         prediction: what the network predicts: "eps", "x0" or "v".
         num_steps: how many of the T timesteps to take, all by default; the betas between them follow from
             `alphas_cumprod`.
-        variance: "beta" (as the original DDPM code) or "posterior", sigma^2 = beta (1 - abar') / (1 - abar).
+        variance: "beta" (as the original DDPM code), "posterior", sigma^2 = beta (1 - abar') / (1 - abar), or a number
+            in [0, 1] between them, in the logarithm: 1 is "beta", 0 "posterior".
+        spacing, final: see `steps.steps_of`.
         clip: bound x0_hat to [-1, 1] in each step.
 
     Raises:
         ValueError, TypeError: an option has an unknown value, or num_steps is no integer in [1, T].
     """
-    total = len(alphas_cumprod)
-    num_steps = total if num_steps is None else checks.integer("num_steps", num_steps, 1, total)
-    checks.choice("variance", variance, ("beta", "posterior"))
-    checks.flag("clip", clip)
-    # One step alone starts where x_T is: at the last timestep.
-    t = spaced_timesteps(total, num_steps)[::-1] if num_steps > 1 else np.array([total - 1])
-    abar, abar_next = alphas_cumprod[t], np.append(alphas_cumprod[t[1:]], 1.0)
+    if isinstance(variance, str):
+        checks.choice("variance", variance, ("beta", "posterior"))
+        share = float(variance == "beta")
+    else:
+        share = checks.number("variance", variance, 0, 1)
+    t, abar, abar_next = steps_of(alphas_cumprod, num_steps, spacing, final)
     alpha = abar / abar_next
-    p_x, p_m = x0_coefficients(prediction, np.sqrt(abar), np.sqrt(1 - abar))
-    posterior = (1 - alpha) * (1 - abar_next) / (1 - abar)
-    c_z = np.sqrt(1 - alpha if variance == "beta" else posterior)
-    c_z[-1] = 0
-    rows = np.stack([
+    beta = 1 - alpha
+    posterior = beta * (1 - abar_next) / (1 - abar)
+    noise = beta**share * posterior ** (1 - share)
+    return plan_of(
         t,
-        np.ones_like(abar),
-        p_x,
-        p_m,
-        np.sqrt(alpha) * (1 - abar_next) / (1 - abar),
-        np.sqrt(abar_next) * (1 - alpha) / (1 - abar),
-        np.zeros_like(abar),
-        c_z,
-    ], axis=1)  # fmt: skip
-    return Plan(torch.from_numpy(rows), clip=1.0 if clip else None)
+        abar,
+        prediction,
+        c_x=np.sqrt(alpha) * (1 - abar_next) / (1 - abar),
+        c_0=np.sqrt(abar_next) * beta / (1 - abar),
+        c_z=np.where(abar_next < 1, np.sqrt(noise), 0.0),
+        clip=clip,
+    )

@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..ops import _checks as checks
+from ..predictions import PREDICTIONS, x0_coefficients
+from ..schedules import Array
 
 COLUMNS = ("t", "c_in", "p_x", "p_m", "c_x", "c_0", "c_h", "c_z")
 
@@ -56,3 +59,21 @@ class Plan:
         t = self.column("t")
         whole = bool((t == t.round()).all() and t.abs().max() < 2**63)
         return t.to(checks.device("device", device), torch.int64 if whole else torch.float32)
+
+
+def plan_of(
+    t: Array, abar: Array, prediction: str, *, c_x: Array, c_0: Array, c_h: Array | float = 0.0,
+    c_z: Array | float = 0.0, clip: bool = False,
+) -> Plan:  # fmt: skip
+    """A plan from its columns [S], whose state at row k is sqrt(abar_k) x_0 + sqrt(1 - abar_k) noise.
+
+    Raises:
+        ValueError, TypeError: an unknown prediction, or one that says nothing of x_0 at the level of a row.
+    """
+    checks.flag("clip", clip)
+    checks.choice("prediction", prediction, PREDICTIONS)
+    if prediction == "eps" and (abar == 0).any():
+        raise ValueError("prediction 'eps' says nothing of the image where nothing is left of it: train 'x0' or 'v'")
+    p_x, p_m = x0_coefficients(prediction, np.sqrt(abar), np.sqrt(1 - abar))
+    columns = np.broadcast_arrays(t, 1.0, p_x, p_m, c_x, c_0, c_h, c_z)
+    return Plan(torch.from_numpy(np.stack(columns, axis=1).astype(np.float64)), clip=1.0 if clip else None)
