@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .options import integers, png, real, size, whole
+from .options import assignment, integers, png, real, size, whole
 from .training.recipe import RECIPES, SEEDS
 
 MAX_PAD = 1024  # pixels around an image
@@ -47,6 +47,7 @@ examples:
   ddpm-fast sample runs/mnist --class 3 --num 16 --seed 5 --out threes.png
   ddpm-fast sample runs/mnist --classes 0-4,7 --out denoising.gif
   ddpm-fast sample runs/photos --class cat,dog --out pets.png     classes by their names
+  ddpm-fast sample runs/mnist --sampler dpmpp_2m --steps 20       fewer steps; see --list-samplers
   ddpm-fast sample runs/mnist --num 10000 --out images.npz
   ddpm-fast sample runs/mnist --out pictures/                     single PNGs
 
@@ -220,6 +221,19 @@ def _default(field: str) -> str:
     return f"({usual})" if usual == digits else f"({usual}; preset digits {digits})"
 
 
+class ListSamplers(argparse.Action):
+    """Prints what there is, and ends."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: ArgumentParser, *_: object) -> None:
+        from .info import list_samplers
+
+        print(list_samplers())
+        parser.exit()
+
+
 def _sample(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", type=Path, help="model.safetensors written by train, or its folder")
@@ -234,7 +248,10 @@ def _sample(parser: ArgumentParser) -> None:
     add("--classes", "--class", metavar="A,B-C", help="which to draw, names or numbers, in equal parts (all)")
     add("--seed", type=whole(0, SEEDS - 1), default=0, metavar="N", help="another seed, other images (%(default)s)")
     add("--steps", type=whole(1), metavar="N", help="denoising steps (as many as in training)")
-    add("--sampler", default="ddpm", help="(%(default)s)")
+    add("--sampler", default="ddpm", metavar="NAME", help="(%(default)s)")
+    add("--list-samplers", action=ListSamplers, help="show the samplers and their options, and end")
+    listed = "of the sampler, such as spacing=karras or eta=0.5; may be given several times"
+    add("--option", type=assignment, action="append", default=[], metavar="NAME=VALUE", help=listed)
     add("--batch", type=whole(1), default=256, metavar="N", help="images at a time (%(default)s)")
     add("--no-ema", action="store_true", help="use the raw weights instead of the averaged ones")
     add("--columns", type=whole(1, 10**4), metavar="N", help="images per row of a grid (a class per row)")

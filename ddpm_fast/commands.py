@@ -17,7 +17,7 @@ from .diffusion import Diffusion
 from .info import show
 from .models.presets import Config, preset
 from .ops import _checks as checks
-from .samplers import SAMPLERS
+from .samplers import SAMPLERS, Plan
 from .training.cache import default_folder
 from .training.checkpoint import CHECKPOINT, read_checkpoint
 from .training.data import Images, load_images, write_skipped
@@ -151,8 +151,9 @@ def sample(args: Namespace) -> int:
     diffusion = saved.diffusion(device)
     num = (8 * len(classes) or 64) if args.num is None else args.num
     y = torch.tensor([classes[i * len(classes) // num] for i in range(num)]) if classes else None
-    frames = Frames(len(diffusion.plan(args.sampler, args.steps))) if suffix == ".gif" else None
-    pixels = torch.cat([to_uint8(x) for x in _draw(diffusion, y, num, args, frames)])
+    plan = diffusion.plan(args.sampler, args.steps, dict(args.option))
+    frames = Frames(len(plan)) if suffix == ".gif" else None
+    pixels = torch.cat([to_uint8(x) for x in _draw(diffusion, plan, y, num, args, frames)])
     rows = len(classes) if classes and num % len(classes) == 0 else math.isqrt(num)
     layout = {"columns": args.columns or -(-num // rows), "upscale": args.upscale or upscale_for(pixels.shape[2])}
     if suffix == ".png":
@@ -225,7 +226,9 @@ def _class(text: str, names: tuple[str, ...]) -> int:
     return int(text)
 
 
-def _draw(diffusion: Diffusion, y: Tensor | None, num: int, args: Namespace, frames: Frames | None) -> Iterator[Tensor]:
+def _draw(
+    diffusion: Diffusion, plan: Plan, y: Tensor | None, num: int, args: Namespace, frames: Frames | None
+) -> Iterator[Tensor]:
     device = next(diffusion.parameters()).device
     for first in range(0, num, args.batch):
         count = min(args.batch, num - first)
@@ -234,8 +237,7 @@ def _draw(diffusion: Diffusion, y: Tensor | None, num: int, args: Namespace, fra
             device,
             None if y is None else y[first : first + count].to(device),
             use_ema=not args.no_ema,
-            sampler=args.sampler,
-            num_steps=args.steps,
+            sampler=plan,
             seed=args.seed,
             first_index=first,
             progress=True,

@@ -1,6 +1,7 @@
-"""What works here: versions, devices, and which backends each op has."""
+"""What works here: versions, devices, which backends each op has; and which samplers there are."""
 
 import importlib.util
+import inspect
 import platform
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import numpy as np
 import torch
 
 from . import __version__, ops
+from .samplers import SAMPLERS
+from .samplers.steps import SPACINGS
 
 
 def show() -> None:
@@ -25,6 +28,18 @@ def show() -> None:
     print()
     for op, backend, reason in ops.availability():
         print(f"{op:<20} {backend:<10} {reason or 'available'}")
+
+
+def list_samplers() -> str:
+    """Each sampler's name, what it is, and its options with their defaults."""
+    lines = []
+    for name, build in SAMPLERS.items():
+        options = [p for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        lines += [
+            f"{name}: {(build.__doc__ or '').strip().splitlines()[0]}",
+            "    " + " ".join(f"{p.name}={str(p.default).lower()}" for p in options),
+        ]
+    return "\n".join([*lines, f"spacing: {', '.join(SPACINGS)}, or numbers of steps such as 10,15,20"])
 
 
 def native_isa() -> str | None:

@@ -3,6 +3,7 @@
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 MAX_SIDE = 8192  # pixels of an image
 
@@ -37,6 +38,21 @@ def real(low: float, high: float = float("inf")) -> Callable[[str], float]:
         return number
 
     return parse
+
+
+def assignment(text: str) -> tuple[str, Any]:
+    """'name=value': a number, 'true' or 'false', whole numbers with commas between, or else a word."""
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier() and value):
+        raise ArgumentTypeError(f"{text!r} is no NAME=VALUE")
+    if value in ("true", "false"):
+        return name, value == "true"
+    if "," in value:
+        return name, integers(value)
+    try:
+        return name, float(value)
+    except ValueError:
+        return name, value
 
 
 def png(text: str) -> Path:

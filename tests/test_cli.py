@@ -16,6 +16,7 @@ from PIL import Image, ImageSequence
 from ddpm_fast import __version__, commands, demo, ops
 from ddpm_fast.evaluation.classifier import judge
 from ddpm_fast.models.presets import PRESETS
+from ddpm_fast.samplers import SAMPLERS
 from ddpm_fast.training.checkpoint import load_diffusion, read_checkpoint, save_checkpoint
 from ddpm_fast.training.data import digits, to_float
 from ddpm_fast.training.images import to_uint8
@@ -100,14 +101,26 @@ def test_sample_takes_the_folder_of_a_run_and_says_what_it_drew(
 
 def test_sample_options_reach_the_sampler(distinct: Path, tmp_path: Path) -> None:
     seen = []
-    for i, option in enumerate(("", " --steps 5", " --no-ema", " --seed 1")):
+    heun = " --sampler heun --steps 4 --option spacing=linspace --option s_churn=2 --option clip=true"
+    for i, option in enumerate(("", " --steps 5", " --no-ema", " --seed 1", heun, " --option spacing=2,3")):
         assert run(DRAW + " --class 4 --num 2" + option, c=distinct, out=tmp_path / f"{i}.npz") == 0
         with np.load(tmp_path / f"{i}.npz") as file:
             seen.append(file["images"].tobytes())
-    assert len(set(seen)) == 4
+    assert len(set(seen)) == 6
     wanted = [{"seed": 0}, {"seed": 0, "num_steps": 5}, {"seed": 0, "use_ema": False}, {"seed": 1}]
+    options = {"spacing": "linspace", "s_churn": 2.0, "clip": True}
+    wanted += [{"seed": 0, "sampler": "heun", "num_steps": 4, "sampler_options": options}]
+    wanted += [{"seed": 0, "sampler_options": {"spacing": (2, 3)}}]
     for image, options in zip(seen, wanted, strict=True):
         assert image == expected(distinct, [4, 4], **options).permute(0, 2, 3, 1).numpy().tobytes()
+
+
+def test_samplers_are_listed(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        run("sample --list-samplers")
+    shown = capsys.readouterr().out
+    assert not end.value.code and all(f"{name}: " in shown for name in SAMPLERS)
+    assert "    eta=0.0 spacing=linspace final=clean clip=false" in shown
 
 
 def test_sample_gif_ends_with_the_grid(checkpoint: Path, tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ from ddpm_fast import commands, ops
         ("sample {c} --out a.jpeg", "--out a.jpeg: expected .png, .gif, .npz or a folder"),
         ("sample {c} --out {tmp}/junk.safetensors/x.png", "junk.safetensors is a file, expected a folder"),
         ("sample {c} --steps 21", "--steps must be an integer in [1, 20], got 21"),
-        ("sample {c} --sampler euler", "--sampler euler: expected one of ddpm"),
+        ("sample {c} --sampler eulerian", "--sampler eulerian: expected one of ddpm"),
+        ("sample {c} --option eta=1", "sampler_options: 'ddpm' has no option 'eta'; it has variance"),
+        ("sample {c} --sampler ddim --option eta=2", "eta must be a finite number in [0, 1], got 2.0"),
         ("demo --out {run}", "model.safetensors exists, and no demo wrote it"),
     ],
 )
@@ -108,6 +110,7 @@ def test_no_traceback_unless_asked_for(
     [
         ("train --size 32x", "'32x' is no size: expected N or HxW, each from 1 to 8192"),
         ("train --lr 7", "'7' is no number between 0 and 1"),
+        ("sample x --option eta", "'eta' is no NAME=VALUE"),
         ("train photos", "unrecognized arguments: photos; for the images, --data photos"),
         ("train --photos x", "unrecognized arguments: --photos x"),
     ],

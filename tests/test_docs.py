@@ -43,7 +43,7 @@ def test_the_examples_run(page: Path) -> None:
 
 
 def test_readme_and_sampling_have_examples() -> None:
-    assert len(blocks(ROOT / "README.md")) == 1 and len(blocks(ROOT / "docs" / "sampling.md")) == 2
+    assert len(blocks(ROOT / "README.md")) == 1 and len(blocks(ROOT / "docs" / "sampling.md")) == 3
 
 
 @pytest.mark.parametrize("num_steps", [1, 7, 50])

@@ -20,7 +20,7 @@ def ddpm(
     final: str = "clean",
     clip: bool = False,
 ) -> Plan:
-    """Rows of the posterior mean (Ho et al. 2020, equation 7) plus noise.
+    """Ancestral sampling: the posterior mean (Ho et al. 2020, equation 7) plus noise.
 
     Args:
         alphas_cumprod: [T].

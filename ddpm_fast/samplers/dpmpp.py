@@ -30,7 +30,9 @@ def dpmpp_2m(
     final: str = "clean",
     clip: bool = False,
 ) -> Plan:
-    """Rows of x' = s'/s x - a' (e^-h - 1) D.
+    """DPM-Solver++(2M), second order, one call of the network a step, without noise; 10 to 30 steps.
+
+    Rows of x' = s'/s x - a' (e^-h - 1) D.
 
     Args:
         alphas_cumprod: [T].
@@ -55,7 +57,9 @@ def dpmpp_2m_sde(
     final: str = "clean",
     clip: bool = False,
 ) -> Plan:
-    """Rows of x' = s'/s e^-(eta h) x + a' (1 - e^-(1 + eta) h) D + s' sqrt(1 - e^-2 eta h) z; see `dpmpp_2m`.
+    """SDE-DPM-Solver++(2M): the same with fresh noise; arguments as of `dpmpp_2m`.
+
+    Rows of x' = s'/s e^-(eta h) x + a' (1 - e^-(1 + eta) h) D + s' sqrt(1 - e^-2 eta h) z.
 
     Args:
         eta: how much of the noise is drawn anew; 1 is the paper's, 0 gives `dpmpp_2m`.

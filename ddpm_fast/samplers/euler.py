@@ -23,7 +23,7 @@ def euler(
     final: str = "clean",
     clip: bool = False,
 ) -> Plan:
-    """Rows of Euler steps in sigma.
+    """Euler's method in sigma, first order, without noise.
 
     Args:
         alphas_cumprod: [T].
@@ -48,7 +48,7 @@ def ancestral_euler(
     final: str = "clean",
     clip: bool = False,
 ) -> Plan:
-    """As `euler`, each step to a lower sigma than the next one, up to which fresh noise is added.
+    """Euler's method to a lower sigma than the next one, up to which fresh noise is added; arguments as of `euler`.
 
     Args:
         eta: the fresh noise as a share of what keeps the distribution; 0 for none.

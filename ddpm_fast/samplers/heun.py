@@ -27,7 +27,9 @@ def heun(
     final: str = "clean",
     clip: bool = False,
 ) -> Plan:
-    """Rows of a step and its correction; a last step to a clean image has no correction.
+    """Heun's method, second order, two calls of the network a step, with churn (Karras et al. 2022).
+
+    Rows of a step and of its correction; a last step to a clean image has none.
 
     Args:
         alphas_cumprod: [T].
