@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .models.presets import SCHEDULES
 from .options import assignment, integers, png, real, size, whole
+from .predictions import PREDICTIONS
 from .training.recipe import RECIPES, SEEDS
 
 MAX_PAD = 1024  # pixels around an image
@@ -186,7 +188,10 @@ def _train_model(add: Callable[..., object]) -> None:
     add("--attention-resolutions", type=integers, metavar="I,J,..", help="levels with attention, 0 = full resolution")
     add("--dropout", type=real(0, 1), metavar="P", help="probability in the residual blocks")
     add("--num-timesteps", type=whole(1), metavar="T", help="noise levels, and steps of the slowest sampling")
-    add("--schedule", choices=("linear", "cosine"), help="how noise grows over the timesteps")
+    add("--schedule", choices=tuple(SCHEDULES), help="how noise grows over the timesteps")
+    stretched = "stretch the schedule to pure noise at its end; with --prediction x0 or v (no)"
+    add("--zero-terminal-snr", action=BooleanOptionalAction, help=stretched)
+    add("--prediction", choices=PREDICTIONS, help="what the network learns to predict (the preset's)")
     add(
         "--ema-decay",
         type=real(0, 1),

@@ -37,6 +37,8 @@ MODEL_OPTIONS = (
     "dropout",
     "num_timesteps",
     "schedule",
+    "zero_terminal_snr",
+    "prediction",
     "ema_decay",
     "ema_start",
 )

@@ -37,6 +37,73 @@ def generate_cosine_schedule(T: int, s: float = 0.008) -> Array:
     return np.minimum(1 - f[1:] / f[:-1], 0.999)
 
 
+def generate_quadratic_schedule(T: int, low: float, high: float) -> Array:
+    """T betas whose square roots are evenly spaced: diffusers' "scaled_linear", Ho et al.'s "quad".
+
+    Raises:
+        ValueError, TypeError: T is not a positive integer, or an end is not a number of at least 0.
+    """
+    steps, low, high = checks.integer("T", T, 1), checks.number("low", low, 0), checks.number("high", high, 0)
+    return np.linspace(np.sqrt(low), np.sqrt(high), steps) ** 2
+
+
+def generate_sigmoid_schedule(T: int, low: float, high: float, width: float = 6.0) -> Array:
+    """T betas that go from about `low` to about `high` as a sigmoid from -width to width (Xu et al. 2022, GeoDiff).
+
+    Raises:
+        ValueError, TypeError: T is not a positive integer, or a number is not finite.
+    """
+    steps, low, high = checks.integer("T", T, 1), checks.number("low", low), checks.number("high", high)
+    width = checks.number("width", width)
+    return low + (high - low) / (1 + np.exp(-np.linspace(-width, width, steps)))
+
+
+def generate_warmup_schedule(T: int, low: float, high: float, share: float = 0.1) -> Array:
+    """T betas that rise linearly over the first `share` of them and then stay at `high`: Ho et al.'s "warmup10".
+
+    Raises:
+        ValueError, TypeError: T is not a positive integer, an end is not finite, or share is not in [0, 1].
+    """
+    steps, low, high = checks.integer("T", T, 1), checks.number("low", low), checks.number("high", high)
+    rising = int(steps * checks.number("share", share, 0, 1))
+    return np.append(np.linspace(low, high, rising), np.full(steps - rising, high))
+
+
+def generate_constant_schedule(T: int, beta: float) -> Array:
+    """T equal betas.
+
+    Raises:
+        ValueError, TypeError: T is not a positive integer, or beta is not a finite number.
+    """
+    return np.full(checks.integer("T", T, 1), checks.number("beta", beta))
+
+
+def generate_jsd_schedule(T: int) -> Array:
+    """The betas 1/T, 1/(T-1), ..., 1 (Sohl-Dickstein et al. 2015, section 2.4.1): each step removes as much of the
+    image, and the last one all that is left; for "x0" and "v" alone.
+
+    Raises:
+        ValueError, TypeError: T is not a positive integer.
+    """
+    return 1 / np.arange(checks.integer("T", T, 1), 0, -1, dtype=np.float64)
+
+
+def zero_terminal_snr(betas: Array) -> Array:
+    """The schedule moved and stretched so that nothing of the image is left at the end, where beta becomes 1 (Lin et
+    al. 2023, algorithm 1); for "x0" and "v" alone.
+
+    Raises:
+        ValueError, TypeError: `betas` are no schedule of at least two timesteps.
+    """
+    betas = check_betas(betas, "v")
+    if len(betas) < 2:
+        raise ValueError("betas must have at least two timesteps to be stretched, got one")
+    signal = np.sqrt(np.cumprod(1 - betas))
+    stretched = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+    abar = stretched**2
+    return 1 - np.append(abar[:1], abar[1:] / abar[:-1])
+
+
 def check_betas(betas: object, prediction: str = "eps") -> Array:
     """`betas` as a float64 vector.
 

@@ -1,6 +1,6 @@
 """Named configurations, and the configuration that a checkpoint carries."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -8,12 +8,31 @@ import torch.nn.functional as F
 
 from ..ops import _checks as checks
 from ..predictions import PREDICTIONS
-from ..schedules import Array, generate_cosine_schedule, generate_linear_schedule
+from ..schedules import (
+    Array,
+    generate_constant_schedule,
+    generate_cosine_schedule,
+    generate_jsd_schedule,
+    generate_linear_schedule,
+    generate_quadratic_schedule,
+    generate_sigmoid_schedule,
+    generate_warmup_schedule,
+    zero_terminal_snr,
+)
 from .fusing import Activation
 from .unet import UNet
 
 ACTIVATIONS: dict[str, Activation] = {"relu": F.relu, "mish": F.mish, "silu": F.silu}
-SCHEDULES = ("linear", "cosine")
+# From T and the ends, which are those of 1000 timesteps times 1000 / T.
+SCHEDULES: dict[str, Callable[[int, float, float], Array]] = {
+    "linear": generate_linear_schedule,
+    "cosine": lambda T, low, high: generate_cosine_schedule(T),
+    "quadratic": generate_quadratic_schedule,
+    "sigmoid": generate_sigmoid_schedule,
+    "warmup": generate_warmup_schedule,
+    "constant": lambda T, low, high: generate_constant_schedule(T, high),
+    "jsd": lambda T, low, high: generate_jsd_schedule(T),
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +57,7 @@ class Config:
     schedule: str = "linear"
     schedule_low: float = 1e-4  # at 1000 timesteps; scaled by 1000 / num_timesteps
     schedule_high: float = 0.02
+    zero_terminal_snr: bool = False  # stretch the schedule until nothing of the image is left at its end
     loss_type: str = "l2"
     prediction: str = "eps"
     ema_decay: float = 0.9999
@@ -64,7 +84,8 @@ class Config:
             values[name] = checks.number(name, getattr(self, name), 0, 1)
         values["time_emb_scale"] = checks.number("time_emb_scale", self.time_emb_scale)
         checks.choice("activation", self.activation, tuple(ACTIVATIONS))
-        checks.choice("schedule", self.schedule, SCHEDULES)
+        checks.choice("schedule", self.schedule, tuple(SCHEDULES))
+        checks.flag("zero_terminal_snr", self.zero_terminal_snr)
         checks.choice("loss_type", self.loss_type, ("l1", "l2"))
         checks.choice("prediction", self.prediction, PREDICTIONS)
         if self.norm is not None:
@@ -92,10 +113,9 @@ class Config:
 
     def betas(self) -> Array:
         """The noise schedule, [num_timesteps]."""
-        if self.schedule == "cosine":
-            return generate_cosine_schedule(self.num_timesteps)
         scale = 1000 / self.num_timesteps
-        return generate_linear_schedule(self.num_timesteps, self.schedule_low * scale, self.schedule_high * scale)
+        betas = SCHEDULES[self.schedule](self.num_timesteps, self.schedule_low * scale, self.schedule_high * scale)
+        return zero_terminal_snr(betas) if self.zero_terminal_snr else betas
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
