@@ -16,7 +16,7 @@ OPS = [path.stem for path in sorted((ROOT / "ddpm_fast" / "ops").glob("[!_]*.py"
 # An import points to a lower level, or stays on its own.
 LEVELS = (
     "reference",
-    "kernels _C",
+    "kernels _C _cuda",
     "ops schedules predictions samplers",
     "engine models progress",
     "diffusion sampling",
