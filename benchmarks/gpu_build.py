@@ -73,7 +73,7 @@ def find_compiler() -> list[str]:
 
 def commands(compiler: Sequence[str]) -> Iterator[tuple[Path, list[str]]]:
     """Yield each translation unit with its command, less the object's name; those that take longest come first."""
-    lists = _cmake_lists()
+    lists = cmake_lists()
     macros = _answer([*compiler, "-dM", "-E", "-x", "c++", os.devnull])
     gnu = "__clang__" not in macros
     options = [_for_compiler(option, gnu) for option in lists["options"]]
@@ -92,7 +92,7 @@ def commands(compiler: Sequence[str]) -> Iterator[tuple[Path, list[str]]]:
             yield source, [*common, *threads, *flags, f"-DDDPM_ISA={name}", "-c", str(source)]
 
 
-def _cmake_lists() -> dict[str, list[str]]:
+def cmake_lists() -> dict[str, list[str]]:
     """Return the lists that CMakeLists.txt sets for every build: options, flags of instruction sets, file patterns."""
     text = re.sub(r"#.*", "", (ROOT / "CMakeLists.txt").read_text(encoding="utf-8"))
     lists: dict[str, list[str]] = {}

@@ -6,11 +6,17 @@
 
 #if defined(__CUDACC__)
 #define DDPM_INLINE __host__ __device__ __forceinline__
-#define DDPM_UNROLL_10 _Pragma("unroll")
 #else
-#define DDPM_UNROLL_10 _Pragma("GCC unroll 10")
 // Never a function of its own: the linker would give one instruction set's copy to another.
 #define DDPM_INLINE inline __attribute__((always_inline))
+#endif
+
+#if defined(__CUDA_ARCH__)
+#define DDPM_UNROLL_10 _Pragma("unroll")
+#elif defined(__CUDACC__)  // whose compiler for the host knows neither
+#define DDPM_UNROLL_10
+#else
+#define DDPM_UNROLL_10 _Pragma("GCC unroll 10")
 #endif
 
 namespace ddpm {

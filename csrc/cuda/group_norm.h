@@ -78,7 +78,7 @@ template <class E>
 struct Lane {
   E* first;
   int step;
-  DDPM_DEVICE E* operator()(int pixel) const { return first + pixel * step; }
+  DDPM_DEVICE E* operator()(int pixel) const { return global(first + pixel * step); }
 };
 
 template <class E>
@@ -155,21 +155,23 @@ DDPM_DEVICE float over_warp(float v) {
   return v;
 }
 
-// What the blocks of a slab left, one after the other: in their shared memory, or in the table.
-template <class S>
+// What the blocks of a slab left, one after the other: in their shared memory (`Peers`), or in the table.
+template <bool Peers>
 struct Entries {
   const float* first;
   int64_t block;  // from one to the next in the table
   int step;       // from one of its three arrays to the next
-  bool peers;
 
+  template <class S>
   DDPM_DEVICE Entries(const GroupNorm& g, const Place<S>& at, const Room& room)
-      : block(int64_t{3} * g.channels), step(g.channels), peers(g.cut.one_pass) {
-    first = peers ? room.entry : g.table + at.n * g.cut.chunks * block + at.slab;
-    if (peers) step = g.cut.slab;
-  }
+      : first(Peers ? room.entry : g.table + at.n * g.cut.chunks * 3 * g.channels + at.slab),
+        block(int64_t{3} * g.channels),
+        step(Peers ? g.cut.slab : g.channels) {}
 
-  DDPM_DEVICE const float* operator()(int i) const { return peers ? of_peer(first, i) : first + i * block; }
+  DDPM_DEVICE const float* operator()(int i) const {
+    if constexpr (Peers) return of_peer(first, i);
+    return global(first + i * block);
+  }
 };
 
 // Leaves a block's three arrays in the table.

@@ -50,8 +50,8 @@ DDPM_DEVICE void moments(const Cut& cut, const Place<S>& at, const Room& room, c
 }
 
 // The moments of all the blocks of a slab, merged around the first one's pivot (Chan et al. 1979): room.channels.
-template <class S>
-DDPM_DEVICE void merge(const GroupNorm& g, const Place<S>& at, const Room& room, const Entries<S>& entries) {
+template <class S, class Entries>
+DDPM_DEVICE void merge(const GroupNorm& g, const Place<S>& at, const Room& room, const Entries& entries) {
   constexpr int V = S::kCount;
   const Cut& cut = g.cut;
   float pivot[V] = {}, mean[V], sums[1][V] = {};
@@ -213,7 +213,7 @@ DDPM_KERNEL(kThreads, 2) group_norm_silu_fwd_kernel(DDPM_ARGUMENT Forward f) {
     leave(f, at, room.entry);
     return;
   }
-  if (channels != room.entry) merge(f, at, room, Entries<S>(f, at, room));
+  if (channels != room.entry) merge(f, at, room, Entries<P == kWhole>(f, at, room));
   if (P == kWhole && cut.chunks > 1) cluster_arrive();  // the peers' memory is read
 
   affine(f, at, room, channels, summed ? Row{} : f.add);
@@ -225,9 +225,10 @@ DDPM_KERNEL(kThreads, 2) group_norm_silu_fwd_kernel(DDPM_ARGUMENT Forward f) {
     offset[i] = channels[2 * cut.slab + at.channel + i];
   }
   const Factors factors(f, at.n);
+  const Lane<const E> kept = summed ? Lane<const E>{h.first, h.step} : x;
   const auto again = [&](int p) {
     if constexpr (P == kWhole) return load_held(p);
-    return load<S>(summed ? h(at.pixel + p) : x(at.pixel + p));
+    return load<S>(kept(at.pixel + p));
   };
   each<kAhead>(at, at.pixels, again, [&](int p, const Raw& raw) {
     const int pixel = at.pixel + p;

@@ -145,7 +145,7 @@ DDPM_KERNEL(kThreads, 2) group_norm_silu_bwd_kernel(DDPM_ARGUMENT Backward b) {
       cluster_arrive();
       cluster_wait();
     }
-    const Entries<S> entries(b, at, room);
+    const Entries<P == kWhole> entries(b, at, room);
     float sums[3][V] = {};
     if (at.active) {
       for (int e = at.row; e < cut.chunks; e += at.rows) {

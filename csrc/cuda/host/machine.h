@@ -220,6 +220,11 @@ inline int thread() { return host::machine().now->thread; }
 inline int threads() { return host::machine().threads; }
 inline int block() { return host::machine().now->block->index; }
 inline unsigned char* shared() { return host::machine().now->block->shared.get(); }
+template <class T>
+T* global(T* at) {
+  return at;
+}
+
 inline void sync() { host::wait(host::Waits::block); }
 
 inline float shuffle_xor(float v, int lanes) {
