@@ -90,7 +90,7 @@ def _steps(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     yield Case("q_sample", name, partial(q_sample.q_sample, x, t, table, table, state), wide, quick)
     step, room = sampler_step.sampler_step, sampler_step.room(x, x, [])
     yield Case("sampler_step", name, partial(step, room, None, x, x, rows, k, state, None, 1.0), wide, quick)
-    other = partial(step, room, sampler_step.like(x), x, last, rows, k, x, x, None)
+    other = partial(step, room, sampler_step.room(x, None, []), x, last, rows, k, x, x, None)
     yield Case("sampler_step", f"{name}, hist, channels_last", other, wide, quick)
     of = diffusion_loss.Target(state, None, None, None, False)
     yield Case("diffusion_loss", f"{name} forward", partial(diffusion_loss.forward, x, of), wide, quick)

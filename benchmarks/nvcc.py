@@ -24,7 +24,9 @@ from benchmarks.options import count
 TARGETS = ("sm_80", "sm_90a", "sm_100")
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 CLUSTERS = 90  # compute capability that has them, times 10
-ENTRY = re.compile(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads\n.*?Used (\d+) ")
+ENTRY = re.compile(
+    r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads\n.*?Used (\d+) "
+)
 NAME = re.compile(r"(\w+_kernel)(?:<.*?(Vector|Single)<(?:\w+::)*(\w+)>.*(\d)>)?\(")
 PARTS = ("whole", "chunk", "apply")
 WIDE_LOAD = re.compile(r"ld\.global(?:\.nc)?\.v4\.[bfu]32|cp\.async\.cg\.shared\.global \[[^\]]*\], \[[^\]]*\], 16")

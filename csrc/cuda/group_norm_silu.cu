@@ -145,7 +145,7 @@ DDPM_DEVICE void affine(const GroupNorm& g, const Place<S>& at, const Room& room
 }
 
 template <class S, Part P>
-DDPM_KERNEL(kThreads, 2) group_norm_silu_fwd_kernel(DDPM_ARGUMENT Forward f) {
+DDPM_KERNEL(kThreads, P == kWhole ? 3 : 2) group_norm_silu_fwd_kernel(DDPM_ARGUMENT Forward f) {
   constexpr int V = S::kCount, kAhead = P == kWhole ? 1 : 4;
   using E = typename S::Element;
   using Raw = typename S::Raw;
@@ -189,7 +189,7 @@ DDPM_KERNEL(kThreads, 2) group_norm_silu_fwd_kernel(DDPM_ARGUMENT Forward f) {
   if constexpr (P == kWhole) {
     // A thread reads again only what it has copied itself.
     if (summed) {
-      each<4>(at, at.pixels, load_pair, [&](int p, const Pair& pair) {
+      each<2>(at, at.pixels, load_pair, [&](int p, const Pair& pair) {
         float v[V];
         sum(p, pair, v, true);
         store<S>(held + p * cut.slab, S::pack(v));

@@ -15,6 +15,8 @@ from .arrays import place
 from .layouts import Array, array, pixels, room
 from .noise import EXACT, blocks_of, normals
 
+__all__ = ["room", "sampler_step", "sampler_step_kernel"]
+
 
 @triton.jit(do_not_specialize=["first_sample", "stream"])
 def sampler_step_kernel(

@@ -1,6 +1,6 @@
 // A GPU as a C++ program, for tests: kernels run on the CPU as they are. Each thread of a block is a fiber that runs until a
-// barrier or a shuffle; a fault in how threads meet ends the process. DDPM_HOST_ORDER=-1 lets threads run in the other
-// order: a missing barrier shows in one of the two.
+// barrier or a shuffle; a fault in how threads meet ends the process. In some launches the last thread runs first: a missing
+// barrier shows in one of the two orders.
 #pragma once
 
 #include <ucontext.h>
@@ -37,7 +37,7 @@ constexpr const char* kDeviceType = "cpu";
 namespace host {
 
 constexpr int kWarp = 32;
-constexpr size_t kStack = 128 << 10;
+constexpr size_t kStack = 64 << 10;
 constexpr int kShared = 227 << 10;  // of a block on sm_90
 
 [[noreturn]] inline void fault(const char* text, int block, int thread) {
@@ -52,7 +52,7 @@ struct Block;
 
 struct Fiber {
   ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStack]};
+  char* stack = nullptr;
   void* fake = nullptr;  // AddressSanitizer's second stack
   Block* block = nullptr;
   int thread = 0;
@@ -79,6 +79,8 @@ struct Machine {
   const void* home_stack = nullptr;
   size_t home_size = 0;
   int threads = 0;
+  unsigned launches = 0;
+  std::vector<std::unique_ptr<char[]>> stacks;  // of all threads that there have been at once
   std::function<void()> kernel;
 };
 
@@ -91,7 +93,7 @@ inline void switch_to(Fiber& fiber) {
   auto& m = machine();
   m.now = &fiber;
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&m.home_fake, fiber.stack.get(), kStack);
+  __sanitizer_start_switch_fiber(&m.home_fake, fiber.stack, kStack);
 #endif
   swapcontext(&m.home, &fiber.context);
 #if defined(__SANITIZE_ADDRESS__)
@@ -207,7 +209,8 @@ inline void start(Block& block, int index) {
   for (const auto& fiber : block.fibers) {
     fiber->waits = Waits::no;
     getcontext(&fiber->context);
-    fiber->context.uc_stack.ss_sp = fiber->stack.get();
+    ASAN_UNPOISON_MEMORY_REGION(fiber->stack, kStack);  // what its last thread left there
+    fiber->context.uc_stack.ss_sp = fiber->stack;
     fiber->context.uc_stack.ss_size = kStack;
     fiber->context.uc_link = nullptr;
     makecontext(&fiber->context, entry, 0);
@@ -302,19 +305,22 @@ Error launch(void (*kernel)(Arguments), const Grid& grid, const Arguments& argum
       grid.blocks % grid.cluster != 0 || grid.threads < 1 || grid.threads > 1024 || grid.threads % host::kWarp != 0) {
     return kBadGrid;
   }
-  const char* const named = std::getenv("DDPM_HOST_ORDER");
-  const int order = named == nullptr ? 1 : std::atoi(named);
   auto& m = host::machine();
+  // Of two equal sequences of launches, each has another order the second time (Thue and Morse).
+  const int order = __builtin_parity(m.launches++) != 0 ? -1 : 1;
   m.threads = grid.threads;
   m.kernel = [&] { kernel(arguments); };
   std::vector<host::Block> all(static_cast<size_t>(grid.cluster));
   std::vector<host::Block*> cluster;
+  size_t used = 0;
   for (auto& block : all) {
     block.fibers.resize(size_t(grid.threads));
     for (int i = 0; i < grid.threads; ++i) {
       block.fibers[size_t(i)] = std::make_unique<host::Fiber>();
       block.fibers[size_t(i)]->block = &block;
       block.fibers[size_t(i)]->thread = i;
+      if (used == m.stacks.size()) m.stacks.emplace_back(new char[host::kStack]);
+      block.fibers[size_t(i)]->stack = m.stacks[used++].get();
     }
     block.shared_bytes = grid.shared;
     block.cluster = &cluster;

@@ -1,14 +1,15 @@
 """The module ddpm_fast._cuda, and how tensors are told to it: by address."""
 
 import functools
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddpm_fast import _cuda
-
 from ...reference.philox import NoiseState
+
+module: Any = importlib.import_module("ddpm_fast._cuda")
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # as csrc/cuda/numbers.h numbers them
 
@@ -27,7 +28,8 @@ def draws(state: NoiseState | None, stream: int) -> tuple[int, int, int, int, in
     """Where random numbers come from: addresses of seed, draw and maybe the first sample, else its value."""
     if state is None:
         return 0, 0, 0, 0, stream
-    seed, draw, first = state
+    seed, draw = state[:2]
+    first: int | Tensor = state.first_sample
     at, value = (address(first), 0) if isinstance(first, Tensor) else (0, first)
     return address(seed), address(draw), at, value, stream
 
@@ -35,8 +37,5 @@ def draws(state: NoiseState | None, stream: int) -> tuple[int, int, int, int, in
 @functools.cache
 def limits(device: int) -> tuple[int, int, int]:
     """Compute capability, processors, and bytes of shared memory that a block may have."""
-    of: tuple[int, int, int] = _cuda.limits(device)
+    of: tuple[int, int, int] = module.limits(device)
     return of
-
-
-module: Any = _cuda

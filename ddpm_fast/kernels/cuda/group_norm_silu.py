@@ -21,7 +21,8 @@ __all__ = ["Operands", "backward", "forward"]
 THREADS = 256  # of a block, at most
 _ROW_BYTES = 128  # of a pixel in a slab, at least: whole lines of the cache
 _CLUSTERS = (1, 2, 4, 8)  # blocks that a cluster may have on every GPU with clusters
-_RESIDENT = 3  # blocks of a processor: while one loads, another computes
+_RESIDENT = {"forward": 3, "backward": 2}  # blocks of a processor that its registers hold: one loads, another computes
+_RESERVED = 1024  # bytes of shared memory that a block takes beyond its own
 _CHUNKS = 64  # that a block merges, at most
 _BLOCKS = 4  # of a processor, where chunks may be as many as are wanted
 _WARP = 32
@@ -40,7 +41,7 @@ class Cut(NamedTuple):
 
 
 def shared_bytes(cut: Cut, size: int, images: int, sums: int) -> int:
-    """What a block holds of `images` images, with sums and numbers of its channels; as csrc/cuda/group_norm.h counts."""
+    """What a block holds: of `images` images, sums, numbers of its channels; as csrc/cuda/group_norm.h counts."""
     vectors = cut.slab // (16 // size if cut.vectors else 1)
     folds = vectors < _WARP and vectors & (vectors - 1) == 0
     rows = cut.threads // (_WARP if folds else vectors)
@@ -55,7 +56,7 @@ def _slab(channels: int, least: int, wanted: int) -> int:
 
 
 def rule(direction: str, of: Operands, vectors: bool, device: int) -> Cut:
-    """By metadata: one pass by the smallest cluster that leaves room for more blocks, else by one that fits."""
+    """By metadata: one pass by the smallest cluster of those that leave the most room for other blocks."""
     images, pixels, channels, groups = of.sizes
     size, (major, processors, shared) = of.x.dtype.itemsize, limits(device)
     vector = 16 // size if vectors else 1
@@ -69,10 +70,10 @@ def rule(direction: str, of: Operands, vectors: bool, device: int) -> Cut:
 
     clusters = _CLUSTERS[: len(_CLUSTERS) if major >= 9 else 1] if vectors else ()
     whole = [cut(-(-pixels // cluster), True) for cluster in clusters]
-    for room in (shared // _RESIDENT, shared):
+    for resident in range(_RESIDENT[direction], 0, -1):
         for i, found in enumerate(whole):
-            if shared_bytes(found, size, held, sums) <= room:
-                more = [c for c in whole[i:] if slabs * c.chunks <= processors and c.pixels * lanes >= THREADS]
+            if (shared_bytes(found, size, held, sums) + _RESERVED) * resident <= shared + _RESERVED:
+                more = [c for c in whole[i + 1 :] if slabs * c.chunks <= processors and c.pixels * lanes >= THREADS]
                 return more[-1] if more else found  # few images: as many blocks as there are processors
     rows = THREADS // lanes
     chunks = max(1, min(_CHUNKS, _BLOCKS * processors // slabs))
