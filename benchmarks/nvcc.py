@@ -7,7 +7,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_build import cmake_lists
+from benchmarks.gpu_build import cuda_options, find_nvcc
 from benchmarks.harness import ROOT
 from benchmarks.options import count
 
@@ -33,16 +32,10 @@ WIDE_LOAD = re.compile(r"ld\.global(?:\.nc)?\.v4\.[bfu]32|cp\.async\.cg\.shared\
 WIDE_STORE = re.compile(r"st\.global\.v4\.[bfu]32")
 
 
-def nvcc() -> str | None:
-    """Return the CUDA compiler's path, or None where there is none."""
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-
-
 def compiled(source: Path, target: str) -> Iterator[dict[str, Any]]:
     """Yield a row for each kernel of a file; warnings of the compiler are errors."""
-    options = [option for option in cmake_lists()["cuda_options"] if not option.startswith("${")]
     with tempfile.TemporaryDirectory() as folder:
-        command = [str(nvcc()), *options, f"-arch={target}", "--Werror", "all-warnings", "-Xptxas", "-v"]
+        command = [str(find_nvcc()), *cuda_options(), f"-arch={target}", "--Werror", "all-warnings", "-Xptxas", "-v"]
         command += ["-cubin", "--keep", "--keep-dir", folder, "-o", f"{folder}/out.cubin", str(source)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -96,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--jobs", type=count, default=os.cpu_count() or 1, help="compilers at once")
     p.add_argument("--json", metavar="FILE", help="also write the rows there")
     args = p.parse_args(argv)
-    if nvcc() is None:
+    if find_nvcc() is None:
         print("no CUDA compiler: nvcc was not found", file=sys.stderr)
         return 2
     rows: list[dict[str, Any]] = []
@@ -106,7 +99,9 @@ def main(argv: list[str] | None = None) -> int:
                 print(*row.values(), sep=" | ", flush=True)
                 rows.append(row)
     if args.json:
-        version = subprocess.run([str(nvcc()), "--version"], capture_output=True, text=True).stdout.split("release ")[1]
+        version = subprocess.run([str(find_nvcc()), "--version"], capture_output=True, text=True).stdout.split(
+            "release "
+        )[1]
         Path(args.json).write_text(json.dumps({"nvcc": version.split(",")[0], "rows": rows}, indent=1) + "\n")
     return int(any(row["fault"] for row in rows))
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from oracle import assert_rule, check, laid_out
 from torch import Tensor
 
+from benchmarks import gpu_checks
 from ddpm_fast import ops
 from ddpm_fast.ops import DROPOUT, REVERSE, Dropout, NoiseState
 from ddpm_fast.ops.group_norm_silu import OP
@@ -270,3 +272,12 @@ def test_the_rule(sizes: tuple[Any, ...], forward: Any, backward: Any) -> None:
         assert cut.one_pass == (expected is not None)
         if expected is not None:
             assert (cut.slab, cut.chunks) == expected
+
+
+@pytest.mark.parametrize("name", [f"parity {op}" for op in gpu_checks.CUDA_OPS] + ["words", "reruns", "batch"])
+def test_the_checks_for_gpus_hold_here(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forced(device: torch.device, kernels: str = "triton") -> Any:
+        return ops.use_backend("cuda") if kernels == "cuda" else nullcontext()
+
+    monkeypatch.setattr(gpu_checks, "_forced", forced)
+    assert gpu_checks.checks(torch.device("cpu"), dry=True)[f"{name}{gpu_checks.CUDA}"]()

@@ -105,7 +105,7 @@ def test_faults_of_kernels_show(preload: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.packaging
-@pytest.mark.skipif(nvcc.nvcc() is None, reason="there is no nvcc here")
+@pytest.mark.skipif(nvcc.find_nvcc() is None, reason="there is no nvcc here")
 def test_nvcc_compiles_them_for_gpus_that_are_not_here() -> None:
     """No forward kernel spills; 16 bytes are loaded and stored at once; one pass is by clusters where there are any."""
     with ThreadPoolExecutor(2) as pool:
