@@ -134,10 +134,7 @@ DDPM_DEVICE void add_rows(const Place<S>& at, const Cut& cut, float (&sums)[K][S
   const int rows = partial_rows(at.vectors, threads());
   if (writes) {
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-#pragma unroll
-      for (int i = 0; i < S::kCount; ++i) room.partial[(k * rows + row) * cut.slab + at.channel + i] = sums[k][i];
-    }
+    for (int k = 0; k < K; ++k) store_numbers(room.partial + (k * rows + row) * cut.slab + at.channel, sums[k]);
   }
   sync();
   for (int j = thread(); j < K * cut.slab; j += threads()) {

@@ -25,11 +25,10 @@ DDPM_DEVICE void moments(const Cut& cut, const Place<S>& at, const Room& room, c
   });
   add_rows<1>(at, cut, first, room);
   const float share = 1.0f / float(quarter > 0 ? quarter : 1);
+  load_numbers(room.total + at.channel, pivot);
 #pragma unroll
-  for (int i = 0; i < V; ++i) {
-    pivot[i] = room.total[at.channel + i] * share;
-    if (at.active && at.row == 0) room.entry[at.channel + i] = pivot[i];
-  }
+  for (int i = 0; i < V; ++i) pivot[i] *= share;
+  if (at.active && at.row == 0) store_numbers(room.entry + at.channel, pivot);
   each<Ahead>(at, at.pixels, load, [&](int p, const auto& raw) {
     float v[V];
     numbers(p, raw, v, true);
@@ -59,41 +58,49 @@ DDPM_DEVICE void merge(const GroupNorm& g, const Place<S>& at, const Room& room,
     const int left = g.pixels - i * cut.pixels;
     return float(left < 0 ? 0 : left < cut.pixels ? left : cut.pixels);
   };
-  const auto apart = [&](const float* of, int i) { return (of[i] - pivot[i]) + of[entries.step + i]; };
-  if (at.active) {
-    const float* const origin = entries(0) + at.channel;
+  // A block's mean, less the pivot.
+  const auto load_mean = [&](const float* of, float (&v)[V]) {
+    float its[V];
+    load_numbers(of, its);
+    load_numbers(of + entries.step, v);
 #pragma unroll
-    for (int i = 0; i < V; ++i) pivot[i] = origin[i];
-    for (int e = at.row; e < cut.chunks; e += at.rows) {
-      const float* const of = entries(e) + at.channel;
+    for (int i = 0; i < V; ++i) v[i] = (its[i] - pivot[i]) + v[i];
+  };
+  const int first = at.active ? at.row : cut.chunks;
+  if (at.active) load_numbers(entries(0) + at.channel, pivot);
+  for (int e = first; e < cut.chunks; e += at.rows) {
+    float v[V];
+    load_mean(entries(e) + at.channel, v);
 #pragma unroll
-      for (int i = 0; i < V; ++i) sums[0][i] = fused(apart(of, i), pixels_of(e), sums[0][i]);
-    }
+    for (int i = 0; i < V; ++i) sums[0][i] = fused(v[i], pixels_of(e), sums[0][i]);
   }
   add_rows<1>(at, cut, sums, room);
+  load_numbers(room.total + at.channel, mean);
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    mean[i] = room.total[at.channel + i] / float(g.pixels);
+    mean[i] /= float(g.pixels);
     sums[0][i] = 0.0f;
-    if (at.active && at.row == 0) {
-      room.channels[at.channel + i] = pivot[i];
-      room.channels[cut.slab + at.channel + i] = mean[i];
-    }
   }
-  if (at.active) {
-    for (int e = at.row; e < cut.chunks; e += at.rows) {
-      const float* const of = entries(e) + at.channel;
+  const bool stores = at.active && at.row == 0;
+  if (stores) {
+    store_numbers(room.channels + at.channel, pivot);
+    store_numbers(room.channels + cut.slab + at.channel, mean);
+  }
+  for (int e = first; e < cut.chunks; e += at.rows) {
+    const float* const of = entries(e) + at.channel;
+    float v[V], squares[V];
+    load_mean(of, v);
+    load_numbers(of + 2 * entries.step, squares);
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        const float d = apart(of, i) - mean[i];
-        sums[0][i] += fused(d * d, pixels_of(e), of[2 * entries.step + i]);
-      }
+    for (int i = 0; i < V; ++i) {
+      const float d = v[i] - mean[i];
+      sums[0][i] += fused(d * d, pixels_of(e), squares[i]);
     }
   }
   add_rows<1>(at, cut, sums, room);
-  if (at.active && at.row == 0) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) room.channels[2 * cut.slab + at.channel + i] = room.total[at.channel + i];
+  if (stores) {
+    load_numbers(room.total + at.channel, mean);
+    store_numbers(room.channels + 2 * cut.slab + at.channel, mean);
   }
   sync();
 }
@@ -155,7 +162,7 @@ DDPM_KERNEL(kThreads, P == kWhole ? 3 : 2) group_norm_silu_fwd_kernel(DDPM_ARGUM
   const bool summed = f.residual.data != nullptr;
   const auto x = lane<const E>(f.x, f.x2, f.channels_1, at.n, at.c());
   const auto residual = lane<const E>(f.residual, at.n, at.c());
-  const auto h = lane<E>(f.h, at.n, at.c()), y = lane<E>(f.y, at.n, at.c());
+  const auto h = lane<E>(f.h, at.n, at.c());
   E* const held = reinterpret_cast<E*>(room.images) + at.channel;
 
   float add[V] = {};
@@ -188,16 +195,15 @@ DDPM_KERNEL(kThreads, P == kWhole ? 3 : 2) group_norm_silu_fwd_kernel(DDPM_ARGUM
   float* channels = room.channels;
   if constexpr (P == kWhole) {
     // A thread reads again only what it has copied itself.
+    each<1>(at, at.pixels, [&](int p) { return x(at.pixel + p); },
+            [&](int p, const E* from) { copy_16(held + p * cut.slab, from); });
+    wait_for_copies();
     if (summed) {
-      each<2>(at, at.pixels, load_pair, [&](int p, const Pair& pair) {
+      each<2>(at, at.pixels, [&](int p) { return load<S>(residual(at.pixel + p)); }, [&](int p, const Raw& raw) {
         float v[V];
-        sum(p, pair, v, true);
+        sum(p, {load_held(p), raw}, v, true);
         store<S>(held + p * cut.slab, S::pack(v));
       });
-    } else {
-      each<1>(at, at.pixels, [&](int p) { return x(at.pixel + p); },
-              [&](int p, const E* from) { copy_16(held + p * cut.slab, from); });
-      wait_for_copies();
     }
     moments<kAhead>(cut, at, room, load_held, [](int, const Raw& raw, float (&v)[V], bool) { S::unpack(raw, v); });
     if (cut.chunks == 1) {
@@ -209,8 +215,7 @@ DDPM_KERNEL(kThreads, P == kWhole ? 3 : 2) group_norm_silu_fwd_kernel(DDPM_ARGUM
     }
   } else if constexpr (P == kMoments) {
     moments<kAhead>(cut, at, room, load_pair, sum);
-    sync();
-    leave(f, at, room.entry);
+    leave(f, at, room.entry);  // a thread leaves what it has written itself, or what a barrier has let it see
     return;
   }
   if (channels != room.entry) merge(f, at, room, Entries<P == kWhole>(f, at, room));
@@ -218,13 +223,11 @@ DDPM_KERNEL(kThreads, P == kWhole ? 3 : 2) group_norm_silu_fwd_kernel(DDPM_ARGUM
 
   affine(f, at, room, channels, summed ? Row{} : f.add);
   float pivot[V], gain[V], offset[V];
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    pivot[i] = channels[at.channel + i];
-    gain[i] = channels[cut.slab + at.channel + i];
-    offset[i] = channels[2 * cut.slab + at.channel + i];
-  }
+  load_numbers(channels + at.channel, pivot);
+  load_numbers(channels + cut.slab + at.channel, gain);
+  load_numbers(channels + 2 * cut.slab + at.channel, offset);
   const Factors factors(f, at.n);
+  const auto y = lane<E>(f.y, at.n, at.c());
   const Lane<const E> kept = summed ? Lane<const E>{h.first, h.step} : x;
   const auto again = [&](int p) {
     if constexpr (P == kWhole) return load_held(p);

@@ -92,12 +92,9 @@ DDPM_KERNEL(kThreads, 2) group_norm_silu_bwd_kernel(DDPM_ARGUMENT Backward b) {
   }
   affine(b, at, room);
   float centre[V], gain[V], offset[V];
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    centre[i] = room.channels[at.channel + i];
-    gain[i] = room.channels[cut.slab + at.channel + i];
-    offset[i] = room.channels[2 * cut.slab + at.channel + i];
-  }
+  load_numbers(room.channels + at.channel, centre);
+  load_numbers(room.channels + cut.slab + at.channel, gain);
+  load_numbers(room.channels + 2 * cut.slab + at.channel, offset);
   struct Pair {
     Raw x, dy;
   };
@@ -152,8 +149,10 @@ DDPM_KERNEL(kThreads, 2) group_norm_silu_bwd_kernel(DDPM_ARGUMENT Backward b) {
         const float* const of = entries(e) + at.channel;
 #pragma unroll
         for (int k = 0; k < 3; ++k) {
+          float v[V];
+          load_numbers(of + k * entries.step, v);
 #pragma unroll
-          for (int i = 0; i < V; ++i) sums[k][i] += of[k * entries.step + i];
+          for (int i = 0; i < V; ++i) sums[k][i] += v[i];
         }
       }
     }
@@ -163,11 +162,8 @@ DDPM_KERNEL(kThreads, 2) group_norm_silu_bwd_kernel(DDPM_ARGUMENT Backward b) {
   conclude(b, at, room);
   float k[V], m[V];
   const float exact = b.pixels * int64_t{b.channels / b.groups} == 1 ? 0.0f : 1.0f;
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    k[i] = room.more[cut.slab + at.channel + i];
-    m[i] = room.more[2 * cut.slab + at.channel + i];
-  }
+  load_numbers(room.more + cut.slab + at.channel, k);
+  load_numbers(room.more + 2 * cut.slab + at.channel, m);
   each<kAhead>(at, at.pixels, load_pair, [&](int p, const Pair& pair) {
     float d[V], g[V];
     numbers(p, pair, d, g);

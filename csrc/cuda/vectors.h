@@ -109,4 +109,34 @@ DDPM_DEVICE void store(typename S::Element* to, const typename S::Raw& raw) {
   *reinterpret_cast<typename S::Raw*>(to) = raw;
 }
 
+// Numbers side by side, 16 bytes at a time where they are as many.
+template <int V>
+DDPM_DEVICE void load_numbers(const float* from, float (&v)[V]) {
+  if constexpr (V % 4 != 0) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) v[i] = from[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; i += 4) {
+      const Quad raw = load<Vector<float>>(from + i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) v[i + j] = as<float>(raw.w[j]);
+    }
+  }
+}
+
+template <int V>
+DDPM_DEVICE void store_numbers(float* to, const float (&v)[V]) {
+  if constexpr (V % 4 != 0) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) to[i] = v[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; i += 4) {
+      store<Vector<float>>(to + i, {{as<uint32_t>(v[i]), as<uint32_t>(v[i + 1]), as<uint32_t>(v[i + 2]),
+                                     as<uint32_t>(v[i + 3])}});
+    }
+  }
+}
+
 }  // namespace ddpm::cuda

@@ -141,31 +141,33 @@ inline void release(Block& block, int first, int count) {
   for (int i = first; i < first + count; ++i) block.fibers[size_t(i)]->waits = Waits::no;
 }
 
-// Lets a block's threads run as far as they come without the other blocks; whether one ran.
+// Lets a warp run as far as it comes without the others; whether one of its threads ran.
+inline bool run_warp(Block& block, int first, int order) {
+  bool ran = false;
+  for (;;) {
+    for (int i = 0; i < kWarp; ++i) {
+      Fiber& fiber = *block.fibers[size_t(first + (order < 0 ? kWarp - 1 - i : i))];
+      if (fiber.waits != Waits::no) continue;
+      switch_to(fiber);
+      ran = true;
+    }
+    if (!all(block, Waits::warp, first, kWarp)) return ran;
+    for (int i = 0; i < kWarp; ++i) {
+      Fiber& fiber = *block.fibers[size_t(first + i)];
+      fiber.got = block.fibers[size_t(first + (i ^ fiber.lanes))]->given;
+    }
+    release(block, first, kWarp);
+  }
+}
+
+// Lets a block run as far as it comes without the others, its warps one after the other; whether a thread ran.
 inline bool run_alone(Block& block, int order) {
   const int count = int(block.fibers.size());
   bool ran = false, again = true;
   while (again) {
-    again = false;
-    for (int i = 0; i < count; ++i) {
-      Fiber& fiber = *block.fibers[size_t(order < 0 ? count - 1 - i : i)];
-      if (fiber.waits != Waits::no) continue;
-      switch_to(fiber);
-      ran = again = true;
-    }
-    for (int first = 0; first < count; first += kWarp) {
-      if (!all(block, Waits::warp, first, kWarp)) continue;
-      for (int i = first; i < first + kWarp; ++i) {
-        Fiber& fiber = *block.fibers[size_t(i)];
-        fiber.got = block.fibers[size_t(first + ((i - first) ^ fiber.lanes))]->given;
-      }
-      release(block, first, kWarp);
-      again = true;
-    }
-    if (all(block, Waits::block, 0, count)) {
-      release(block, 0, count);
-      again = true;
-    }
+    for (int i = 0; i < count; i += kWarp) ran |= run_warp(block, order < 0 ? count - kWarp - i : i, order);
+    again = all(block, Waits::block, 0, count);
+    if (again) release(block, 0, count);
   }
   // What has ended is gone: a peer that still reads it would read another block's.
   if (all(block, Waits::done, 0, count)) ASAN_POISON_MEMORY_REGION(block.shared.get(), block.shared_bytes);
