@@ -219,30 +219,21 @@ DDPM_DEVICE void through(Activation activation, const float (&z)[V], float (&dy)
   }
 }
 
-// Dropout's factors of an image: eight elements, in H, W, C order, share a counter, and a vector lies within one.
-struct Factors {
-  Counter at;
-  uint32_t threshold;
-  float factor;
-
-  DDPM_DEVICE Factors(const GroupNorm& g, int64_t n) : at{}, threshold(g.threshold), factor(g.factor) {
-    if (threshold != 0) at = counter(g.draws, n);
-  }
-
-  template <int V>
-  DDPM_DEVICE void apply(uint32_t element, float (&v)[V]) const {
-    if (threshold == 0) return;
-    const Words of = words(at, element / 8);
+// Applies dropout to numbers from `element` of image n on, in H, W, C order: eight of these share a counter, and a vector lies
+// within one. Seed and draw are read again for each: kept in registers, they would take what others need.
+template <int V>
+DDPM_DEVICE void drop(const GroupNorm& g, int64_t n, uint32_t element, float (&v)[V]) {
+  if (g.threshold == 0) return;
+  const Words of = words(counter(g.draws, n), element / 8);
 #pragma unroll
-    for (uint32_t i = 0; i < V; ++i) {
-      const uint32_t half = (element & (8 - V)) + i;
-      const uint32_t word = half & 4 ? (half & 2 ? of.w[3] : of.w[2]) : (half & 2 ? of.w[1] : of.w[0]);
-      v[i] *= (half & 1 ? word >> 16 : word & 0xFFFF) >= threshold ? factor : 0.0f;
-    }
+  for (uint32_t i = 0; i < V; ++i) {
+    const uint32_t half = (element & (8 - V)) + i;
+    const uint32_t word = half & 4 ? (half & 2 ? of.w[3] : of.w[2]) : (half & 2 ? of.w[1] : of.w[0]);
+    v[i] *= (half & 1 ? word >> 16 : word & 0xFFFF) >= g.threshold ? g.factor : 0.0f;
   }
-};
+}
 
-// The number of blocks; none where the grid has no room for so many.
+// Of a launch.
 inline int64_t blocks(const GroupNorm& g) {
   return g.images * ((g.channels + g.cut.slab - 1) / g.cut.slab) * g.cut.chunks;
 }

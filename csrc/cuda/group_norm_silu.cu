@@ -68,6 +68,7 @@ DDPM_DEVICE void merge(const GroupNorm& g, const Place<S>& at, const Room& room,
   };
   const int first = at.active ? at.row : cut.chunks;
   if (at.active) load_numbers(entries(0) + at.channel, pivot);
+#pragma unroll 1
   for (int e = first; e < cut.chunks; e += at.rows) {
     float v[V];
     load_mean(entries(e) + at.channel, v);
@@ -86,6 +87,7 @@ DDPM_DEVICE void merge(const GroupNorm& g, const Place<S>& at, const Room& room,
     store_numbers(room.channels + at.channel, pivot);
     store_numbers(room.channels + cut.slab + at.channel, mean);
   }
+#pragma unroll 1
   for (int e = first; e < cut.chunks; e += at.rows) {
     const float* const of = entries(e) + at.channel;
     float v[V], squares[V];
@@ -226,7 +228,6 @@ DDPM_KERNEL(kThreads, P == kWhole ? 3 : 2) group_norm_silu_fwd_kernel(DDPM_ARGUM
   load_numbers(channels + at.channel, pivot);
   load_numbers(channels + cut.slab + at.channel, gain);
   load_numbers(channels + 2 * cut.slab + at.channel, offset);
-  const Factors factors(f, at.n);
   const auto y = lane<E>(f.y, at.n, at.c());
   const Lane<const E> kept = summed ? Lane<const E>{h.first, h.step} : x;
   const auto again = [&](int p) {
@@ -240,7 +241,7 @@ DDPM_KERNEL(kThreads, P == kWhole ? 3 : 2) group_norm_silu_fwd_kernel(DDPM_ARGUM
 #pragma unroll
     for (int i = 0; i < V; ++i) v[i] = fused(v[i] - pivot[i], gain[i], offset[i]);
     activate(f.activation, v);
-    factors.apply(uint32_t(pixel * f.channels + at.c()), v);
+    drop(f, at.n, uint32_t(pixel * f.channels + at.c()), v);
     store<S>(y(pixel), S::pack(v));
   });
   // A block's shared memory stays until its peers have read it.

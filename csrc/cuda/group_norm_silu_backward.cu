@@ -102,7 +102,6 @@ DDPM_KERNEL(kThreads, 2) group_norm_silu_bwd_kernel(DDPM_ARGUMENT Backward b) {
     if constexpr (P == kWhole) return {load<S>(held_x + p * cut.slab), load<S>(held_dy + p * cut.slab)};
     return {load<S>(x(at.pixel + p)), load<S>(dy(at.pixel + p))};
   };
-  const Factors factors(b, at.n);
   // x less its centre, and dy taken back to the norm.
   const auto numbers = [&](int p, const Pair& pair, float (&d)[V], float (&g)[V]) {
     float z[V];
@@ -113,7 +112,7 @@ DDPM_KERNEL(kThreads, 2) group_norm_silu_bwd_kernel(DDPM_ARGUMENT Backward b) {
       d[i] -= centre[i];
       z[i] = fused(d[i], gain[i], offset[i]);
     }
-    factors.apply(uint32_t((at.pixel + p) * b.channels + at.c()), g);
+    drop(b, at.n, uint32_t((at.pixel + p) * b.channels + at.c()), g);
     through(b.activation, z, g);
   };
 
@@ -145,6 +144,7 @@ DDPM_KERNEL(kThreads, 2) group_norm_silu_bwd_kernel(DDPM_ARGUMENT Backward b) {
     const Entries<P == kWhole> entries(b, at, room);
     float sums[3][V] = {};
     if (at.active) {
+#pragma unroll 1
       for (int e = at.row; e < cut.chunks; e += at.rows) {
         const float* const of = entries(e) + at.channel;
 #pragma unroll

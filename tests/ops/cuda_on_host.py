@@ -35,7 +35,7 @@ NORMS = [
     (2, 16, 0, 4, 4, 4),  # plain
     (1, 24, 0, 5, 3, 2),  # groups of 12, and 15 pixels: clusters of other sizes than were asked for
     (2, 16, 8, 3, 3, 2),  # a group of 12 straddles the two inputs
-    (1, 80, 40, 3, 5, 40),  # two slabs of 64 channels in half precision, the second one not full, in x2 from its middle
+    (1, 264, 64, 2, 3, 41),  # slabs of 64 channels, of 32 in float32, of which the last has 8; x2 begins within one
     (1, 320, 0, 2, 3, 2),  # groups of 160: a slab has many vectors, and a warp more than one round of channels
     (1, 20, 0, 3, 5, 4),  # five channels a group; vectors in float32 alone
     (1, 6, 3, 2, 3, 9),  # a group a channel, no vectors
@@ -52,8 +52,9 @@ def cut_as(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(direction: str, of: Any, vectors: bool, device: int) -> Any:
         found, pixels = rule(direction, of, vectors, device), of.x.shape[2] * of.x.shape[3]
         some = -(-pixels // abs(parts or 1))
-        one_pass = vectors and parts > 0
-        return found._replace(pixels=some, chunks=-(-pixels // some), one_pass=one_pass) if parts else found
+        threads = min(found.threads, -(-found.slab * some // 32) * 32)
+        cut = found._replace(pixels=some, chunks=-(-pixels // some), threads=threads, one_pass=vectors and parts > 0)
+        return cut if parts else found
 
     monkeypatch.setattr(kernels, "rule", chosen)
 
@@ -135,10 +136,14 @@ def test_an_offset_costs_no_accuracy(cut: str, offset: float, monkeypatch: pytes
     x = (torch.randn(2, 16, 6, 6) + offset).contiguous(memory_format=torch.channels_last)
     x[:, :8] -= offset  # of some groups alone: the others' takes no accuracy from them
     weight, bias = torch.randn(2, 16)
-    expected = norm_reference.group_norm_silu(x.double(), weight.double(), bias.double(), 4)
-    with ops.use_backend("cuda"):
-        got = ops.group_norm_silu(x, weight, bias, 4)
-    assert float((got - expected).abs().max()) < 2e-6
+    results = []
+    for backend, leaf in (("reference", x.double()), ("cuda", x)):
+        leaf.requires_grad_()
+        with ops.use_backend(backend):
+            y = ops.group_norm_silu(leaf, weight.to(leaf.dtype), bias.to(leaf.dtype), 4)
+        results.append((y.detach(), *torch.autograd.grad((y * y.detach().cos()).sum(), leaf)))
+    for expected, got in zip(*results, strict=True):
+        assert float((got - expected).abs().max()) < 4e-6
 
 
 @pytest.mark.parametrize("cut", ["2 blocks", "two launches"])
