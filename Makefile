@@ -38,7 +38,7 @@ SANITIZED = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DDPM_FA
 sanitize: $(READY) ## run the ops' tests on a native module that stops at bad addresses and overflows (gcc)
 	DDPM_FAST_NATIVE=1 DDPM_FAST_SANITIZE=1 $(PY) setup.py -q build --build-lib build/sanitize
 	cd build/sanitize && $(SANITIZED) $(abspath $(PY)) -m pytest --capture=sys -o pythonpath= -p no:cacheprovider \
-		-k "not reference- and not triton" --ignore=$(CURDIR)/tests/ops/test_triton.py \
+		-k "not reference- and not triton" --ignore=$(CURDIR)/tests/ops/test_triton.py --ignore=$(CURDIR)/tests/ops/test_cuda.py \
 		$(CURDIR)/tests/test_native.py $(CURDIR)/tests/ops $(PYTEST_ARGS)
 
 fuzz: $(READY) ## call every public function with CASES=1000000 right and wrong arguments; SEED=... repeats a run
@@ -50,8 +50,9 @@ bench: $(READY) ## measure sampling, training and ops against plain PyTorch
 	$(PY) benchmarks/train_throughput.py --quick
 	$(PY) -m benchmarks.ops --quick
 
-aot: $(READY) ## compile every Triton kernel for GPUs that need not be here; its report is kept
+aot: $(READY) ## compile every Triton kernel, and with nvcc every CUDA kernel, for GPUs that need not be here; reports are kept
 	$(PY) -m benchmarks.aot --json benchmarks/results/aot.json
+	$(PY) -m benchmarks.nvcc --json benchmarks/results/nvcc.json
 
 # Without .venv: it measures the PyTorch, and so the CUDA, that this machine has. PART=tests, tune, ops, sample, train or
 # profile. A run stops after 7.5 minutes, all its parts together, and the same command goes on from there.
@@ -63,7 +64,7 @@ gpu: ## check and measure on this machine's GPU, with its own PyTorch; PART=... 
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build dist *.egg-info .*_cache .benchmarks
-	rm -f ddpm_fast/_C*.so ddpm_fast/_C_unavailable.txt
+	rm -f ddpm_fast/_C*.so ddpm_fast/_cuda*.so ddpm_fast/_*_unavailable.txt
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first, by its pinned version: as another package's dependency the newest would come.
@@ -74,4 +75,5 @@ $(READY): pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find cs
 	$(PY) -m pip install -q -c constraints.txt torch setuptools pybind11 cmake ninja
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
 	@if [ -f ddpm_fast/_C_unavailable.txt ]; then echo "No native module: $$(cat ddpm_fast/_C_unavailable.txt)"; fi
+	@if [ -f ddpm_fast/_cuda_unavailable.txt ]; then echo "No CUDA kernels: $$(cat ddpm_fast/_cuda_unavailable.txt)"; fi
 	@touch $@

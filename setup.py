@@ -1,11 +1,13 @@
-"""Builds the optional native module `ddpm_fast._C` with CMake and ninja; pyproject.toml holds everything else.
+"""Builds the optional native modules `ddpm_fast._C` and `ddpm_fast._cuda` with CMake and ninja; pyproject.toml holds
+everything else.
 
-The package works without it, only slower. When it can't be built, the reason goes into
-`ddpm_fast/_C_unavailable.txt`, which `python -m ddpm_fast info` shows.
-`DDPM_FAST_NATIVE=0` skips the build, `DDPM_FAST_NATIVE=1` makes a failure fatal. `DDPM_FAST_SANITIZE=1` is for
-`make sanitize`.
+The package works without them, only slower. When one can't be built, the reason goes into
+`ddpm_fast/_C_unavailable.txt` or `_cuda_unavailable.txt`, which `python -m ddpm_fast info` shows.
+`DDPM_FAST_NATIVE=0` skips `_C`, `DDPM_FAST_NATIVE=1` makes its failure fatal; so does `DDPM_FAST_CUDA` for `_cuda`.
+`DDPM_FAST_SANITIZE=1` is for `make sanitize`.
 """
 
+import functools
 import hashlib
 import os
 import re
@@ -22,18 +24,20 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-MODULE = "_C"
-REASON = "_C_unavailable.txt"
+SWITCHES = {"_C": "DDPM_FAST_NATIVE", "_cuda": "DDPM_FAST_CUDA"}
 
 
-def requested() -> str:
-    """`DDPM_FAST_NATIVE`: "0" (skip), "1" (a failure is fatal) or "" (try)."""
-    value = os.environ.get("DDPM_FAST_NATIVE", "")
+def requested(module: str) -> str:
+    """A module's switch: "0" (skip), "1" (a failure is fatal) or "" (try)."""
+    name = SWITCHES[module]
+    value = os.environ.get(name, "")
     if value not in ("", "0", "1"):
-        raise ValueError(
-            f"DDPM_FAST_NATIVE={value}: expected 0 (skip the native build), 1 (require it) or nothing (try)"
-        )
-    return value
+        raise ValueError(f"{name}={value}: expected 0 (skip the native build), 1 (require it) or nothing (try)")
+    return "0" if module == "_cuda" and sanitized() else value
+
+
+def sanitized() -> bool:
+    return os.environ.get("DDPM_FAST_SANITIZE") == "1"
 
 
 def tool(name: str) -> str:
@@ -50,24 +54,24 @@ def run(*command: str | Path) -> None:
     print(result.stdout, flush=True)
     if result.returncode:
         lines = result.stdout.replace(f"{ROOT}{os.sep}", "").splitlines()
-        first = next((i for i, line in enumerate(lines) if "error" in line.lower()), -1)
+        first = next((i for i, line in enumerate(lines) if re.search("error|fatal", line.lower())), -1)
         text = " ".join(" ".join(lines[first:][:8]).split())
         text = re.sub(r"^CMake Error at \S+ \(\w+\): ", "", text)[:300]
         raise CompileError(f"the native build failed: {text} ... (all of it: pip install -v)")
 
 
-def compile_native() -> Path:
-    """Configures and builds, incrementally, and returns the directory that holds the module."""
-    if requested() == "0":
-        raise CompileError("not built: DDPM_FAST_NATIVE=0 was set when ddpm_fast was installed")
+@functools.cache
+def configure() -> Path:
+    """Configures the build, and returns its directory."""
     try:
         import pybind11
     except ImportError:
         raise CompileError("pybind11 was not found: pip install pybind11") from None
     cmake, ninja = tool("cmake"), tool("ninja")
-    kind = "sanitized" if os.environ.get("DDPM_FAST_SANITIZE") == "1" else "native"
+    kind = "sanitized" if sanitized() else "native"
     # CMake keeps these for the life of a build directory, so each combination gets its own.
-    fixed = [str(ROOT), sys.executable, *(os.environ.get(name, "") for name in ("CXX", "CXXFLAGS", "LDFLAGS"))]
+    names = "CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAToolkit_ROOT"
+    fixed = [str(ROOT), sys.executable, *(os.environ.get(name, "") for name in names)]
     key = hashlib.sha256("\n".join(fixed).encode()).hexdigest()[:8]
     directory = ROOT / "build" / f"{kind}-{sys.implementation.cache_tag}-{key}"
     run(
@@ -75,7 +79,16 @@ def compile_native() -> Path:
         *("-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}"),
         *(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DDDPM_SANITIZE={'ON' if kind == 'sanitized' else 'OFF'}"),
     )
-    run(cmake, "--build", directory)
+    return directory
+
+
+def compile_native(module: str) -> Path:
+    """Builds a module, incrementally, and returns the directory that holds it."""
+    if requested(module) == "0":
+        why = "under sanitizers" if sanitized() else f"{SWITCHES[module]}=0 was set when ddpm_fast was installed"
+        raise CompileError(f"not built: {why}")
+    directory = configure()
+    run(tool("cmake"), "--build", directory, "--target", module)
     return directory
 
 
@@ -91,7 +104,7 @@ class BuildAnew(build):
 
 
 class BuildNative(build_ext):
-    """Puts the module, or the reason why there is none, into the package."""
+    """Puts the modules, or the reasons why there is none, into the package."""
 
     def run(self) -> None:
         if self.inplace:
@@ -99,17 +112,23 @@ class BuildNative(build_ext):
         else:
             package = Path(self.build_lib, "ddpm_fast")
         package.mkdir(parents=True, exist_ok=True)
-        module = package / Path(self.get_ext_filename(MODULE)).name
+        built = [extension for extension in self.extensions if self.put(extension.name.rpartition(".")[2], package)]
+        self.extensions = self.distribution.ext_modules = built
+
+    def put(self, name: str, package: Path) -> bool:
+        """Whether the module could be built."""
+        module, reason = package / Path(self.get_ext_filename(name)).name, package / f"{name}_unavailable.txt"
         module.unlink(missing_ok=True)
-        (package / REASON).unlink(missing_ok=True)
+        reason.unlink(missing_ok=True)
         try:
-            shutil.copy2(compile_native() / module.name, module)
+            shutil.copy2(compile_native(name) / module.name, module)
         except (CompileError, OSError) as error:
-            if requested() == "1":
+            if requested(name) == "1":
                 raise
-            print(f"ddpm_fast is installed without its native module: {error}", file=sys.stderr)
-            (package / REASON).write_text(f"{error}\n", encoding="utf-8")
-            self.extensions = self.distribution.ext_modules = []
+            print(f"ddpm_fast is installed without {name}: {error}", file=sys.stderr)
+            reason.write_text(f"{error}\n", encoding="utf-8")
+            return False
+        return True
 
 
 class TagWheel(bdist_wheel):
@@ -122,6 +141,6 @@ class TagWheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension(f"ddpm_fast.{MODULE}", sources=[])],
+    ext_modules=[Extension(f"ddpm_fast.{module}", sources=[]) for module in SWITCHES],
     cmdclass={"build": BuildAnew, "build_ext": BuildNative, "bdist_wheel": TagWheel},
 )

@@ -93,7 +93,7 @@ def _steps(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     recorded = NoiseState(state.seed, k, torch.tensor(3))
     replayed = partial(step, room, None, x, x, rows, k, recorded, None, 1.0)
     yield Case("sampler_step", f"{name}, recorded", replayed, wide, quick)
-    other = partial(step, room, sampler_step.like(x), x, last, rows, k, x, x, None)
+    other = partial(step, room, sampler_step.room(x, None, []), x, last, rows, k, x, x, None)
     yield Case("sampler_step", f"{name}, hist, channels_last", other, wide, quick)
     of = diffusion_loss.Target(state, None, None, None, False)
     yield Case("diffusion_loss", f"{name} forward", partial(diffusion_loss.forward, x, of), wide, quick)

@@ -1,4 +1,4 @@
-"""Build the native module ddpm_fast._C on a Linux machine that has a C++ compiler, and maybe neither CMake nor pip.
+"""Build ddpm_fast._C and ddpm_fast._cuda on a Linux machine that has compilers, and maybe neither CMake nor pip.
 
 Sources and options are read from CMakeLists.txt: the two can't drift apart.
 """
@@ -38,23 +38,41 @@ def build(folder: Path) -> str | None:
     """
     if _import_error() is None:
         return None
-    module = ROOT / "ddpm_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     try:
         compiler = find_compiler()
-        objects = _compile(commands(compiler), folder)
-        _run([*compiler, *LINK, *map(str, objects)], folder / module.name)
+        return _linked("_C", folder, [*compiler, *LINK], commands(compiler))
     except BuildError as error:
         return str(error)
+
+
+def build_cuda(folder: Path) -> str | None:
+    """Make sure that ddpm_fast._cuda can be imported, for this machine's GPU; as `build`."""
+    if _import_error("_cuda") is None:
+        return None
+    try:
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise BuildError("no CUDA compiler: nvcc was not found")
+        link = [nvcc, "-shared", "-cudart", "static"]
+        return _linked("_cuda", folder, link, cuda_commands(nvcc))
+    except BuildError as error:
+        return str(error)
+
+
+def _linked(name: str, folder: Path, link: Sequence[str], units: Iterator[tuple[Path, list[str]]]) -> str | None:
+    module = ROOT / "ddpm_fast" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    objects = _compile(units, folder)
+    _run([*link, *map(str, objects)], folder / module.name)
     shutil.copy2(folder / module.name, module)
-    reason = _import_error()
+    reason = _import_error(name)
     if reason is not None:
         module.unlink()
     return reason
 
 
-def _import_error() -> str | None:
+def _import_error(name: str = "_C") -> str | None:
     """Why a new process, which remembers no failure, can't import the module; or None."""
-    done = subprocess.run([sys.executable, "-c", "import ddpm_fast._C"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", f"import ddpm_fast.{name}"], cwd=ROOT, capture_output=True, text=True)
     return None if done.returncode == 0 else (done.stderr.strip() or "the import ended the process").splitlines()[-1]
 
 
@@ -71,9 +89,30 @@ def find_compiler() -> list[str]:
     raise BuildError(f"no C++ compiler: none of {', '.join(COMPILERS)} is on the path")
 
 
+def find_nvcc() -> str | None:
+    """Return the CUDA compiler's path, or None where there is none."""
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def cuda_options() -> list[str]:
+    """Return what nvcc is told of every kernel, but for which GPU it is."""
+    return cmake_lists()["cuda_options"]
+
+
+def cuda_commands(nvcc: str) -> Iterator[tuple[Path, list[str]]]:
+    """Yield each translation unit of ddpm_fast._cuda with its command, less the object's name."""
+    lists, headers = cmake_lists(), [f"-I{folder}" for folder in _header_folders()]
+    host = [nvcc, *cuda_options(), f"-Xcompiler={','.join(RELEASE)}"]
+    target = "sm_{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "native"
+    for source in _sources(lists["cuda_kernels"]):
+        yield source, [*host, f"-arch={target}", "-c", str(source)]
+    for source in _sources(lists["cuda_module"]):
+        yield source, [*host, *headers, "-c", str(source)]
+
+
 def commands(compiler: Sequence[str]) -> Iterator[tuple[Path, list[str]]]:
     """Yield each translation unit with its command, less the object's name; those that take longest come first."""
-    lists = _cmake_lists()
+    lists = cmake_lists()
     macros = _answer([*compiler, "-dM", "-E", "-x", "c++", os.devnull])
     gnu = "__clang__" not in macros
     options = [_for_compiler(option, gnu) for option in lists["options"]]
@@ -92,7 +131,7 @@ def commands(compiler: Sequence[str]) -> Iterator[tuple[Path, list[str]]]:
             yield source, [*common, *threads, *flags, f"-DDDPM_ISA={name}", "-c", str(source)]
 
 
-def _cmake_lists() -> dict[str, list[str]]:
+def cmake_lists() -> dict[str, list[str]]:
     """Return the lists that CMakeLists.txt sets for every build: options, flags of instruction sets, file patterns."""
     text = re.sub(r"#.*", "", (ROOT / "CMakeLists.txt").read_text(encoding="utf-8"))
     lists: dict[str, list[str]] = {}
@@ -152,7 +191,7 @@ def _compile(units: Iterator[tuple[Path, list[str]]], folder: Path) -> list[Path
             objects.append(to)
             if not to.exists() or to.stat().st_mtime < max(shared, source.stat().st_mtime):
                 jobs.append(pool.submit(_run, command, to))
-        progress(f"compiling {len(jobs)} of {len(objects)} files of ddpm_fast._C on {cores} cores")
+        progress(f"compiling {len(jobs)} of {len(objects)} files on {cores} cores")
         try:
             for job in as_completed(jobs):
                 job.result()

@@ -125,6 +125,7 @@ class Suite:
         """Every op against its reference, words, repeated runs and the like: what was seen, or what failed."""
         if not self.args.dry_run:
             progress(f"native module: {gpu_build.build(ROOT / 'build' / 'gpu') or 'there'}")
+            progress(f"CUDA kernels: {gpu_build.build_cuda(ROOT / 'build' / 'gpu') or 'there'}")
         for name, check in gpu_checks.checks(self.device, self.args.dry_run).items():
             if report.has(name):
                 continue

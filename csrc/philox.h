@@ -11,6 +11,14 @@
 #define DDPM_INLINE inline __attribute__((always_inline))
 #endif
 
+#if defined(__CUDA_ARCH__)
+#define DDPM_UNROLL_10 _Pragma("unroll")
+#elif defined(__CUDACC__)  // whose compiler for the host knows neither
+#define DDPM_UNROLL_10
+#else
+#define DDPM_UNROLL_10 _Pragma("GCC unroll 10")
+#endif
+
 namespace ddpm {
 
 // The formulas are written for any `V` with these members: here one number, in cpu/normals.h a vector of them.
@@ -47,7 +55,7 @@ struct WideWords {
 
 template <class V>
 DDPM_INLINE WideWords<V> philox4x32(WideWords<V> c, uint32_t k0, uint32_t k1) {
-#pragma GCC unroll 10
+DDPM_UNROLL_10
   for (int round = 0; round < 10; ++round) {
     const auto p0 = V::product(c.w[0], 0xD2511F53u), p1 = V::product(c.w[2], 0xCD9E8D57u);
     c = {{p1 >> 32 ^ c.w[1] ^ uint64_t{k0}, p1, p0 >> 32 ^ c.w[3] ^ uint64_t{k1}, p0}};

@@ -16,7 +16,7 @@ OPS = [path.stem for path in sorted((ROOT / "ddpm_fast" / "ops").glob("[!_]*.py"
 # An import points to a lower level, or stays on its own.
 LEVELS = (
     "reference",
-    "kernels _C",
+    "kernels _C _cuda",
     "ops schedules predictions samplers",
     "engine chain graphs memory models progress",
     "diffusion sampling",
@@ -77,4 +77,4 @@ def test_import_loads_no_kernel() -> None:
     loaded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert "ddpm_fast.ops" in loaded
     # Triton itself is imported by torch, where both are installed.
-    assert not [name for name in loaded if name.startswith(("ddpm_fast.kernels.", "ddpm_fast._C"))]
+    assert not [name for name in loaded if name.startswith(("ddpm_fast.kernels.", "ddpm_fast._C", "ddpm_fast._cuda"))]

@@ -30,6 +30,14 @@ def hastily(compiler):
 gpu_build.commands = hastily
 print(gpu_build.build(Path("objects")))
 """
+# As where torch finds an H200.
+BUILD_CUDA = """
+import torch
+from pathlib import Path
+from benchmarks import gpu_build
+torch.cuda.is_available, torch.cuda.get_device_capability = (lambda: True), (lambda: (9, 0))
+print(gpu_build.build_cuda(Path("objects")))
+"""
 SAME_NOISE = """
 from ddpm_fast import _C, ops
 draw = lambda: ops.noise((3, 5, 7), ops.NoiseState.at(1, 2), ops.REVERSE)
@@ -53,7 +61,7 @@ def run(copy: Path, code: str) -> str:
 def copy(tmp_path: Path) -> Path:
     """The package's sources."""
     for name in ("csrc", "ddpm_fast", "benchmarks"):
-        without = shutil.ignore_patterns("_C*", "__pycache__", "results")
+        without = shutil.ignore_patterns("_C*", "_cuda*.so", "__pycache__", "results")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=without)
     for name in ("setup.py", "CMakeLists.txt"):
         shutil.copy2(ROOT / name, tmp_path)
@@ -82,6 +90,13 @@ def test_a_compiler_is_enough(copy: Path) -> None:
     reason = run(copy, BUILD)
     assert "undefined symbol" in reason and "\n" not in reason
     assert not Path(where).exists(), "no module is left that can't be imported"
+
+
+@pytest.mark.packaging
+@pytest.mark.skipif(gpu_build.find_nvcc() is None, reason="there is no nvcc here")
+def test_nvcc_is_enough_for_the_cuda_kernels(copy: Path) -> None:
+    assert run(copy, BUILD_CUDA) == "None"
+    assert run(copy, "from ddpm_fast import _cuda; print(_cuda.device_type)") == "cuda"
 
 
 @needs_compiler

@@ -15,6 +15,7 @@ from ddpm_fast import ops
 CPU = torch.device("cpu")
 NAMES = list(gpu_checks.checks(CPU, dry=True))
 FOR_GPUS = ("graph", "compute-sanitizer memcheck", "compute-sanitizer racecheck")
+CUDA_NAMES = [name for name in NAMES if name.endswith(gpu_checks.CUDA)]
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +27,7 @@ def same_settings() -> Iterator[None]:
 @pytest.mark.parametrize("name", NAMES)
 def test_holds_here(name: str) -> None:
     check = gpu_checks.checks(CPU, dry=True)[name]
-    if name in FOR_GPUS:
+    if name in (*FOR_GPUS, *CUDA_NAMES):
         with pytest.raises(Skipped, match="needs a GPU|there is no compute-sanitizer"):
             check()
     else:
@@ -37,6 +38,8 @@ def test_every_op_with_kernels_for_gpus_has_its_check() -> None:
     """The noise has no plain torch version to be as good as: its check is on its bits."""
     without = {op for op, backend, reason in ops.availability() if backend == "triton" and reason == "not implemented"}
     assert {f"parity {op}" for op in ops.OPS if op not in without | {"noise"}} == set(NAMES[: NAMES.index("words")])
+    cuda = {op for op, backend, reason in ops.availability() if backend == "cuda" and reason != "not implemented"}
+    assert cuda == set(gpu_checks.CUDA_OPS) and {f"parity {op}{gpu_checks.CUDA}" for op in cuda} < set(CUDA_NAMES)
 
 
 Op = Callable[..., Any]

@@ -36,6 +36,15 @@ def draw(backend):
 assert torch.equal(draw("native"), draw("reference"))
 """
 
+# Neither a GPU nor a driver is needed for it, and a call without says so.
+CUDA_IMPORTS = """
+from ddpm_fast import _cuda
+try:
+    _cuda.limits(0)
+except RuntimeError as error:
+    assert "CUDA says: " in str(error), error
+"""
+
 WHY_NO_NATIVE = """
 from ddpm_fast import ops
 print(*{reason for op, backend, reason in ops.availability() if (op, backend) == ("noise", "native")})
@@ -44,7 +53,7 @@ print(*{reason for op, backend, reason in ops.availability() if (op, backend) ==
 
 def run(*command: str | Path, **environment: str) -> str:
     """Runs a command outside the checkout, with nothing in the environment that would change a build or an import."""
-    drop = ("PYTHONPATH", "DDPM_FAST_NATIVE", "DDPM_FAST_BACKEND", "CXX", "CXXFLAGS")
+    drop = ("PYTHONPATH", "DDPM_FAST_NATIVE", "DDPM_FAST_CUDA", "DDPM_FAST_BACKEND", "CXX", "CXXFLAGS")
     env = {k: v for k, v in os.environ.items() if k not in drop} | environment
     result = subprocess.run(
         command, cwd=ROOT.parent, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -89,6 +98,10 @@ def test_wheel_with_compiler(built: Path, python: Path) -> None:
     run(python, "-I", "-c", SAME_NOISE)
     assert run(python, "-I", "-c", WHY_NO_NATIVE).strip() == "None"
     assert "noise native available" in info(python)
+    if shutil.which("nvcc"):
+        run(python, "-I", "-c", CUDA_IMPORTS)
+    else:
+        assert "no CUDA compiler was found, nvcc 12.8 or newer" in info(python)
 
 
 def test_wheel_without_compiler(built: Path, python: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.philox import PERTURB, NoiseState
-from .arrays import Array, array, like, pixels, place
+from .arrays import place
+from .layouts import Array, array, like, pixels
 from .noise import EXACT, blocks_of, normals
 
 

@@ -7,7 +7,7 @@ atomics. Sums are taken of x less a pivot, the channel's own mean, so that an of
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -19,6 +19,7 @@ from .activations import activate, through
 from .noise import dropout_factors, words
 from .norm_cut import Config, candidates
 from .norm_merge import added_sums, few, merged_moments
+from .norm_operands import Operands
 
 
 @triton.jit
@@ -249,41 +250,16 @@ def group_norm_silu_bwd_kernel(
             tl.store(to, out, mask=mask)
 
 
-def key(direction: str, of: "Operands") -> str:
+def key(direction: str, of: Operands) -> str:
     """Under which a table has the name: direction, dtype, layout, images (the next power of two), channels..."""
     last, dtype = "last" if of.x.stride(1) == 1 else "nchw", str(of.x.dtype).removeprefix("torch.")
     images, pixels, channels, groups = of.sizes
     return f"{direction} {dtype} {last} {images}x{channels}x{pixels}/{groups}"
 
 
-def config(direction: str, of: "Operands", run: Callable[[Config], None]) -> Config:
+def config(direction: str, of: Operands, run: Callable[[Config], None]) -> Config:
     """How this call is cut; `run` is the call itself, for a search."""
     return configs.chosen("group_norm_silu", key(direction, of), candidates(direction, *of.sizes), of.x.device, run)
-
-
-class Operands(NamedTuple):
-    """The tensors of a call; x, x2 and the rest laid out as `image` takes them, parameters contiguous."""
-
-    x: Tensor
-    x2: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    add: Tensor | None
-    scale: Tensor | None
-    shift: Tensor | None
-    groups: int
-    activation: str
-    dropout: tuple[Tensor, Tensor, int, int, int, float] | None  # seed, draw, first sample, stream, threshold, factor
-
-    @property
-    def channels(self) -> int:
-        return self.x.shape[1] + (0 if self.x2 is None else self.x2.shape[1])
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """What a configuration depends on: images, rounded up to a power of two, pixels, channels, groups."""
-        images, _, height, width = self.x.shape
-        return triton.next_power_of_2(images), height * width, self.channels, self.groups
 
 
 def _image(x: Tensor | None, other: Tensor) -> tuple[Any, ...]:

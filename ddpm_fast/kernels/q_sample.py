@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.philox import PERTURB, NoiseState
-from .arrays import array, like, pixels, place
+from .arrays import place
+from .layouts import array, like, pixels
 from .noise import EXACT, blocks_of, normals
 
 

@@ -5,15 +5,17 @@ number are read from device memory, so that a captured step serves every row.
 """
 
 import math
-from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..reference.philox import REVERSE, NoiseState
-from .arrays import Array, array, like, pixels, place
+from .arrays import place
+from .layouts import Array, array, pixels, room
 from .noise import EXACT, blocks_of, normals
+
+__all__ = ["room", "sampler_step", "sampler_step_kernel"]
 
 
 @triton.jit(do_not_specialize=["first_sample", "stream"])
@@ -49,21 +51,6 @@ def sampler_step_kernel(
         to = x0_out + n * x0_sample + place(e, channels, pixels, X0_LAST)
         tl.store(to, x0.to(x0_out.dtype.element_ty), mask=mask)
     tl.store(out + n * out_sample + place(e, channels, pixels, OUT_LAST), x_next.to(out.dtype.element_ty), mask=mask)
-
-
-def room(x: Tensor, out: Tensor | None, read: Sequence[Tensor]) -> Array:
-    """Where a result goes: into `out`, unless a kernel can't write there, or would write over what is still read."""
-    if out is None or any(_shares(out, v) for v in read):
-        return like(x)
-    found = array(out)
-    return found if found.data is out else like(x)
-
-
-def _shares(out: Tensor, v: Tensor) -> bool:
-    """Whether they have memory in common, but not number for number: those are read before they are written."""
-    if out.data_ptr() == v.data_ptr() and out.stride() == v.stride() and out.dtype == v.dtype:
-        return False
-    return out.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
 
 
 def sampler_step(

@@ -35,23 +35,23 @@ def threads() -> int:
 
 
 @functools.cache
-def _load() -> tuple[Any, str | None]:
+def _load(name: str) -> tuple[Any, str | None]:
     try:
-        return importlib.import_module("ddpm_fast._C"), None
+        return importlib.import_module(f"ddpm_fast.{name}"), None
     except ImportError as error:
         # Written by setup.py when the build was skipped or failed.
-        note = Path(__file__).parent.parent / "_C_unavailable.txt"
-        reason = note.read_text().strip() if note.exists() else f"import of ddpm_fast._C failed: {error}"
+        note = Path(__file__).parent.parent / f"{name}_unavailable.txt"
+        reason = note.read_text().strip() if note.exists() else f"import of ddpm_fast.{name} failed: {error}"
         return None, reason
 
 
-def load() -> Any:
-    """The module ddpm_fast._C.
+def load(name: str = "_C") -> Any:
+    """The module ddpm_fast._C, or another one that setup.py builds.
 
     Raises:
         Unavailable: it was not built, or can't be imported.
     """
-    module, reason = _load()
+    module, reason = _load(name)
     if module is None:
         raise Unavailable(reason)
     return module
@@ -120,7 +120,7 @@ def check_backward(op: str, *grads: Tensor | None) -> None:
 @torch.compiler.assume_constant_result  # where a compiler asks
 def wanted() -> bool:
     """Whether the module can be loaded, and no other backend is forced."""
-    return forced() in (None, "native") and _load()[0] is not None
+    return forced() in (None, "native") and _load("_C")[0] is not None
 
 
 def check_not_forced_away(op: str) -> None:

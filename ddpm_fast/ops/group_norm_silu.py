@@ -10,7 +10,7 @@ from torch import Tensor
 from ..reference import group_norm_silu as reference
 from ..reference.group_norm_silu import ACTIVATIONS
 from ..reference.philox import Dropout
-from . import _checks, _group_norm, _group_norm_triton, _native, _triton
+from . import _checks, _cuda, _group_norm, _group_norm_gpu, _native, _triton
 from ._dispatch import Impl, Op
 from ._library import composition
 from .noise import check_dropout, drawn_dropout
@@ -80,13 +80,15 @@ def _rejects(
     return reason
 
 
-def _rejects_triton(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, *options: Any
+def _rejects_gpu(
+    fit: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, *options: Any
 ) -> str | None:
     x2, _, residual = options[:3]
     channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
-    more = _group_norm_triton.rejects(x, x2, residual, channels, groups)
-    return _rejects(_triton, x, weight, bias, groups, eps, *options) or more
+    more = _group_norm_gpu.rejects(x, x2, residual, channels, groups)
+    if fit is _cuda:
+        more = more or _group_norm_gpu.rejects_cuda(x, channels, groups)
+    return _rejects(fit, x, weight, bias, groups, eps, *options) or more
 
 
 def _ready(*arguments: Any) -> bool:
@@ -131,7 +133,8 @@ def _check(
 OP = Op(
     "group_norm_silu",
     Impl("native", _load_native, partial(_rejects, _native), _ready),
-    Impl("triton", _group_norm_triton.load, _rejects_triton),
+    Impl("triton", partial(_group_norm_gpu.load, _triton.load), partial(_rejects_gpu, _triton)),
+    Impl("cuda", partial(_group_norm_gpu.load, _cuda.load), partial(_rejects_gpu, _cuda)),
     Impl("reference", lambda: _reference),
     check=_check,
     traced=_traced,

@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 
 from ..reference import sampler_step as reference
 from ..reference.philox import REVERSE, NoiseState
-from . import _checks, _native, _triton
+from . import _checks, _cuda, _native, _triton
 from ._dispatch import Impl, Op
 from ._library import composition
 from .noise import check_source, drawn
@@ -85,8 +85,8 @@ def _load() -> Callable[..., Any]:
     return run
 
 
-def _load_triton() -> Callable[..., Any]:
-    kernels = _triton.load("sampler_step")
+def _load_gpu(load: Callable[[str], Any]) -> Callable[..., Any]:
+    kernels = load("sampler_step")
 
     def run(x: Tensor, model_out: Tensor, rows: Tensor, k: Tensor, *rest: Any) -> Tensor | tuple[Tensor, Tensor]:
         noise, hist, clip, return_x0, out, x0_out = rest
@@ -143,7 +143,8 @@ def _check(x: Tensor, model_out: Tensor, rows: Tensor, k: Tensor, *rest: Any) ->
 OP = Op(
     "sampler_step",
     Impl("native", _load, partial(_rejects, _native), _ready),
-    Impl("triton", _load_triton, partial(_rejects, _triton)),
+    Impl("triton", partial(_load_gpu, _triton.load), partial(_rejects, _triton)),
+    Impl("cuda", partial(_load_gpu, _cuda.load), partial(_rejects, _cuda)),
     Impl("reference", lambda: _delivering(_plain)),
     check=_check,
     traced=_delivering(_NODE),

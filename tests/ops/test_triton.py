@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import aot
 from ddpm_fast import ops
-from ddpm_fast.ops import DROPOUT, REVERSE, Dropout, NoiseState, _group_norm_triton
+from ddpm_fast.ops import DROPOUT, REVERSE, Dropout, NoiseState, _group_norm_gpu
 from ddpm_fast.reference import group_norm_silu as norm_reference
 from ddpm_fast.reference import sampler_step as step_reference
 from ddpm_fast.reference.noise import box_muller
@@ -240,8 +240,8 @@ def test_images_that_reach_too_far_are_refused() -> None:
     for stride, taken in ((2**29, True), (2**30, False)):
         x = torch.empty_strided((1, 4, 1, 1), (4, stride, 1, 1), device="meta")
         near = torch.empty(1, 4, 1, 1, device="meta")
-        assert (_group_norm_triton.rejects(x, None, None, 4, 2) is None) == taken
-        assert (_group_norm_triton.rejects(near, x, None, 8, 2) is None) == taken
+        assert (_group_norm_gpu.rejects(x, None, None, 4, 2) is None) == taken
+        assert (_group_norm_gpu.rejects(near, x, None, 8, 2) is None) == taken
 
 
 def test_the_loss_draws_its_noise_again_though_the_state_moved_on() -> None:

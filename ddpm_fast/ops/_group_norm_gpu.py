@@ -1,5 +1,6 @@
-"""group_norm_silu on Triton: its arguments, and its gradient."""
+"""group_norm_silu on the kernels of a GPU, Triton's or CUDA's: its arguments, and its gradient."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,15 @@ def rejects(x: Tensor, x2: Tensor | None, residual: Tensor | None, channels: int
         return "takes images that reach over less than 2^31 elements"
     if channels // groups > 1024:
         return "takes groups of at most 1024 channels"
+    return None
+
+
+def rejects_cuda(x: Tensor, channels: int, groups: int) -> str | None:
+    """What those of csrc/cuda have no room for beyond that."""
+    if x.stride(1) != 1 or x.shape[1] == 1:
+        return "takes images in channels_last"
+    if channels // groups > 256:
+        return "takes groups of at most 256 channels"
     return None
 
 
@@ -122,9 +132,9 @@ def forward(
     return y, h, statistics
 
 
-def load() -> Any:
-    """The op on plain tensors, with a gradient where one is asked for."""
-    kernels = _triton.load("group_norm_silu")
+def load(kernels_of: Callable[[str], Any]) -> Any:
+    """The op on plain tensors, with a gradient where one is asked for; `kernels_of` loads an op's kernels."""
+    kernels = kernels_of("group_norm_silu")
 
     def run(
         x: Tensor, weight: Any, bias: Any, groups: int, eps: float, x2: Any, add: Any, residual: Any, *rest: Any

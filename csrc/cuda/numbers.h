@@ -1,0 +1,17 @@
+// What the kernels' arguments have in common.
+#pragma once
+
+#include "machine.h"
+
+namespace ddpm::cuda {
+
+enum class Type : int { float32, bf16, float16, float64 };
+
+// Where random numbers come from; seed, draw and maybe the first sample are read on the device.
+struct Draws {
+  const int64_t *seed, *draw, *first_sample;
+  int64_t first;  // sample, where it is no pointer
+  uint32_t stream;
+};
+
+}  // namespace ddpm::cuda
