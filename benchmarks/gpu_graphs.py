@@ -37,6 +37,7 @@ def _repeatable() -> Iterator[None]:
     cudnn.benchmark, cudnn.deterministic = False, True
     try:
         with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="no CUDA graph")  # nothing may fall back
             warnings.filterwarnings("ignore", message="no CUDA graph: CUDA graphs need a GPU|sampling from ema_model")
             yield
     finally:

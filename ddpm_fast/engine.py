@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .chain import Chain, Network, OnStep, Predictor, RecordedChain, told_by
-from .graphs import Footprint, Graphs, NotRecorded, switches
+from .footprint import Footprint, NotRecorded, switches
+from .graphs import Graphs, possible
 from .ops import X_T, NoiseState
 from .ops import _checks as checks
 from .ops import noise as draw_noise
@@ -120,7 +121,7 @@ def denoise(
         x after the last row.
     """
     chain = Chain(x, plan, noise, told_by(network, plan.timesteps(x.device)))
-    if graphs is not None and engine != "eager":
+    if graphs is not None and (engine == "graph" or engine == "auto" and possible(x.device)):
         try:
             recorded = _recorded(network, chain, graphs, engine)
             if recorded is not None:
@@ -180,6 +181,6 @@ def _recorded(network: Network, chain: Chain, graphs: Graphs, engine: str) -> Re
         lambda: Footprint(network.model),
         x.device,
         lambda recorder: RecordedChain(recorder, network, chain, room, unroll),
-        due,
+        lambda _: due,
     )
     return made

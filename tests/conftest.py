@@ -16,8 +16,12 @@ import numpy as np
 import pytest
 import torch
 from command_line import TRAIN, run
+from tape import Tape
 from torch import Tensor
 from torch.utils._device import _device_constructors
+
+from ddpm_fast import engine, graphs
+from ddpm_fast.training import step
 
 # On tensors this small a second thread gains nothing, and on a busy machine the two wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
@@ -70,3 +74,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run")
     assert run(TRAIN + " --steps 4 --lr 1e-3 --seed 3 --out {out}", out=out) == 0
     return out / "model.safetensors"
+
+
+@pytest.fixture
+def tape(monkeypatch: pytest.MonkeyPatch) -> Tape:
+    """What records from now on, on the CPU, too; there is one, whoever asks for it."""
+    tape = Tape()
+    monkeypatch.setattr(graphs, "Recorder", lambda device: tape.recorders.append(device) or tape)
+    for module in (graphs, engine, step):
+        monkeypatch.setattr(module, "possible", lambda device: True)
+    return tape

@@ -10,13 +10,19 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
-from ddpm_fast.graphs import Recording
+from ddpm_fast.footprint import NotRecorded
+from ddpm_fast.graphs import FAILED, Recording
 from ddpm_fast.ops import _checks
 
 READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.is_nonzero.default)
+
+
+def tape_is_recording() -> bool:
+    """For networks that fail just then."""
+    return any(isinstance(mode, _Recording) for mode in _get_current_dispatch_mode_stack())
 
 
 def _tensors(tree: object) -> Iterator[Tensor]:
@@ -45,11 +51,22 @@ class _Recording(TorchDispatchMode):
         return out
 
 
+class _Watch(TorchDispatchMode):
+    def __init__(self, all_reads: bool) -> None:
+        super().__init__()
+        self.reads, self.all_reads = 0, all_reads
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.reads += func in READS and (self.all_reads or args[0].is_floating_point())
+        return func(*args, **(kwargs or {}))
+
+
 class Tape:
     """In the place of graphs.Recorder."""
 
     def __init__(self) -> None:
         self.lengths: list[int] = []  # operators of each recording
+        self.recorders: list[torch.device] = []  # devices for which one was made
         self.replays = 0
 
     @property
@@ -58,7 +75,15 @@ class Tape:
 
     def warm_up(self, run: Callable[[], object]) -> None:
         """As a recorder does, once."""
-        run()
+        self.watched(run, all_reads=True)
+
+    def watched(self, run: Callable[[], object], all_reads: bool = False) -> None:
+        """As a recorder does; an eager training step reads its own counters, which beside a GPU are the host's."""
+        watch = _Watch(all_reads)
+        with watch, mock.patch.object(_checks, "indices"):
+            run()
+        if watch.reads:
+            raise NotRecorded(f"{FAILED}: it waits for the device")
 
     def record(self, run: Callable[[], object]) -> Recording:
         """Record it. Other than a capture this runs it, too; what was there before is put back."""

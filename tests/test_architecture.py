@@ -18,7 +18,7 @@ LEVELS = (
     "reference",
     "kernels _C _cuda",
     "ops schedules predictions samplers",
-    "engine chain graphs memory models progress",
+    "engine chain graphs footprint memory models progress",
     "diffusion sampling",
     "editing training evaluation interop demo unet ema utils script_utils",
     "__init__ __main__ cli commands info options",

@@ -5,28 +5,21 @@ import inspect
 import pickle
 import warnings
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from tape import Tape
+from tape import Tape, tape_is_recording
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import BETAS, TINY, Pixelwise, pixelwise
+from toys import BETAS, TINY, pixelwise
 
 from ddpm_fast import Diffusion, UNet, graphs, ops
 from ddpm_fast.engine import WORTH, fastest_way
+from ddpm_fast.footprint import NotRecorded, switches
 from ddpm_fast.samplers import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:sampling from ema_model")
-
-
-@pytest.fixture
-def tape(monkeypatch) -> Tape:
-    """What records from now on; there is one whoever asks for it."""
-    tape = Tape()
-    monkeypatch.setattr(graphs, "Recorder", lambda device: tape)
-    return tape
 
 
 def network(**options) -> UNet:
@@ -175,13 +168,65 @@ def test_other_switches_shapes_and_networks_have_recordings_of_their_own(tape: T
     same(graph, eager, seed=1)
     same(graph, eager, 3, seed=1)
     same(graph, eager, seed=1, use_ema=False)
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    for owner, name in (
+        (torch.backends.cudnn, "deterministic"),
+        (torch.backends.cudnn, "benchmark"),
+        (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"),
+    ):
+        before = getattr(owner, name)
+        setattr(owner, name, not before)
+        same(graph, eager, seed=1)
+        setattr(owner, name, before)
+    assert tape.records == len(graph.graphs) == 6
+    torch.use_deterministic_algorithms(True)
     same(graph, eager, seed=1)
-    assert tape.records == 4 and len(graph.graphs) == 4
+    torch.use_deterministic_algorithms(False)
+    same(graph, eager, 4, seed=1)
+    recorders = len(tape.recorders)
+    assert tape.records == len(graph.graphs) == graphs.MOST and recorders == 1
     same(graph, eager, 5, seed=1)
-    assert len(graph.graphs) == graphs.MOST, "the one that was used longest ago is gone"
+    assert len(graph.graphs) == 1 and len(tape.recorders) == 2, "all are released at once, with their recorder"
     graph.graphs.clear()
     assert len(graph.graphs) == 0 and repr(graph.graphs) == "Graphs: none"
+    same(graph, eager, seed=1)
+    assert len(tape.recorders) == 3
+    graph.to("cpu")
+    assert len(graph.graphs) == 0, "a move releases them"
+
+
+def test_longer_plans_and_other_ways_have_recordings_of_their_own(tape: Tape, monkeypatch) -> None:
+    """More rows than there was room for; another number of steps in a recording."""
+    monkeypatch.setattr("ddpm_fast.engine.ROOM", 4)
+    graph, eager = pair()
+    same(graph, eager, seed=1, num_steps=3)
+    same(graph, eager, seed=1)
+    assert tape.records == 2 and "up to 4 steps" in repr(graph.graphs) and "up to 16 steps" in repr(graph.graphs)
+    monkeypatch.setattr("ddpm_fast.engine.fastest_way", lambda model, x: "graph8")
+    same(graph, eager, seed=1)
+    assert tape.records == 4
+
+
+def test_another_backend_is_another_recording(tape: Tape) -> None:
+    graph, _ = pair()
+    with ops.use_backend("reference"):
+        first = graph.sample(2, "cpu", seed=1)
+    assert torch.allclose(graph.sample(2, "cpu", seed=1), first, atol=1e-3) and len(graph.graphs) == 2
+
+
+@pytest.mark.parametrize("name", ["matmul", "conv", "all"])
+def test_settings_that_forbid_to_read_their_predecessors(name: str, monkeypatch) -> None:
+    """torch 2.9 and later raise where the old TF32 flags are read after the new ones were set."""
+    backends = torch.backends
+    owner = {"matmul": backends.cuda.matmul, "conv": backends.cudnn.conv, "all": backends}[name]
+    if not hasattr(owner, "fp32_precision"):
+        pytest.skip("this torch has no fp32_precision")
+    before = owner.fp32_precision
+    owner.fp32_precision = "ieee"
+    try:
+        assert len(switches(torch.device("cuda"))) > 10
+        assert pixelwise().sample(1, "cpu").isfinite().all()
+    finally:
+        owner.fp32_precision = before
 
 
 def eagerly(diffusion: Diffusion, match: str, **options) -> Tensor:
@@ -203,9 +248,120 @@ class Reads(nn.Module):
 
 def test_a_network_that_reads_the_device_runs_eagerly(tape: Tape) -> None:
     graph, eager = pair(Reads())
-    images = eagerly(graph, "can't be recorded: RuntimeError: operation not permitted when stream is capturing")
+    images = eagerly(graph, "can't be recorded: it waits for the device")
     assert torch.equal(images, eager.sample(2, "cpu", seed=1))
     assert "can't be recorded" in repr(graph.graphs) and len(graph.graphs) == 0
+
+
+class Fails(nn.Module):
+    """In captures alone."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        if tape_is_recording():
+            try:
+                raise OSError("no such thing")
+            finally:
+                raise RuntimeError("a capture failed")
+        return x * 0.5
+
+
+def test_the_first_of_the_errors_is_told(tape: Tape) -> None:
+    graph, eager = pair(Fails())
+    assert torch.equal(eagerly(graph, "OSError: no such thing; running eagerly"), eager.sample(2, "cpu", seed=1))
+
+
+class Counts(nn.Module):
+    """Its own calls, which decide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        self.calls += 1
+        return x * (0.5 if self.calls % 2 else 0.25)
+
+
+def test_a_network_that_counts_runs_eagerly(tape: Tape) -> None:
+    graph, eager = pair(Counts())
+    with pytest.warns(UserWarning, match="it changes what it looks at when it runs"):
+        graph.sample(2, "cpu", seed=1)
+    graph.ema_model.calls = 0
+    assert torch.equal(graph.sample(2, "cpu", seed=1), eager.sample(2, "cpu", seed=1)) and tape.replays == 0
+
+
+@dataclass
+class Settings:
+    scale: float = 0.5
+
+
+class Configured(nn.Module):
+    """Reads a dataclass, a list and a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cfg, self.tables, self.names = Settings(), [torch.tensor(0.1)], {"more": {"shift": 0.01}}
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.cfg.scale * x + self.tables[0] + self.names["more"]["shift"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: setattr(net.cfg, "scale", 0.25),
+        lambda net: net.tables.__setitem__(0, torch.tensor(0.2)),
+        lambda net: net.names["more"].update(shift=0.3),
+        lambda net: net.names.update(other=1),
+    ],
+)
+def test_what_lies_in_attributes_is_looked_at(tape: Tape, change) -> None:
+    graph, eager = pair(Configured())
+    same(graph, eager, seed=1)
+    for diffusion in (graph, eager):
+        change(diffusion.ema_model)
+    same(graph, eager, seed=1)
+    assert tape.records == 2 and tape.replays == 2 * len(BETAS)
+
+
+def test_a_network_that_changes_all_the_time_is_given_up_and_one_that_does_now_and_then_not(
+    tape: Tape, monkeypatch
+) -> None:
+    monkeypatch.setattr(graphs, "MANY_USES", 3)
+
+    def change(k: int) -> None:
+        for diffusion in (graph, eager):
+            diffusion.ema_model.cfg.scale = 0.01 * k
+
+    graph, eager = pair(Configured())
+    for k in range(graphs.MOST_CHANGES + 1):
+        change(k)
+        for _ in range(graphs.MANY_USES):
+            same(graph, eager, seed=1)
+    assert tape.records == graphs.MOST_CHANGES + 1
+    for k in range(graphs.MOST_CHANGES):
+        change(k)
+        same(graph, eager, seed=k)
+    with pytest.warns(UserWarning, match="what it looks at changes all the time"):
+        change(100)
+        same(graph, eager, seed=1)
+
+
+class Guided(Diffusion):
+    """Calls the network in its own way, with t."""
+
+    weight = 0.5
+
+    def _call(self, model, x, t, y, state=None):
+        twice = super()._call(model, torch.cat([x, x]), torch.cat([t, t]), None)
+        return twice[: len(x)] * self.weight
+
+
+def test_a_call_of_ones_own_is_told_t_and_not_recorded(tape: Tape) -> None:
+    graph = Guided(network(), (8, 8), 1, None, BETAS, engine="graph")
+    images = eagerly(graph, "what this network looks at is not known")
+    graph.weight = 0.25
+    assert not torch.equal(graph.sample(2, "cpu", seed=1), images)
 
 
 def test_without_a_gpu_all_is_eager_and_only_a_wish_for_graphs_is_answered() -> None:
@@ -233,7 +389,7 @@ class Passing(TorchDispatchMode):
 
 
 def test_what_else_is_eager(tape: Tape, monkeypatch) -> None:
-    net = Pixelwise()
+    net = network()
     with pytest.warns(UserWarning, match="torch's generator"):
         Diffusion(net, (8, 8), 1, None, BETAS, rng="torch", engine="graph").sample(1, "cpu")
 
@@ -254,7 +410,8 @@ def test_what_else_is_eager(tape: Tape, monkeypatch) -> None:
     inner: list[Tensor] = []
     with pytest.warns(UserWarning, match="another recorded chain is under way"):  # whose memory it would take
         again = lambda k, x: inner or inner.append(graph.sample(1, "cpu", seed=1))  # noqa: E731
-        outer = graph.sample(1, "cpu", seed=1, callback=again)
+        with ops.use_backend("reference"):
+            outer = graph.sample(1, "cpu", seed=1, callback=again)
     assert torch.equal(inner[0], outer)
     auto = Diffusion(net, (8, 8), 1, None, BETAS)
     auto.sample(1, "cpu")
@@ -269,23 +426,47 @@ def test_what_else_is_eager(tape: Tape, monkeypatch) -> None:
         assert not len(auto.graphs), "the table says that it doesn't pay"
 
 
-def test_memory_that_runs_out_is_given_back_and_the_batch_split(tape: Tape, monkeypatch) -> None:
-    """In a capture as in a step."""
+def test_memory_that_runs_out(tape: Tape, monkeypatch) -> None:
+    """In a capture: all is given back, and the chain is eager. In an eager step: given back, and the batch split."""
     graph, eager = pair()
     same(graph, eager, seed=1)
-    record = tape.record
 
-    def limited(run):
-        if len(graph.graphs) or full:
-            full.clear()
+    def full(run):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tape, "record", full)
+        with pytest.warns(UserWarning, match="can't be recorded: OutOfMemoryError: CUDA out of memory"):
+            same(graph, eager, 4, seed=1)
+        assert len(graph.graphs) == 0
+    same(graph, eager, seed=1)
+    forward = graph.ema_model.forward
+
+    def limited(x, *rest):
+        if len(x) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return record(run)
+        return forward(x, *rest)
 
-    full = [True]
-    monkeypatch.setattr(tape, "record", limited)
-    same(graph, eager, 4, seed=1)
-    shapes = [entry.made.chain.x.shape[0] for entry in graph.graphs._entries.values()]
-    assert shapes == [2]
+    monkeypatch.setattr(eager.ema_model, "forward", eager.ema_model.forward)  # patched, too, it is told t
+    monkeypatch.setattr(graph.ema_model, "forward", limited)
+    assert len(graph.graphs) == 1
+    with ops.use_backend("reference"):
+        halves = [eager.sample(2, "cpu", seed=1, first_index=k) for k in (0, 2)]
+        assert torch.equal(graph.sample(4, "cpu", seed=1), torch.cat(halves))
+    assert [entry.made.chain.x.shape[0] for entry in graph.graphs._entries.values()] == [2]
+
+
+def test_an_error_in_a_callback_leaves_all_usable(tape: Tape) -> None:
+    graph, eager = pair()
+
+    def stop(k: int, x: Tensor) -> None:
+        raise KeyError(k)
+
+    with pytest.raises(KeyError), ops.use_backend("reference"):
+        graph.sample(2, "cpu", seed=1, callback=stop)
+    records = tape.records
+    same(graph, eager, seed=1)
+    assert tape.records == records
 
 
 def test_copies_have_no_recordings(tape: Tape) -> None:
@@ -352,7 +533,7 @@ class FakeCuda:
 
     def __init__(self, monkeypatch) -> None:
         self.calls: list[str] = []
-        self.current, self.reserved, self.fails = "default", 100, False
+        self.current, self.reserved, self.fails, self.debug = "default", 100, False, 0
         outer = self
         true_graph = torch.cuda.graph
 
@@ -399,6 +580,8 @@ class FakeCuda:
             "device": lambda device: nullcontext(),
             "empty_cache": lambda: self.calls.append("empty"),
             "memory_reserved": lambda device: self.reserved,
+            "get_sync_debug_mode": lambda: self.debug,
+            "set_sync_debug_mode": lambda mode: setattr(self, "debug", mode),
         }
         for name, fake in fakes.items():
             assert hasattr(torch.cuda, name)
@@ -422,7 +605,20 @@ def test_the_recorder_captures_as_torch_asks(monkeypatch) -> None:
     assert cuda.calls[2:] == ["empty", "capture"]
     recording.replay()
     assert cuda.calls[-1] == "replay"
+    assert recorder._stream is not graphs.Recorder(torch.device("cuda", 0))._stream
+
+    def waits() -> None:
+        assert cuda.debug == "warn"
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("another", stacklevel=1)
+
+    with pytest.warns(UserWarning, match="another"), pytest.raises(NotRecorded, match=r"waits for the device, in .*py"):
+        recorder.watched(waits)
+    assert cuda.debug == 0
+    monkeypatch.setattr(graphs.Recorder, "broken", False)
     cuda.fails = True
     with pytest.raises(RuntimeError, match="previous error"):
         recorder.record(run)
     assert cuda.current == "default"
+    with pytest.raises(NotRecorded, match="an earlier capture failed"):
+        graphs.Recorder(torch.device("cuda", 0))

@@ -204,6 +204,8 @@ EMBEDDED = {
     "no time": (lambda net: setattr(net, "time_mlp", None), False),
     "hook": (lambda net: net.ups[0].register_forward_hook(lambda *_: None), False),
     "hook inside": (lambda net: net.mid[1].time_bias.register_forward_pre_hook(lambda *_: None), False),
+    "compiled": (lambda net: net.mid[0].compile(backend="eager"), False),
+    "replaced convolution": (lambda net: setattr(net.mid[0], "conv_1", nn.Sequential(net.mid[0].conv_1)), False),
     "patched": (lambda net: setattr(net.mid[0], "forward", net.mid[0].forward), False),
     "wrapped": (lambda net: net.mid.__setitem__(0, nn.Sequential(net.mid[0])), False),
     "another embedding": (lambda net: net.time_mlp.__setitem__(2, nn.ReLU()), False),
@@ -218,6 +220,8 @@ def test_only_an_untouched_network_embeds_its_timesteps(change: str) -> None:
     alter, possible = EMBEDDED[change]
     alter(net)
     assert (net.embed_steps(T) is not None) == possible
+    if change != "no time":
+        assert net(X, T).isfinite().all()  # none of them is in the way of a forward
 
     class Own(UNet):
         def forward(self, x, time=None, y=None, noise_state=None):

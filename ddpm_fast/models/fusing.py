@@ -55,7 +55,7 @@ def is_untouched(*modules: nn.Module) -> bool:
     for m in modules:
         if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
             return False
-        if "forward" in m.__dict__:
+        if "forward" in m.__dict__ or getattr(m, "_compiled_call_impl", None) is not None:
             return False
     return True
 

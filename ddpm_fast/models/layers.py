@@ -162,7 +162,7 @@ class ResidualBlock(TakesNoiseState):
     ):
         super().__init__()
         self.in_channels = in_channels = checks.integer("in_channels", in_channels, 1)
-        out_channels = checks.integer("out_channels", out_channels, 1)
+        self.out_channels = out_channels = checks.integer("out_channels", out_channels, 1)
         dropout = checks.number("dropout", dropout, 0, 1)
         self.time_emb_dim = None if time_emb_dim is None else checks.integer("time_emb_dim", time_emb_dim, 1)
         self.num_classes = None if num_classes is None else checks.integer("num_classes", num_classes, 1)

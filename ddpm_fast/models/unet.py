@@ -218,7 +218,7 @@ class UNet(TakesNoiseState):
 
     def _bias_sizes(self) -> list[int]:
         """Channels of each residual block in a row of `embed_steps`."""
-        return [m.conv_1.out_channels for m in self._layers() if isinstance(m, ResidualBlock)]
+        return [m.out_channels for m in self._layers() if isinstance(m, ResidualBlock)]
 
     def _check(self, x: Tensor, time: Tensor | None, y: Tensor | None) -> None:
         check_input(x, self.img_channels)
@@ -229,7 +229,7 @@ class UNet(TakesNoiseState):
         if self.time_mlp is not None:
             if time is None:
                 raise ValueError("time is required: this network was built with time_emb_dim")
-            embedded = isinstance(time, Tensor) and time.shape == (1, sum(self._bias_sizes()))
+            embedded = isinstance(time, Tensor) and time.ndim == 2 and time.shape == (1, sum(self._bias_sizes()))
             if not embedded and (not isinstance(time, Tensor) or time.shape != x.shape[:1]):
                 raise ValueError(f"time must have shape [{x.shape[0]}], got {checks.text(time)}")
             if time.is_complex():

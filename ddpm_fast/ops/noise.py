@@ -18,6 +18,8 @@ from ._library import opaque
 
 def _rejects(fit: Any, *args: Any) -> str | None:
     state = next(a for a in args if isinstance(a, NoiseState))
+    if fit is _triton and isinstance(state.first_sample, Tensor):
+        return "takes a first sample that the host knows"
     reason: str | None = fit.unfit(state.seed, state.draw)
     return reason
 

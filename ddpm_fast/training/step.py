@@ -1,19 +1,22 @@
 """One step of training as one call, and on a GPU as one CUDA graph."""
 
 import math
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from ..diffusion import Diffusion
-from ..graphs import ENGINES, WARM_UPS, Footprint, Graphs, NotRecorded, Recorder, switches
+from ..footprint import Footprint, NotRecorded, switches
+from ..graphs import ENGINES, WARM_UPS, Graphs, possible
 from ..ops import _checks as checks
+from .recorded import RecordedStep, hooked, look, rounded
 
 FIRST_SCALE, GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0**16, 2.0, 0.5, 2000  # of the loss in float16, as torch.amp has them
 PATIENCE = 100  # steps after which what can't be recorded is tried again
@@ -88,8 +91,10 @@ class TrainStep:
         self.scale = torch.full((), FIRST_SCALE, device=device) if dtype is torch.float16 else None  # of the loss
         self._growth = torch.zeros((), dtype=torch.int32, device=device)
         self.graphs = Graphs()  # recorded steps: print(graphs) lists them, graphs.clear() releases their memory
-        self.last: RecordedStep | None = None  # whose gradients are in p.grad
-        self._eager: Counter[Any] = Counter()  # steps of a kind that ran so
+        self.last: weakref.ref[RecordedStep] | None = None  # whose gradients are in p.grad
+        self._eager: Counter[Any] = Counter()  # steps of a kind that ran so, before a recording
+        self._refused: Counter[Any] = Counter()  # steps of a kind to come in which none is tried
+        self._following: Any = None  # the kind of the step under way, if a recording follows
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Train on one batch.
@@ -105,22 +110,51 @@ class TrainStep:
             ValueError, TypeError: x or y does not fit.
         """
         checks.tensor("x", x)
+        if not (y is None or isinstance(y, Tensor)):
+            raise TypeError(f"y must be a tensor, got {checks.text(y)}: torch.as_tensor(y) makes one")
         if x.ndim == 0 or x.shape[0] % self.accumulate:
             raise ValueError(f"x must have a batch that {self.accumulate} divides (accumulate), got {checks.text(x)}")
         device = self.loss.device
         if self.diffusion.betas.device != device:
             raise ValueError(f"diffusion was moved from {device}: make a new optimizer and TrainStep")
         x = x.to(device, non_blocking=True)
-        y = y.to(device, non_blocking=True) if isinstance(y, Tensor) else y
-        recorded = False if self.engine == "eager" else self._recorded(x, y)
-        if isinstance(recorded, RecordedStep):
+        y = None if y is None else y.to(device, non_blocking=True)
+        wanted = self.engine == "graph" or self.engine == "auto" and possible(device)
+        recorded = self._recorded(x, y) if wanted else None
+        if recorded is not None:
             recorded.run(x, y)
         else:
-            self.last = None
-            with rounded(self.optimizer) if recorded is None else nullcontext():
-                self.work(x, y, self.diffusion)
-            self.diffusion.update_ema()
+            self._eagerly(x, y)
         return self.loss.clone()
+
+    def _eagerly(self, x: Tensor, y: Tensor | None) -> None:
+        """The step as it is; where a recording follows, with rates in float32, and the last such one watched."""
+        self.last = None
+        following, self._following = self._following, None
+        with nullcontext() if following is None else rounded(self.optimizer):
+            work = partial(self.work, x, y, self.diffusion)
+            try:
+                if following is not None and self._eager[following] == WARM_UPS:
+                    self.graphs.recorder(x.device).watched(work)
+                else:
+                    work()
+            except NotRecorded as why:  # the work is done
+                self._refuse(following, why)
+        self.diffusion.update_ema()
+
+    def _refuse(self, kind: Any, why: NotRecorded) -> None:
+        self.graphs.tell(why, self.engine == "graph")
+        self._refused[kind] = PATIENCE
+
+    def state_dict(self) -> dict[str, float]:
+        """What a run in float16 needs beside its diffusion and optimizer to go on: the scale, and its steps so far."""
+        return {} if self.scale is None else {"scale": float(self.scale), "growth": int(self._growth)}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take over what `state_dict` gave."""
+        if self.scale is not None:
+            self.scale.fill_(checks.number("scale", state["scale"]))
+            self._growth.fill_(checks.integer("growth", state["growth"], 0))
 
     def losses(self, x: Tensor, y: Tensor | None, forward: Callable[..., Tensor]) -> Iterator[Tensor]:
         """The loss of each part of a batch, as a share of the batch's; `forward` is the diffusion, or its like."""
@@ -134,6 +168,7 @@ class TrainStep:
     def work(self, x: Tensor, y: Tensor | None, forward: Callable[..., Tensor]) -> None:
         """All of a step but the average: nothing here depends on a number of the host that changes."""
         self.optimizer.zero_grad()
+        torch.clear_autocast_cache()  # in the caller's autocast, the casts of weights before the last step
         total = torch.zeros_like(self.loss)
         for loss in self.losses(x, y, forward):
             (loss if self.scale is None else loss * self.scale).backward()
@@ -152,133 +187,41 @@ class TrainStep:
         if bad:  # where torch.amp.GradScaler has it
             self.optimizer.found_inf = bad[0] if len(bad) == 1 else torch.maximum(*bad)  # type: ignore[attr-defined]
         self.optimizer.step()
+        if bad:
+            del self.optimizer.found_inf  # type: ignore[attr-defined] # for whoever steps without asking
         self.loss.copy_(total)
 
-    def _recorded(self, x: Tensor, y: Tensor | None) -> "RecordedStep | None | bool":
-        """The recorded step for such a batch; None while it is to come; False, and said why, where it can't be."""
+    def _recorded(self, x: Tensor, y: Tensor | None) -> RecordedStep | None:
+        """The recorded step for such a batch; None where it is still to come, or, which it has said, can't be."""
         diffusion = self.diffusion
         move = diffusion.ema_move(diffusion.step + 1)
         of_y = None if y is None else (tuple(y.shape), y.dtype)
-        kind = (id(diffusion), tuple(x.shape), x.stride(), x.dtype, of_y, move, *switches(x.device))
+        own = id(self.optimizer), *map(id, self.optimizer.param_groups), self.clip, self.accumulate, self.dtype
+        arrays = tuple(x.shape), x.stride(), x.dtype, of_y
+        others = id(self.check), id(self.scale), id(self._growth), id(self.loss)
+        kind = (id(diffusion), own, others, arrays, move, *switches(x.device))
+        if self._refused[kind]:
+            self._refused[kind] -= 1
+            return None
+
+        def due(released: bool) -> bool:
+            if released:  # what was replaced has to be warm, and whatever the optimizer makes at first must be there
+                self._eager.clear()
+            return self._eager[kind] >= WARM_UPS
+
         try:
+            if not self._eager[kind] or hooked(diffusion):
+                self._look()
             made: RecordedStep | None = self.graphs.get(
-                kind,
-                self._look,
-                x.device,
-                lambda recorder: RecordedStep(recorder, self, x, y, move),
-                due=self._eager[kind] >= WARM_UPS,
+                kind, self._look, x.device, lambda recorder: RecordedStep(recorder, self, x, y, move), due
             )
         except NotRecorded as why:
-            self.graphs.tell(why, self.engine == "graph")
-            self._eager[kind] = WARM_UPS - PATIENCE
-            return False
-        self._eager[kind] += made is None
+            self._refuse(kind, why)
+            return None
+        if made is None:
+            self._eager[kind] += 1
+            self._following = kind
         return made
 
     def _look(self) -> Footprint:
-        """What a recorded step looks at.
-
-        Raises:
-            NotRecorded: some of it is Python to be run in every step.
-        """
-        diffusion, optimizer = self.diffusion, self.optimizer
-        if diffusion.rng != "philox":
-            raise NotRecorded("the noise comes from torch's generator, in the original code's order")
-        for name in ("forward", "update_ema"):
-            if getattr(type(diffusion), name) is not getattr(Diffusion, name):
-                raise NotRecorded(f"{type(diffusion).__name__}.{name} must run every time")
-        if diffusion.observer is not None and diffusion.observer != self.observer:
-            raise NotRecorded("diffusion.observer must run every time")
-        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in diffusion.model.parameters()):
-            raise NotRecorded("hooks of parameters must run every time")
-        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-            raise NotRecorded("hooks of the optimizer must run every time")
-        if not all(group.get("fused") or group.get("capturable") for group in optimizer.param_groups):
-            raise NotRecorded("the optimizer counts on the host: make it with fused=True or capturable=True")
-        whole = vars(optimizer), vars(optimizer).keys() - {"state", "param_groups"}
-        groups = [(group, ("lr", "initial_lr")) for group in optimizer.param_groups]
-        states = [(state, ()) for state in (optimizer.state, *optimizer.state.values())]
-        return Footprint(diffusion, tables=(whole, *groups, *states))
-
-
-@contextmanager
-def rounded(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """With learning rates in float32, which is what recorded steps, that come after these, read."""
-    before = [group["lr"] for group in optimizer.param_groups]
-    try:
-        for group in optimizer.param_groups:
-            group["lr"] = float(np.float32(group["lr"])) if isinstance(group["lr"], float) else group["lr"]
-        yield
-    finally:
-        for group, lr in zip(optimizer.param_groups, before, strict=True):
-            group["lr"] = lr
-
-
-class RecordedStep:
-    """A step recorded for batches of one shape and one way of moving the average.
-
-    Args:
-        recorder: what records.
-        step: what is recorded.
-        x, y: a batch like those to come.
-        move: of `ema_model`.
-    """
-
-    def __init__(self, recorder: Recorder, step: TrainStep, x: Tensor, y: Tensor | None, move: str):
-        diffusion, groups = step.diffusion, step.optimizer.param_groups
-        self.step, self.x, self.y = step, torch.empty_like(x), None if y is None else torch.zeros_like(y)
-        self.state = diffusion.noise_state(0, x.device)
-        self.seed, self.calls = diffusion.seed, 0  # what the state holds, as the host knows
-        rates = [torch.zeros((), device=x.device) for _ in groups]
-        self.rates: list[tuple[dict[str, Any], Tensor, object]] = [
-            (g, r, None) for g, r in zip(groups, rates, strict=True)
-        ]
-        before = [dict(group) for group in groups]
-        torch.clear_autocast_cache()
-        try:
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate
-                if "capturable" in group:
-                    group["capturable"] = True
-            self.recording = recorder.record(lambda: self._work(move))
-        finally:
-            torch.clear_autocast_cache()  # its tensors lie in the recording's memory
-            for group, values in zip(groups, before, strict=True):
-                group.update(values)
-        self.grads = [(p, p.grad) for p in diffusion.model.parameters()]
-        step.last = self
-
-    def __repr__(self) -> str:
-        kind = str(self.x.dtype).removeprefix("torch.")
-        return f"training step on {kind} {list(self.x.shape)}: {self.recording.num_bytes / 2**20:.0f} MiB"
-
-    def _work(self, move: str) -> None:
-        self.step.work(self.x, self.y, self._forward)
-        self.step.diffusion.move_ema(move)
-
-    def _forward(self, x: Tensor, y: Tensor | None) -> Tensor:
-        self.state.draw.add_(1)
-        return self.step.diffusion.at(self.state, x, y)
-
-    def run(self, x: Tensor, y: Tensor | None) -> None:
-        """Do the step on this batch, and count it."""
-        diffusion = self.step.diffusion
-        self.x.copy_(x)
-        if self.y is not None and y is not None:
-            self.y.copy_(y)
-        for i, (group, rate, known) in enumerate(self.rates):
-            if group["lr"] is not known:
-                rate.fill_(group["lr"])
-                self.rates[i] = group, rate, group["lr"] if isinstance(group["lr"], float) else None
-        if diffusion.calls != self.calls:
-            self.state.draw.fill_(diffusion.calls)
-        if diffusion.seed != self.seed:
-            self.seed = diffusion.seed
-            self.state.seed.copy_(diffusion.noise_state(0, self.x.device).seed)
-        self.recording.replay()
-        self.calls = diffusion.calls = diffusion.calls + self.step.accumulate
-        diffusion.step += 1
-        if self.step.last is not self:
-            for p, grad in self.grads:
-                p.grad = grad
-            self.step.last = self
+        return look(self.diffusion, self.optimizer, self.observer)

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks import aot
 from ddpm_fast import ops
 from ddpm_fast.ops import DROPOUT, REVERSE, Dropout, NoiseState, _group_norm_gpu
+from ddpm_fast.ops.noise import OP as noise_op
+from ddpm_fast.ops.sampler_step import OP as step_op
 from ddpm_fast.reference import group_norm_silu as norm_reference
 from ddpm_fast.reference import sampler_step as step_reference
 from ddpm_fast.reference.noise import box_muller
@@ -41,6 +43,17 @@ def test_noise_has_the_bits_of_the_reference(shape: tuple[int, ...], poison_empt
         expected = ops.noise(shape, STATE, REVERSE)
     with ops.use_backend("triton"):
         assert torch.equal(ops.noise(shape, STATE, REVERSE), expected)
+
+
+def test_noise_alone_takes_a_first_sample_that_the_host_knows() -> None:
+    """On the device it is for a recorded step; one in float64, which no step's kernel takes, draws on the reference."""
+    state = STATE._replace(first_sample=torch.tensor(2**33 + 1))
+    step = step_op.unchecked
+    a = (torch.ones(2, 3, dtype=torch.float64), torch.ones(2, 3), torch.rand(4, 8), torch.tensor(1))
+    rest = (None, None, False, None, None)
+    assert torch.equal(step(*a, state, *rest), step(*a, STATE, *rest))
+    with ops.use_backend("triton"), pytest.raises(RuntimeError, match="takes a first sample that the host knows"):
+        noise_op.unchecked((2, 3), state, REVERSE, torch.float32)
 
 
 @triton.jit
