@@ -49,8 +49,8 @@ class Diffusion(SamplingDiffusion):
         seed: of training's noise, timesteps and dropout; drawn from torch's generator when first needed if not given.
         prediction: what the network predicts: "eps" (the noise), "x0" or "v".
         engine: how chains run: "eager"; "graph" - on a GPU one recorded step is replayed, wherever the network can be
-            recorded; or "auto" - where that pays, too. A network whose Python must run in every step (it counts, or
-            draws from Python's random) needs "eager".
+            recorded; or "auto" - where that pays, too. A network whose Python must run in every step (it draws from
+            Python's random, or reads globals that change) needs "eager".
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type.
