@@ -153,35 +153,34 @@ DDPM_DEVICE void affine(const GroupNorm& g, const Place<S>& at, const Room& room
   sync();
 }
 
-template <class S, Part P>
-DDPM_KERNEL(kThreads, P == kWhole ? 3 : 2) group_norm_silu_fwd_kernel(DDPM_ARGUMENT Forward f) {
-  constexpr int V = S::kCount, kAhead = P == kWhole ? 1 : 4;
+// What is normalised, of a thread's channels: x, or its sum with the residual, as that is stored.
+template <class S, bool Adds>
+struct Source {
+  static constexpr int V = S::kCount;
   using E = typename S::Element;
   using Raw = typename S::Raw;
-  const Cut& cut = f.cut;
-  const Place<S> at(f);
-  const Room room = cuda::room<S>(cut, sizeof(E), kSums);
-  const bool summed = f.residual.data != nullptr;
-  const auto x = lane<const E>(f.x, f.x2, f.channels_1, at.n, at.c());
-  const auto residual = lane<const E>(f.residual, at.n, at.c());
-  const auto h = lane<E>(f.h, at.n, at.c());
-  E* const held = reinterpret_cast<E*>(room.images) + at.channel;
-
-  float add[V] = {};
-  if (P != kApply && summed) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) add[i] = value(f.add, at.n, at.c() + i, 0.0f);
-  }
   struct Pair {
     Raw x, residual;
   };
-  const auto load_pair = [&](int p) {
-    Pair pair{load<S>(x(at.pixel + p)), {}};
-    if (summed) pair.residual = load<S>(residual(at.pixel + p));
+
+  DDPM_DEVICE Source(const Forward& f, const Place<S>& at)
+      : x(lane<const E>(f.x, f.x2, f.channels_1, at.n, at.c())),
+        residual(lane<const E>(f.residual, at.n, at.c())),
+        h(lane<E>(f.h, at.n, at.c())),
+        pixel(at.pixel),
+        summed(f.residual.data != nullptr) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) add[i] = Adds && summed ? value(f.add, at.n, at.c() + i, 0.0f) : 0.0f;
+  }
+
+  DDPM_DEVICE Pair load_pair(int p) const {
+    Pair pair{load<S>(x(pixel + p)), {}};
+    if (summed) pair.residual = load_residual(p);
     return pair;
-  };
-  // x, or the sum with the residual as it is stored.
-  const auto sum = [&](int p, const Pair& pair, float (&v)[V], bool keep) {
+  }
+  DDPM_DEVICE Raw load_residual(int p) const { return load<S>(residual(pixel + p)); }
+
+  DDPM_DEVICE void numbers(int p, const Pair& pair, float (&v)[V], bool keep) const {
     S::unpack(pair.x, v);
     if (!summed) return;
     float r[V];
@@ -190,23 +189,50 @@ DDPM_KERNEL(kThreads, P == kWhole ? 3 : 2) group_norm_silu_fwd_kernel(DDPM_ARGUM
     for (int i = 0; i < V; ++i) v[i] = v[i] + add[i] + r[i];
     const Raw raw = S::pack(v);
     S::unpack(raw, v);
-    if (keep) store<S>(h(at.pixel + p), raw);
-  };
+    if (keep) store<S>(h(pixel + p), raw);
+  }
+
+  // Of the sum, or of x, once the sum is stored.
+  DDPM_DEVICE Lane<const E> stored() const { return summed ? Lane<const E>{h.first, h.step} : x; }
+
+  Lane<const E> x, residual;
+  Lane<E> h;
+  int pixel;
+  bool summed;
+  float add[V];
+};
+
+// Brings it to shared memory, where a thread reads again only what it has brought itself.
+template <class S>
+DDPM_DEVICE void hold(const Place<S>& at, const Source<S, true>& source, typename S::Element* held, int slab) {
+  using E = typename S::Element;
+  each<1>(at, at.pixels, [&](int p) { return source.x(at.pixel + p); },
+          [&](int p, const E* from) { copy_16(held + p * slab, from); });
+  wait_for_copies();
+  if (!source.summed) return;
+  each<2>(at, at.pixels, [&](int p) { return source.load_residual(p); }, [&](int p, const typename S::Raw& raw) {
+    float v[S::kCount];
+    source.numbers(p, {load<S>(held + p * slab), raw}, v, true);
+    store<S>(held + p * slab, S::pack(v));
+  });
+}
+
+template <class S, Part P>
+DDPM_KERNEL(kThreads, P == kWhole ? 3 : 2) group_norm_silu_fwd_kernel(DDPM_ARGUMENT Forward f) {
+  constexpr int V = S::kCount, kAhead = P == kWhole ? 1 : 4;
+  using E = typename S::Element;
+  using Raw = typename S::Raw;
+  const Cut& cut = f.cut;
+  const Place<S> at(f);
+  const Room room = cuda::room<S>(cut, sizeof(E), kSums);
+  using Images = Source<S, P != kApply>;
+  const Images source(f, at);
+  E* const held = reinterpret_cast<E*>(room.images) + at.channel;
   const auto load_held = [&](int p) { return load<S>(held + p * cut.slab); };
 
   float* channels = room.channels;
   if constexpr (P == kWhole) {
-    // A thread reads again only what it has copied itself.
-    each<1>(at, at.pixels, [&](int p) { return x(at.pixel + p); },
-            [&](int p, const E* from) { copy_16(held + p * cut.slab, from); });
-    wait_for_copies();
-    if (summed) {
-      each<2>(at, at.pixels, [&](int p) { return load<S>(residual(at.pixel + p)); }, [&](int p, const Raw& raw) {
-        float v[V];
-        sum(p, {load_held(p), raw}, v, true);
-        store<S>(held + p * cut.slab, S::pack(v));
-      });
-    }
+    hold(at, source, held, cut.slab);
     moments<kAhead>(cut, at, room, load_held, [](int, const Raw& raw, float (&v)[V], bool) { S::unpack(raw, v); });
     if (cut.chunks == 1) {
       channels = room.entry;
@@ -216,20 +242,22 @@ DDPM_KERNEL(kThreads, P == kWhole ? 3 : 2) group_norm_silu_fwd_kernel(DDPM_ARGUM
       cluster_wait();
     }
   } else if constexpr (P == kMoments) {
-    moments<kAhead>(cut, at, room, load_pair, sum);
+    using Pair = typename Images::Pair;
+    const auto numbers = [&](int p, const Pair& pair, float (&v)[V], bool keep) { source.numbers(p, pair, v, keep); };
+    moments<kAhead>(cut, at, room, [&](int p) { return source.load_pair(p); }, numbers);
     leave(f, at, room.entry);  // a thread leaves what it has written itself, or what a barrier has let it see
     return;
   }
   if (channels != room.entry) merge(f, at, room, Entries<P == kWhole>(f, at, room));
   if (P == kWhole && cut.chunks > 1) cluster_arrive();  // the peers' memory is read
 
-  affine(f, at, room, channels, summed ? Row{} : f.add);
+  affine(f, at, room, channels, source.summed ? Row{} : f.add);
   float pivot[V], gain[V], offset[V];
   load_numbers(channels + at.channel, pivot);
   load_numbers(channels + cut.slab + at.channel, gain);
   load_numbers(channels + 2 * cut.slab + at.channel, offset);
   const auto y = lane<E>(f.y, at.n, at.c());
-  const Lane<const E> kept = summed ? Lane<const E>{h.first, h.step} : x;
+  const auto kept = source.stored();
   const auto again = [&](int p) {
     if constexpr (P == kWhole) return load_held(p);
     return load<S>(kept(at.pixel + p));

@@ -31,6 +31,9 @@ DDPM_DEVICE void affine(const Backward& b, const Place<S>& at, const Room& room)
   sync();
 }
 
+// 0 where an element is its own mean: x's gradient and the products are then exactly 0, or no number.
+DDPM_DEVICE float exactly(const Backward& b) { return b.pixels == 1 && b.channels == b.groups ? 0.0f : 1.0f; }
+
 // From the slab's sums of g, g d and d, in room.total, the groups' part of dx = g gain + d k + m: k and m in
 // room.more [3, slab], behind what the centre lost. The first chunk stores the image's rows.
 template <class S>
@@ -39,8 +42,7 @@ DDPM_DEVICE void conclude(const Backward& b, const Place<S>& at, const Room& roo
   const float *const of_g = room.total, *const of_product = of_g + slab, *const of_d = of_product + slab;
   const float *const gain = room.channels + slab, *const lost = room.more;
   const float count = float(b.pixels) * float(per_group);
-  // Where an element is its own mean x's gradient and the products are exactly 0, or no number.
-  const float exact = b.pixels * int64_t{per_group} == 1 ? 0.0f : 1.0f;
+  const float exact = exactly(b);
   for (int group = thread() / kWarp; group * per_group < at.width; group += threads() / kWarp) {
     const int first = group * per_group, last = first + per_group, lane = thread() % kWarp;
     const auto rstd = float(b.statistics[2 * (at.n * b.groups + at.slab / per_group + group) + 1]) * exact;
@@ -70,40 +72,25 @@ DDPM_DEVICE void conclude(const Backward& b, const Place<S>& at, const Room& roo
   sync();
 }
 
-template <class S, Part P>
-DDPM_KERNEL(kThreads, 2) group_norm_silu_bwd_kernel(DDPM_ARGUMENT Backward b) {
-  constexpr int V = S::kCount, kAhead = P == kWhole ? 1 : 2;
-  using E = typename S::Element;
-  using Raw = typename S::Raw;
-  const Cut& cut = b.cut;
-  const Place<S> at(b);
-  const Room room = cuda::room<S>(cut, 2 * sizeof(E), kSums);
-  const auto x = lane<const E>(b.x, b.x2, b.channels_1, at.n, at.c());
-  const auto dy = lane<const E>(b.dy, at.n, at.c()), dh = lane<const E>(b.dh, at.n, at.c());
-  const auto dx = lane<E>(b.dx, b.dx2, b.channels_1, at.n, at.c());
-  E *const held_x = reinterpret_cast<E*>(room.images) + at.channel, *const held_dy = held_x + cut.pixels * cut.slab;
+template <class S>
+struct Pair {
+  typename S::Raw x, dy;
+};
 
-  if constexpr (P == kWhole) {
-    // A thread reads again only what it has copied itself.
-    each<1>(at, at.pixels, [](int p) { return p; }, [&](int p, int) {
-      copy_16(held_x + p * cut.slab, x(at.pixel + p));
-      copy_16(held_dy + p * cut.slab, dy(at.pixel + p));
-    });
+// The forward's map, of a thread's channels.
+template <class S>
+struct Map {
+  static constexpr int V = S::kCount;
+
+  DDPM_DEVICE Map(const Place<S>& at, const Room& room, int slab) {
+    load_numbers(room.channels + at.channel, centre);
+    load_numbers(room.channels + slab + at.channel, gain);
+    load_numbers(room.channels + 2 * slab + at.channel, offset);
   }
-  affine(b, at, room);
-  float centre[V], gain[V], offset[V];
-  load_numbers(room.channels + at.channel, centre);
-  load_numbers(room.channels + cut.slab + at.channel, gain);
-  load_numbers(room.channels + 2 * cut.slab + at.channel, offset);
-  struct Pair {
-    Raw x, dy;
-  };
-  const auto load_pair = [&](int p) -> Pair {
-    if constexpr (P == kWhole) return {load<S>(held_x + p * cut.slab), load<S>(held_dy + p * cut.slab)};
-    return {load<S>(x(at.pixel + p)), load<S>(dy(at.pixel + p))};
-  };
+
   // x less its centre, and dy taken back to the norm.
-  const auto numbers = [&](int p, const Pair& pair, float (&d)[V], float (&g)[V]) {
+  DDPM_DEVICE void numbers(const Backward& b, const Place<S>& at, int p, const Pair<S>& pair, float (&d)[V],
+                           float (&g)[V]) const {
     float z[V];
     S::unpack(pair.x, d);
     S::unpack(pair.dy, g);
@@ -114,14 +101,58 @@ DDPM_KERNEL(kThreads, 2) group_norm_silu_bwd_kernel(DDPM_ARGUMENT Backward b) {
     }
     drop(b, at.n, uint32_t((at.pixel + p) * b.channels + at.c()), g);
     through(b.activation, z, g);
+  }
+
+  float centre[V], gain[V], offset[V];
+};
+
+// Adds up what the blocks of a slab left: room.total.
+template <class S, class Entries>
+DDPM_DEVICE void add_up(const Cut& cut, const Place<S>& at, const Room& room, const Entries& entries) {
+  float sums[3][S::kCount] = {};
+#pragma unroll 1
+  for (int e = at.active ? at.row : cut.chunks; e < cut.chunks; e += at.rows) {
+    const float* const of = entries(e) + at.channel;
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+      float v[S::kCount];
+      load_numbers(of + k * entries.step, v);
+#pragma unroll
+      for (int i = 0; i < S::kCount; ++i) sums[k][i] += v[i];
+    }
+  }
+  add_rows<3>(at, cut, sums, room);
+}
+
+template <class S, Part P>
+DDPM_KERNEL(kThreads, 2) group_norm_silu_bwd_kernel(DDPM_ARGUMENT Backward b) {
+  constexpr int V = S::kCount, kAhead = P == kWhole ? 1 : 2;
+  using E = typename S::Element;
+  const Cut& cut = b.cut;
+  const Place<S> at(b);
+  const Room room = cuda::room<S>(cut, 2 * sizeof(E), kSums);
+  const auto x = lane<const E>(b.x, b.x2, b.channels_1, at.n, at.c()), dy = lane<const E>(b.dy, at.n, at.c());
+  E *const held_x = reinterpret_cast<E*>(room.images) + at.channel, *const held_dy = held_x + cut.pixels * cut.slab;
+  const auto load_pair = [&](int p) -> Pair<S> {
+    if constexpr (P == kWhole) return {load<S>(held_x + p * cut.slab), load<S>(held_dy + p * cut.slab)};
+    return {load<S>(x(at.pixel + p)), load<S>(dy(at.pixel + p))};
   };
 
+  if constexpr (P == kWhole) {
+    // A thread reads again only what it has copied itself.
+    each<1>(at, at.pixels, [](int p) { return p; }, [&](int p, int) {
+      copy_16(held_x + p * cut.slab, x(at.pixel + p));
+      copy_16(held_dy + p * cut.slab, dy(at.pixel + p));
+    });
+  }
+  affine(b, at, room);
+  const Map<S> map(at, room, cut.slab);
   if constexpr (P != kApply) {
     float sums[3][V] = {};
     if (P == kWhole) wait_for_copies();
-    each<kAhead>(at, at.pixels, load_pair, [&](int p, const Pair& pair) {
+    each<kAhead>(at, at.pixels, load_pair, [&](int p, const Pair<S>& pair) {
       float d[V], g[V];
-      numbers(p, pair, d, g);
+      map.numbers(b, at, p, pair, d, g);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         sums[0][i] += g[i];
@@ -135,40 +166,27 @@ DDPM_KERNEL(kThreads, 2) group_norm_silu_bwd_kernel(DDPM_ARGUMENT Backward b) {
       return;
     }
   }
-  if (P == kApply || cut.chunks > 1) {
-    if constexpr (P == kWhole) {
-      for (int j = thread(); j < 3 * cut.slab; j += threads()) room.entry[j] = room.total[j];
-      cluster_arrive();
-      cluster_wait();
-    }
-    const Entries<P == kWhole> entries(b, at, room);
-    float sums[3][V] = {};
-    if (at.active) {
-#pragma unroll 1
-      for (int e = at.row; e < cut.chunks; e += at.rows) {
-        const float* const of = entries(e) + at.channel;
-#pragma unroll
-        for (int k = 0; k < 3; ++k) {
-          float v[V];
-          load_numbers(of + k * entries.step, v);
-#pragma unroll
-          for (int i = 0; i < V; ++i) sums[k][i] += v[i];
-        }
-      }
-    }
-    add_rows<3>(at, cut, sums, room);
-    if (P == kWhole) cluster_arrive();  // the peers' memory is read
+  const bool clustered = P == kWhole && cut.chunks > 1;
+  if (clustered) {
+    for (int j = thread(); j < 3 * cut.slab; j += threads()) room.entry[j] = room.total[j];
+    cluster_arrive();
+    cluster_wait();
   }
+  if (P == kApply || clustered) add_up(cut, at, room, Entries<P == kWhole>(b, at, room));
+  if (clustered) cluster_arrive();  // the peers' memory is read
   conclude(b, at, room);
+
+  const auto dh = lane<const E>(b.dh, at.n, at.c());
+  const auto dx = lane<E>(b.dx, b.dx2, b.channels_1, at.n, at.c());
   float k[V], m[V];
-  const float exact = b.pixels * int64_t{b.channels / b.groups} == 1 ? 0.0f : 1.0f;
   load_numbers(room.more + cut.slab + at.channel, k);
   load_numbers(room.more + 2 * cut.slab + at.channel, m);
-  each<kAhead>(at, at.pixels, load_pair, [&](int p, const Pair& pair) {
+  const float exact = exactly(b);
+  each<kAhead>(at, at.pixels, load_pair, [&](int p, const Pair<S>& pair) {
     float d[V], g[V];
-    numbers(p, pair, d, g);
+    map.numbers(b, at, p, pair, d, g);
 #pragma unroll
-    for (int i = 0; i < V; ++i) g[i] = fused(g[i], gain[i] * exact, fused(d[i], k[i], m[i]));
+    for (int i = 0; i < V; ++i) g[i] = fused(g[i], map.gain[i] * exact, fused(d[i], k[i], m[i]));
     if (b.dh.data != nullptr) {
       float more[V];
       S::unpack(load<S>(dh(at.pixel + p)), more);
@@ -177,8 +195,7 @@ DDPM_KERNEL(kThreads, 2) group_norm_silu_bwd_kernel(DDPM_ARGUMENT Backward b) {
     }
     store<S>(dx(at.pixel + p), S::pack(g));
   });
-  // A block's shared memory stays until its peers have read it.
-  if (P == kWhole && cut.chunks > 1) cluster_wait();
+  if (clustered) cluster_wait();  // a block's shared memory stays until its peers have read it
 }
 
 }  // namespace

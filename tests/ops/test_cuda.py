@@ -88,6 +88,7 @@ def test_kernels_on_a_cpu_under_sanitizers(preload: str) -> None:
 FAULTS = {
     "left": "waits for threads that don't come",  # a thread is gone when the others wait for it
     "peer": "use-after-poison",  # a block reads the shared memory of one that has ended
+    "arrived": "use-after-poison",  # a block says that it has read before it has
     "bounds": "heap-buffer-overflow",  # past the end of the shared memory
     "cluster": "waits without having arrived",
     "early": "a copy was read before it was there",

@@ -46,7 +46,7 @@ constexpr int kShared = 227 << 10;  // of a block on sm_90
   std::abort();
 }
 
-enum class Waits { no, block, warp, cluster, done };
+enum class Waits { no, block, warp, cluster, turn, done };  // turn: until the other blocks have run
 
 struct Block;
 
@@ -57,7 +57,7 @@ struct Fiber {
   Block* block = nullptr;
   int thread = 0;
   Waits waits = Waits::no;
-  bool arrived = false;      // at the cluster's barrier, and may run on
+  int arrived = 0, passed = 0;  // at the cluster's barrier, how often
   float given = 0, got = 0;  // in a shuffle
   int lanes = 0;
   std::vector<std::pair<void*, const void*>> copies;  // under way
@@ -119,7 +119,7 @@ inline void entry() {
 #endif
   m.kernel();
   Fiber& fiber = *m.now;
-  if (fiber.arrived) fault("left between a cluster's arrive and wait", fiber.block->index, fiber.thread);
+  if (fiber.arrived != fiber.passed) fault("left between a cluster's arrive and wait", fiber.block->index, fiber.thread);
   fiber.waits = Waits::done;
   switch_home(fiber);
 }
@@ -174,31 +174,35 @@ inline bool run_alone(Block& block, int order) {
   return ran;
 }
 
+// Lets those go on that wait for a cluster whose threads have all arrived, though not all wait.
+inline void release_cluster(std::vector<Block*>& cluster) {
+  int least = cluster[0]->fibers[0]->arrived;
+  for (const Block* block : cluster) {
+    for (const auto& fiber : block->fibers) least = fiber->arrived < least ? fiber->arrived : least;
+  }
+  for (const Block* block : cluster) {
+    for (const auto& fiber : block->fibers) {
+      if (fiber->waits == Waits::cluster && fiber->arrived <= least) fiber->waits = Waits::no;
+    }
+  }
+}
+
 inline void run_cluster(std::vector<Block*>& cluster, int order) {
-  for (;;) {
-    bool ran = false, done = true, together = true;
+  for (bool done = false; !done;) {
+    bool ran = false;
     for (size_t i = 0; i < cluster.size(); ++i) {
-      ran |= run_alone(*cluster[order < 0 ? cluster.size() - 1 - i : i], order);
-    }
-    for (Block* block : cluster) {
-      const int count = int(block->fibers.size());
-      done &= all(*block, Waits::done, 0, count);
-      for (const auto& fiber : block->fibers) together &= fiber->arrived;
-      together &= all(*block, Waits::cluster, 0, count);
-    }
-    if (done) return;
-    if (together) {
-      for (Block* block : cluster) {
-        for (const auto& fiber : block->fibers) {
-          fiber->arrived = false;
-          fiber->waits = Waits::no;
-        }
+      for (bool again = true; again; ran |= again) {
+        release_cluster(cluster);
+        again = run_alone(*cluster[order < 0 ? cluster.size() - 1 - i : i], order);
       }
-    } else if (!ran) {
-      for (Block* block : cluster) {
-        for (const auto& fiber : block->fibers) {
-          if (fiber->waits != Waits::done) fault("waits for threads that don't come", block->index, fiber->thread);
-        }
+    }
+    done = true;
+    for (Block* block : cluster) {
+      for (const auto& fiber : block->fibers) {
+        if (fiber->waits == Waits::done) continue;
+        done = false;
+        if (fiber->waits == Waits::turn) fiber->waits = Waits::no;
+        if (!ran) fault("waits for threads that don't come", block->index, fiber->thread);
       }
     }
   }
@@ -210,6 +214,7 @@ inline void start(Block& block, int index) {
   std::memset(block.shared.get(), 0xFF, block.shared_bytes);  // no numbers
   for (const auto& fiber : block.fibers) {
     fiber->waits = Waits::no;
+    fiber->arrived = fiber->passed = 0;
     getcontext(&fiber->context);
     ASAN_UNPOISON_MEMORY_REGION(fiber->stack, kStack);  // what its last thread left there
     fiber->context.uc_stack.ss_sp = fiber->stack;
@@ -242,14 +247,16 @@ inline float shuffle_xor(float v, int lanes) {
 
 inline void cluster_arrive() {
   host::Fiber& fiber = *host::machine().now;
-  if (fiber.arrived) host::fault("arrives twice", fiber.block->index, fiber.thread);
-  fiber.arrived = true;
+  if (fiber.arrived != fiber.passed) host::fault("arrives twice", fiber.block->index, fiber.thread);
+  ++fiber.arrived;
+  host::wait(host::Waits::turn);
 }
 
 inline void cluster_wait() {
   host::Fiber& fiber = *host::machine().now;
-  if (!fiber.arrived) host::fault("waits without having arrived", fiber.block->index, fiber.thread);
+  if (fiber.arrived == fiber.passed) host::fault("waits without having arrived", fiber.block->index, fiber.thread);
   host::wait(host::Waits::cluster);
+  ++fiber.passed;
 }
 
 inline const float* of_peer(const float* mine, int rank) {
