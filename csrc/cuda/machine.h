@@ -115,7 +115,12 @@ DDPM_DEVICE float power_of_2(float x) {
 }
 
 // Within 2 ulp; 0 for divisors above 2^126.
-DDPM_DEVICE float quotient(float a, float b) { return __fdividef(a, b); }
+DDPM_DEVICE float quotient(float a, float b) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
+  return a * r;
+}
+
 DDPM_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 // Two numbers as they are stored, the first one in the low half.
