@@ -253,6 +253,16 @@ def test_what_the_module_itself_refuses(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(kernels, "rule", lambda *args: rule(*args)._replace(pixels=10**6, chunks=1))
     with ops.use_backend("cuda"), pytest.raises(RuntimeError, match="more shared memory than a block may have"):
         ops.group_norm_silu(x, None, None, 1)
+    given = kernels._given
+
+    def of_too_many(*args: Any) -> Any:
+        told, table = given(*args)
+        return told | {"sizes": (2**31, *told["sizes"][1:])}, table
+
+    monkeypatch.setattr(kernels, "rule", rule)
+    monkeypatch.setattr(kernels, "_given", of_too_many)
+    with ops.use_backend("cuda"), pytest.raises(ValueError, match="more blocks than a grid has"):
+        ops.group_norm_silu(x, None, None, 1)
 
 
 # images, pixels, channels, groups, bytes: whole images of the CIFAR-10 network, and what no cluster holds

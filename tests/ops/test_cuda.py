@@ -12,10 +12,15 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import nvcc
+from ddpm_fast.ops import _cuda
+from ddpm_fast.ops._dispatch import Unavailable
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -103,6 +108,36 @@ def test_faults_of_kernels_show(preload: str, tmp_path: Path) -> None:
         done = subprocess.run([program, fault], capture_output=True, text=True)
         assert done.returncode and text in done.stderr, (fault, done.stderr[-2000:])
     assert answer(program, "none") == "done\n"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "version", "limits", "reason"),
+    [
+        (False, "13.0", (9, 132, 1), "no GPU"),
+        (True, None, (9, 132, 1), "GPUs of another kind"),
+        (True, "13.0", None, "driver version is insufficient"),
+        (True, "13.0", (7, 80, 1), "needs compute capability 8.0 or more, this GPU has 7"),
+    ],
+)
+def test_why_they_can_not_run(
+    gpu: bool, version: str | None, limits: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(device: int) -> Any:
+        if limits is None:
+            raise RuntimeError("the GPU: CUDA says: CUDA driver version is insufficient for CUDA runtime version")
+        return limits
+
+    module = SimpleNamespace(device_type="cuda", limits=asked)
+    monkeypatch.setattr(_cuda._native, "load", lambda name: module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", version)
+    _cuda.device_type.cache_clear()
+    try:
+        with pytest.raises(Unavailable, match=reason):
+            _cuda.load("sampler_step")
+    finally:
+        _cuda.device_type.cache_clear()
 
 
 @pytest.mark.packaging
