@@ -23,6 +23,8 @@ from torch.utils._device import _device_constructors
 from ddpm_fast import engine, graphs
 from ddpm_fast.training import step
 
+torch.manual_seed(0)  # the arguments that tests are named after are the same in every process that collects them
+
 # On tensors this small a second thread gains nothing, and on a busy machine the two wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 

@@ -10,6 +10,8 @@ from toys import Pixelwise, condition
 
 from ddpm_fast import Diffusion, ops, reference
 from ddpm_fast.reference.samplers import ddpm_loop
+from ddpm_fast.samplers import SAMPLERS
+from ddpm_fast.samplers.steps import SPACINGS
 
 from .harness import FLOATS, JUNK, REFUSED, Draw, attempt, fuzz, often, one, other, spoilt, tensor
 from .test_noise import state
@@ -111,6 +113,20 @@ def test_remove_noise(draw: Draw) -> bool:
 
 
 @fuzz(350)
+def test_every_sampler(draw: Draw) -> bool:
+    """Any spacing and end on any schedule give finite tables of as many steps, and finite images."""
+    d = made(draw)
+    spacing = one(draw, *SPACINGS, [1, 2], [0], "even", 3)
+    args: dict[str, Any] = {"sampler": one(draw, *SAMPLERS), "num_steps": one(draw, None, 1, 2, 3, 4, 9)}
+    args["sampler_options"] = {"spacing": spacing, "final": one(draw, "clean", "first"), "clip": one(draw, True, False)}
+    images = attempt(d.sample, batch_size=1, device="cpu", seed=1, **args, names=("clip", "final", "spacing"))
+    if images is REFUSED:
+        return False
+    assert images.isfinite().all()
+    return True
+
+
+@fuzz(350)
 def test_sample(draw: Draw) -> bool:
     """Ancestral sampling: Ho et al. 2020, algorithm 2, over the noise that seed and index name."""
     d = made(draw)
@@ -128,15 +144,15 @@ def test_sample(draw: Draw) -> bool:
         return True
     options = dict(args["sampler_options"] or {})
     plan = d.plan("ddpm", args["num_steps"])
-    t = plan.column("t").long().flip(0).tolist()
+    t = plan.column("t").long().tolist()
     where = ops.NoiseState.at(args["seed"], 0, args["first_index"])
     start = args["noise"] if args["noise"] is not None else reference.noise.noise(images.shape, where, ops.X_T)
     zs = [reference.noise.noise(images.shape, where._replace(draw=torch.tensor(k)), ops.REVERSE) for k in range(len(t))]
     expected = ddpm_loop(
         lambda x, i: 0.3 * x + 0.001 * i,
         start.float().double(),
-        d.exact_alphas_cumprod()[t].tolist(),
         t,
+        [*d.exact_alphas_cumprod()[t].tolist(), 1.0],
         [z.double() for z in zs],
         prediction=d.prediction,
         variance=options.get("variance", "beta"),
