@@ -18,8 +18,8 @@ help: ## show this list (default)
 demo: $(READY) ## train on real digits and draw samples into demo/
 	$(PY) -m ddpm_fast demo --out demo
 
-test: $(READY) ## run the test suite
-	$(PY) -m pytest $(PYTEST_ARGS)
+test: $(READY) ## run the test suite, a process a core
+	$(PY) -m pytest -n auto $(PYTEST_ARGS)
 
 check: lint test ## lint, format, types and tests: what CI runs
 
@@ -37,7 +37,7 @@ PRELOAD = $(foreach name,libasan libubsan libstdc++,$(shell $${CXX:-g++} -print-
 SANITIZED = ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DDPM_FAST_SANITIZE=1 LD_PRELOAD="$(PRELOAD)"
 sanitize: $(READY) ## run the ops' tests on a native module that stops at bad addresses and overflows (gcc)
 	DDPM_FAST_NATIVE=1 DDPM_FAST_SANITIZE=1 $(PY) setup.py -q build --build-lib build/sanitize
-	cd build/sanitize && $(SANITIZED) $(abspath $(PY)) -m pytest --capture=sys -o pythonpath= -p no:cacheprovider \
+	cd build/sanitize && $(SANITIZED) $(abspath $(PY)) -m pytest -n auto --capture=sys -o pythonpath= -p no:cacheprovider \
 		-k "not reference- and not triton" --ignore=$(CURDIR)/tests/ops/test_triton.py --ignore=$(CURDIR)/tests/ops/test_cuda.py \
 		$(CURDIR)/tests/test_native.py $(CURDIR)/tests/ops $(PYTEST_ARGS)
 
