@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tape import Tape
 from toys import TINY as FIVE_CLASSES
 
+from ddpm_fast import ops
 from ddpm_fast.models.presets import Config
 from ddpm_fast.training import journal as journal_module
 from ddpm_fast.training import trainer as trainer_module
@@ -58,6 +60,28 @@ def test_logged_loss_is_the_mean_of_the_steps(tmp_path: Path) -> None:
     steps = trainer(tmp_path / "b")
     losses = [float(steps.train_step()) for _ in range(5)]
     assert read_log(tmp_path / "a" / "log.jsonl")[0]["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_recorded_steps_train_as_eager_ones(tmp_path: Path, tape: Tape, accumulate: int) -> None:
+    """Weights, counts and the log; over a stop and a resumption, after which steps are recorded anew."""
+    recipe = replace(
+        RECIPE, lr=2**-9, accumulate=accumulate
+    )  # rates that float32 holds
+    with ops.use_backend("reference"):
+        eager = trainer(tmp_path / "eager", recipe=recipe)
+        eager._step.engine = "eager"
+        eager.run(14)
+        recorded = trainer(tmp_path / "recorded", recipe=recipe)
+        recorded.run(9)
+        assert tape.replays == 4, "the average moves from step 3 on, in three eager steps at first"
+        recorded = Trainer.resume(digits(), tmp_path / "recorded", progress=False, log_every=5)
+        recorded.run(14)
+    assert tape.replays == 6 and tape.records == 2
+    assert_same_state(recorded, eager)
+    ours, theirs = (read_log(tmp_path / name / "log.jsonl") for name in ("recorded", "eager"))
+    for a, b in zip(ours, theirs, strict=True):
+        assert all(a[key] == b[key] for key in ("step", "lr", "loss", "loss_by_t", "grad_norm"))
 
 
 @pytest.mark.parametrize("stop", [2, 7])  # in the first epoch of 4.4 batches, and in the second
