@@ -141,13 +141,17 @@ def original_loop(problem: Problem) -> Contender:
     return _drop_in(problem, diffusion, optimizer, read_loss=True)
 
 
-def ours(problem: Problem) -> Contender:
-    """Our engine through its public interface."""
+def _start(problem: Problem) -> tuple[Diffusion, torch.optim.Optimizer]:
     net = problem.config.build_unet()
     net.load_state_dict(problem.weights)
     net = net.to(problem.device, memory_format=CHANNELS_LAST)
     diffusion = Diffusion(net, *geometry(problem), ema_decay=EMA_DECAY, ema_start=1).to(problem.device)
-    optimizer = torch.optim.Adam(diffusion.model.parameters(), lr=LEARNING_RATE, fused=True)
+    return diffusion, torch.optim.Adam(diffusion.model.parameters(), lr=LEARNING_RATE, fused=True)
+
+
+def ours(problem: Problem) -> Contender:
+    """Our engine through its public interface."""
+    diffusion, optimizer = _start(problem)
     contender = _drop_in(problem, diffusion, optimizer, read_loss=False)
 
     def predict() -> Tensor:
@@ -159,11 +163,7 @@ def ours(problem: Problem) -> Contender:
 
 def recorded(problem: Problem) -> Contender:
     """Our engine through ``TrainStep``; the check's step, without dropout, is one of those before a recording."""
-    net = problem.config.build_unet()
-    net.load_state_dict(problem.weights)
-    net = net.to(problem.device, memory_format=CHANNELS_LAST)
-    diffusion = Diffusion(net, *geometry(problem), ema_decay=EMA_DECAY, ema_start=1).to(problem.device)
-    optimizer = torch.optim.Adam(diffusion.model.parameters(), lr=LEARNING_RATE, fused=True)
+    diffusion, optimizer = _start(problem)
     dtype = None if problem.precision == "float32" else DTYPES[problem.precision]
     step = TrainStep(diffusion, optimizer, dtype=dtype)
 

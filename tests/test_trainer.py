@@ -65,9 +65,7 @@ def test_logged_loss_is_the_mean_of_the_steps(tmp_path: Path) -> None:
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_recorded_steps_train_as_eager_ones(tmp_path: Path, tape: Tape, accumulate: int) -> None:
     """Weights, counts and the log; over a stop and a resumption, after which steps are recorded anew."""
-    recipe = replace(
-        RECIPE, lr=2**-9, accumulate=accumulate
-    )  # rates that float32 holds
+    recipe = replace(RECIPE, lr=2**-9, accumulate=accumulate)  # rates that float32 holds
     with ops.use_backend("reference"):
         eager = trainer(tmp_path / "eager", recipe=recipe)
         eager._step.engine = "eager"
