@@ -188,7 +188,7 @@ def _train_model(add: Callable[..., object]) -> None:
     add("--attention-resolutions", type=integers, metavar="I,J,..", help="levels with attention, 0 = full resolution")
     add("--dropout", type=real(0, 1), metavar="P", help="probability in the residual blocks")
     add("--num-timesteps", type=whole(1), metavar="T", help="noise levels, and steps of the slowest sampling")
-    add("--schedule", choices=tuple(SCHEDULES), help="how noise grows over the timesteps")
+    add("--schedule", choices=tuple(SCHEDULES), help="how noise grows over the timesteps (the preset's)")
     stretched = "stretch the schedule to pure noise at its end; with --prediction x0 or v (no)"
     add("--zero-terminal-snr", action=BooleanOptionalAction, help=stretched)
     add("--prediction", choices=PREDICTIONS, help="what the network learns to predict (the preset's)")
@@ -252,10 +252,15 @@ def _sample(parser: ArgumentParser) -> None:
     add("--num", type=whole(1, 10**7), metavar="N", help="how many images (8 per class; 64 without classes)")
     add("--classes", "--class", metavar="A,B-C", help="which to draw, names or numbers, in equal parts (all)")
     add("--seed", type=whole(0, SEEDS - 1), default=0, metavar="N", help="another seed, other images (%(default)s)")
-    add("--steps", type=whole(1), metavar="N", help="denoising steps (as many as in training)")
-    add("--sampler", default="ddpm", metavar="NAME", help="(%(default)s)")
+    add(
+        "--steps",
+        type=whole(1),
+        metavar="N",
+        help="denoising steps (as many as in training; with other samplers than ddpm 10 to 50 are enough)",
+    )
+    add("--sampler", default="ddpm", metavar="NAME", help="see --list-samplers (%(default)s)")
     add("--list-samplers", action=ListSamplers, help="show the samplers and their options, and end")
-    listed = "of the sampler, such as spacing=karras or eta=0.5; may be given several times"
+    listed = "of the sampler, such as spacing=karras, spacing=10,15,20 or clip=true; may be given several times"
     add("--option", type=assignment, action="append", default=[], metavar="NAME=VALUE", help=listed)
     add("--batch", type=whole(1), default=256, metavar="N", help="images at a time (%(default)s)")
     add("--no-ema", action="store_true", help="use the raw weights instead of the averaged ones")

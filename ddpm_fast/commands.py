@@ -153,7 +153,10 @@ def sample(args: Namespace) -> int:
     diffusion = saved.diffusion(device)
     num = (8 * len(classes) or 64) if args.num is None else args.num
     y = torch.tensor([classes[i * len(classes) // num] for i in range(num)]) if classes else None
-    plan = diffusion.plan(args.sampler, args.steps, dict(args.option))
+    try:
+        plan = diffusion.plan(args.sampler, args.steps, dict(args.option))
+    except TypeError as error:
+        raise ValueError(f"--option: {error}") from error
     frames = Frames(len(plan)) if suffix == ".gif" else None
     pixels = torch.cat([to_uint8(x) for x in _draw(diffusion, plan, y, num, args, frames)])
     rows = len(classes) if classes and num % len(classes) == 0 else math.isqrt(num)

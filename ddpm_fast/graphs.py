@@ -4,6 +4,7 @@ A replay runs no Python and reads the addresses of the recording. So a recording
 its code has looked at has changed (footprint.py), and keeps alive whatever it reads.
 """
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
@@ -132,14 +133,15 @@ class Graphs:
         self._changes: Counter[Key] = Counter()  # recordings in turn that were of no more use
         self._recorder: Recorder | None = None
         self._busy = False
-        self._told: set[str] = set()
+        self._why: dict[str, bool] = {}  # reasons why something ran eagerly, and whether they were said
 
     def __len__(self) -> int:
         """How many there are."""
         return len(self._entries)
 
     def __repr__(self) -> str:
-        lines = [f"\n  {entry.made}" for entry in (*self._entries.values(), *self._failed.values())]
+        lines = [f"\n  {entry.made}" for entry in self._entries.values()]
+        lines += [f"\n  eager: {why}" for why in self._why]
         return "Graphs:" + ("".join(lines) or " none")
 
     def __deepcopy__(self, memo: object) -> "Graphs":
@@ -237,9 +239,18 @@ class Graphs:
     def tell(self, why: NotRecorded, wanted: bool) -> None:
         """Say why something runs eagerly, once, if a recording was asked for or has failed."""
         text = str(why)
-        if text not in self._told and (wanted or text.startswith(FAILED)):
-            self._told.add(text)
-            warnings.warn(f"no CUDA graph: {text}; running eagerly", stacklevel=3)
+        said = self._why.setdefault(text, False)
+        if not said and (wanted or text.startswith(FAILED)):
+            self._why[text] = True
+            warnings.warn(f"no CUDA graph: {text}; running eagerly", stacklevel=_depth_of_the_caller())
+
+
+def _depth_of_the_caller() -> int:
+    """As a stacklevel for whoever called this: the first frame outside of this package and of torch."""
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in (__package__, "torch"):
+        frame, depth = frame.f_back, depth + 1
+    return depth
 
 
 def _told(error: BaseException) -> str:

@@ -39,7 +39,13 @@ def list_samplers() -> str:
             f"{name}: {(build.__doc__ or '').strip().splitlines()[0]}",
             "    " + " ".join(f"{p.name}={str(p.default).lower()}" for p in options),
         ]
-    return "\n".join([*lines, f"spacing: {', '.join(SPACINGS)}, or numbers of steps such as 10,15,20"])
+    return "\n".join(
+        [
+            *lines,
+            f"spacing: {', '.join(SPACINGS)}, or numbers of steps such as 10,15,20",
+            "final: clean, first; variance: beta, posterior, or a number from 0 (posterior) to 1 (beta)",
+        ]
+    )
 
 
 def native_isa() -> str | None:

@@ -45,10 +45,10 @@ def assignment(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not (equals and name.isidentifier() and value):
         raise ArgumentTypeError(f"{text!r} is no NAME=VALUE")
-    if value in ("true", "false"):
-        return name, value == "true"
+    if value.lower() in ("true", "false"):
+        return name, value.lower() == "true"
     if "," in value:
-        return name, integers(value)
+        return name, integers(value.strip("[]()").replace(" ", ""))
     try:
         return name, float(value)
     except ValueError:

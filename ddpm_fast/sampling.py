@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import ops
 from .chain import Network, Predictor
 from .engine import Start, denoise, eval_mode, philox_start, torch_start
-from .graphs import Graphs
+from .graphs import ENGINES, Graphs
 from .memory import batch_that_fits, in_parts, out_of_memory
 from .models.fusing import takes_noise_state
 from .models.state import DiffusionState, fresh_seed
@@ -104,8 +104,8 @@ class SamplingDiffusion(DiffusionState):
             first_index: index of the first image.
             noise: [batch_size, C, H, W], x_T; by default drawn.
             progress: show a progress bar.
-            callback: called with (k, x) after step k; x is the loop's own tensor, to be read and not kept. Where a
-                batch was split, its parts run one after the other.
+            callback: called with (k, x) after row k of the plan; x is the loop's own tensor, to be read and not kept.
+                Where a batch was split, its parts run one after the other.
 
         Returns:
             [batch_size, C, H, W] on the CPU, about [-1, 1], not clipped.
@@ -116,6 +116,7 @@ class SamplingDiffusion(DiffusionState):
         batch_size, device = self._checked_place(batch_size, device)
         y = self._checked_y(y, batch_size, device)
         checks.flag("progress", progress)
+        checks.choice("engine", self.engine, ENGINES)
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be a function of (k, x), got {checks.text(callback)}")
         plan, predict = self._way(sampler, num_steps, sampler_options, y, use_ema)

@@ -129,11 +129,10 @@ def check_betas(betas: object, prediction: str = "eps") -> Array:
         i = int(np.argmin(inside))
         hint = ""
         if array[i] == 1 and i == len(array) - 1:
-            hint = " (1 at the last index needs prediction='x0' or 'v')"
+            hint = ": 1 at the last index needs prediction='x0' or 'v' (--prediction v)"
         elif array[i] >= 1:
-            hint = " (a linear schedule with few timesteps: its ends, scaled by 1000 / T, pass 1)"
-        if hint:
-            hint += ": use more timesteps, lower ends or the cosine schedule"
+            hint = " (with few timesteps ends that are scaled by 1000 / T pass 1): use more timesteps, lower ends or "
+            hint += "the cosine schedule"
         raise ValueError(f"betas must lie inside (0, 1): betas[{i}] is {array[i]}{hint}")
     if 1 - array[0] == 1:
         raise ValueError(f"betas must add noise from the first on: betas[0] is {array[0]}, too small to count")

@@ -367,6 +367,7 @@ def test_a_call_of_ones_own_is_told_t_and_not_recorded(tape: Tape) -> None:
 def test_without_a_gpu_all_is_eager_and_only_a_wish_for_graphs_is_answered() -> None:
     graph, eager = pair()
     images = eagerly(graph, "no CUDA graph: CUDA graphs need a GPU, the data is on cpu; running eagerly")
+    assert repr(graph.graphs) == "Graphs:\n  eager: CUDA graphs need a GPU, the data is on cpu"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         auto = Diffusion(eager.model, (8, 8), 1, None, BETAS)

@@ -182,17 +182,22 @@ def spread(first: int, last: int, n: int) -> list[int]:
     return [first + round(i * (last - first) / (n - 1)) for i in range(n)][::-1]
 
 
-@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "heun"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("prediction", ["x0", "v"])
-def test_from_pure_noise(sampler: str, prediction: str) -> None:
+@pytest.mark.parametrize("spacing", ["trailing", "linspace", "logsnr", "karras"])
+def test_from_pure_noise(sampler: str, prediction: str, spacing: str) -> None:
     """beta = 1 at the last timestep: nothing is left of the image there, and no number becomes infinite."""
     abar = np.append(np.cumprod(1 - SCHEDULES["linear"])[:-1], 0.0)
-    plan = make_plan(sampler, abar, prediction, 5, {"spacing": "trailing"})
-    assert plan.rows.isfinite().all() and plan.column("t")[0] == 999
+    options = {"variance": "posterior"} if sampler == "ddpm" else {}  # "beta" has more noise
+    plan = make_plan(sampler, abar, prediction, 5, {"spacing": spacing} | options)
+    assert plan.rows.isfinite().all() and plan.column("t")[0] == 999 and len(plan) == (5 if sampler != "heun" else 8)
+    # The first step is that to the posterior of an image and noise that aren't related.
+    first, a = plan.rows[0], steps_of(abar, 5, spacing).abar_next[0] ** 0.5
+    assert first[4] ** 2 + first[7] ** 2 == pytest.approx(1 - a**2) and first[5] == pytest.approx(a)
     x = torch.randn(SHAPE, dtype=torch.float64)
     assert denoise(network, x, plan, ops.NoiseState.at(0, 0)).isfinite().all()
     with pytest.raises(ValueError, match="prediction 'eps' says nothing of the image"):
-        make_plan(sampler, abar, "eps", 5, {"spacing": "trailing"})
+        make_plan(sampler, abar, "eps", 5, {"spacing": spacing})
 
 
 def test_rows_in_full() -> None:
@@ -251,6 +256,18 @@ ABAR = np.cumprod(1 - SCHEDULES["cosine"])
             lambda: make_plan("ddpm", ABAR, options={"variance": "learned"}),
             ValueError,
             "variance must be one of",
+        ),
+        (lambda: make_plan("heun", ABAR, options={"s_tmax": "foo"}), TypeError, "s_tmax must be a finite number"),
+        (lambda: make_plan("heun", ABAR, options={"s_tmin": 2, "s_tmax": 1}), ValueError, "s_tmax must be"),
+        (
+            lambda: make_plan("ddim", ABAR, options={"spacing": 20.0}),
+            TypeError,
+            "spacing must be one of linspace, .*got 20",
+        ),
+        (
+            lambda: make_plan("ddim", ABAR, num_steps=7, options={"spacing": [3, 3]}),
+            ValueError,
+            "takes 6 steps, num_steps is 7",
         ),
         (lambda: make_plan("ddpm", ABAR, options={"eta": 0}), TypeError, "sampler_options: 'ddpm' has no option 'eta'"),
     ],

@@ -51,10 +51,10 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         {"spacing": "trailing", "final": "first"},
     ),
     "Euler": ("EulerDiscreteScheduler", {}, "euler", {"spacing": "linspace"}),
-    "Euler, Karras": ("EulerDiscreteScheduler", KARRAS, "euler", {}),
+    "Euler, Karras": ("EulerDiscreteScheduler", KARRAS, "euler", {"spacing": "karras"}),
     "Euler ancestral": ("EulerAncestralDiscreteScheduler", {}, "ancestral_euler", {"spacing": "linspace"}),
     "Heun": ("HeunDiscreteScheduler", {"timestep_spacing": "linspace"}, "heun", {"spacing": "linspace"}),
-    "Heun, Karras": ("HeunDiscreteScheduler", KARRAS, "heun", {}),
+    "Heun, Karras": ("HeunDiscreteScheduler", KARRAS, "heun", {"spacing": "karras"}),
     "DPM-Solver++(2M), Karras": ("DPMSolverMultistepScheduler", KARRAS, "dpmpp_2m", {}),
     "SDE-DPM-Solver++(2M), Karras": ("DPMSolverMultistepScheduler", SDE, "dpmpp_2m_sde", {}),
 }

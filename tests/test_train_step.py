@@ -48,7 +48,7 @@ def script(d: Diffusion, optimizer, x: Tensor, y: Tensor, clip=None, accumulate=
             loss = d(x_part, y_part)
         (loss / accumulate).backward()
         total += loss.detach() / accumulate
-    if clip is not None:
+    if clip:
         nn.utils.clip_grad_norm_(d.model.parameters(), clip)
     optimizer.step()
     d.update_ema()
@@ -71,6 +71,7 @@ def pair(**options) -> tuple[Diffusion, torch.optim.Optimizer, TrainStep]:
 
 OPTIONS = {
     "plain": {},
+    "no clipping": {"clip": 0},
     "clip": {"clip": 0.05},
     "accumulate": {"accumulate": 2, "clip": 0.05},
     "bf16": {"dtype": torch.bfloat16},
@@ -314,6 +315,7 @@ def test_what_can_not_be_recorded_runs_eagerly_and_says_why(tape: Tape, case: st
         warnings.simplefilter("error")
         for k in range(1, 6):
             step(*batch(k))
+    with pytest.warns(UserWarning, match=reason):  # "auto", where graphs are possible
         TrainStep(d, optimizer_of(d))(*batch(10))
     assert tape.records == 0 and d.step == d.calls == 7
     if a is not None:
@@ -436,6 +438,16 @@ BAD = [
     (lambda: TrainStep(D, adam(D), accumulate=3)(*batch(0)), ValueError, r"x must have a batch that 3 divides"),
     (lambda: TrainStep(D, adam(D))(batch(0)[0][:, :, :4], batch(0)[1]), ValueError, "x must have shape"),
     (lambda: TrainStep(D, adam(D))(batch(0)[0], [1, 2, 3, 4]), TypeError, "y must be a tensor"),
+    (
+        lambda: TrainStep(D, adam(D), accumulate=2)(batch(0)[0], batch(0)[1][:2]),
+        ValueError,
+        r"y must have shape \[4\], a class per image; got int64 \[2\]",
+    ),
+    (
+        lambda: TrainStep(D, adam(D), dtype=torch.float16).load_state_dict({}),
+        ValueError,
+        "state has no scale: it comes from a step without dtype=torch.float16",
+    ),
     (lambda: TrainStep(D, adam(D))(batch(0)[0], batch(0)[1] + 5), ValueError, r"y must lie in \[0, 5\)"),
 ]
 

@@ -20,7 +20,7 @@ def ddim(
     final: str = "clean",
     clip: bool = False,
 ) -> Plan:
-    """Implicit models (Song et al. 2021), first order, with as much noise as eta says; 20 to 100 steps.
+    """DDIM (Song et al. 2021), first order, with as much noise as eta says; 20 to 100 steps.
 
     Rows of equation 12: x' = a' x0_hat + sqrt(s'^2 - sigma^2) eps + sigma z, where eps follows from x and x0_hat.
 

@@ -57,7 +57,9 @@ def dpmpp_2m_sde(
     final: str = "clean",
     clip: bool = False,
 ) -> Plan:
-    """SDE-DPM-Solver++(2M): the same with fresh noise; arguments as of `dpmpp_2m`.
+    """SDE-DPM-Solver++(2M): the same with fresh noise; 20 to 50 steps.
+
+    Arguments as of `dpmpp_2m`.
 
     Rows of x' = s'/s e^-(eta h) x + a' (1 - e^-(1 + eta) h) D + s' sqrt(1 - e^-2 eta h) z.
 

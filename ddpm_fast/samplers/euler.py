@@ -1,4 +1,4 @@
-"""Euler's method for the probability flow, and its ancestral form (Karras et al. 2022; names as in k-diffusion).
+"""Euler's method for the probability flow, and its ancestral form (Karras et al. 2022; k-diffusion).
 
 With x / a in place of x the flow is dx = (x - x0_hat) / sigma dsigma, so a step to sigma' gives x + (sigma' - sigma)
 (x - x0_hat) / sigma. Written back, these are DDIM's rows; what differs is which levels are usual.
@@ -19,7 +19,7 @@ def euler(
     prediction: str = "eps",
     num_steps: int | None = None,
     *,
-    spacing: str | Sequence[int] = "karras",
+    spacing: str | Sequence[int] = "linspace",
     final: str = "clean",
     clip: bool = False,
 ) -> Plan:
@@ -44,11 +44,13 @@ def ancestral_euler(
     num_steps: int | None = None,
     *,
     eta: float = 1.0,
-    spacing: str | Sequence[int] = "karras",
+    spacing: str | Sequence[int] = "linspace",
     final: str = "clean",
     clip: bool = False,
 ) -> Plan:
-    """Euler's method to a lower sigma than the next one, up to which fresh noise is added; arguments as of `euler`.
+    """Euler's method to a lower sigma than the next one, up to which fresh noise is added ("euler_ancestral").
+
+    Arguments as of `euler`.
 
     Args:
         eta: the fresh noise as a share of what keeps the distribution; 0 for none.

@@ -49,8 +49,10 @@ def steps_of(
         num_steps: all T if None.
         spacing: of the T timesteps
             "linspace": even, both ends included;
-            "leading", "trailing": every (T / num_steps)-th, from 0 up, or from T - 1 down;
-            "quadratic": the squares of an even spacing up to sqrt(0.8 T) (Song et al. 2021, appendix D.2);
+            "leading": every floor(T / num_steps)-th, from 0 up, so that the first may lie far below T - 1;
+            "trailing": every (T / num_steps)-th, from T - 1 down;
+            "quadratic": the squares of an even spacing from 0 to sqrt(0.8 T) (Song et al. 2021, appendix D.2), fewer
+            where two would be the same;
             "logsnr": even in log sigma, at real timesteps (Lu et al. 2022, section 3.3);
             "karras": even in sigma^(1/7), likewise (Karras et al. 2022, equation 5);
             or how many of each of several equal parts, the least noisy one first (Nichol & Dhariwal 2021, appendix A).
@@ -62,6 +64,9 @@ def steps_of(
     total = len(alphas_cumprod)
     checks.choice("final", final, FINALS)
     if not isinstance(spacing, str):
+        if not hasattr(spacing, "__len__"):
+            listed = ", ".join(SPACINGS)
+            raise TypeError(f"spacing must be one of {listed}, or numbers of steps such as [10, 15, 20]; got {spacing}")
         parts = checks.integers("spacing", spacing, 1)
         if num_steps not in (None, sum(parts)):
             raise ValueError(f"spacing {parts} takes {sum(parts)} steps, num_steps is {num_steps}")
@@ -85,12 +90,14 @@ def _times(alphas_cumprod: Array, n: int, spacing: str) -> Array:
     if spacing in ("logsnr", "karras"):
         sigma = sigma_of(alphas_cumprod)
         low, high = sigma[0], sigma[np.isfinite(sigma)][-1]
+        pure = [total - 1.0] if np.isinf(sigma[-1]) else []  # noise alone, which no finite sigma is
+        n -= len(pure)
         if spacing == "karras":
             t = time_at(alphas_cumprod, np.linspace(high ** (1 / RHO), low ** (1 / RHO), n) ** RHO)
         else:
             t = time_at(alphas_cumprod, np.exp(np.linspace(np.log(high), np.log(low), n)))
         t[[0, -1]] = t[[0, -1]].round()
-        return t
+        return np.append(pure, t)
     t = {
         "linspace": np.linspace(0, total - 1, n).round(),
         "leading": np.arange(n) * float(total // n),

@@ -44,11 +44,11 @@ class TrainStep:
         diffusion: to be trained, with rng="philox" to be recorded.
         optimizer: of the parameters of `diffusion.model`; recorded if made with `fused=True` or `capturable=True`. Its
             learning rates may be changed between steps; where steps are recorded they are float32.
-        clip: largest norm of the gradient; None for no clipping.
+        clip: largest norm of the gradient; None or 0 for no clipping.
         accumulate: parts in which a batch is gone through, one after the other.
         dtype: of autocast, torch.bfloat16 or torch.float16; None for that of the caller, or none. In float16 the loss
             is scaled, and a step whose gradient overflows changes no weights: the optimizer must be fused.
-        engine: "auto" and "graph" record on a GPU ("graph" says so where it can't be), "eager" doesn't.
+        engine: "auto" and "graph" record on a GPU ("graph" says so where there is none), "eager" doesn't.
         observer: for `diffusion.observer`; is recorded: a replay repeats what it launches, and runs none of its Python.
         check: recorded as the observer; told the loss and the norm of the gradient before the optimizer's step, returns
             1 as float32 on the device if that must change nothing, else 0. It needs a fused optimizer.
@@ -74,7 +74,7 @@ class TrainStep:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {checks.text(optimizer)}")
         self.diffusion, self.optimizer, self.engine = diffusion, optimizer, engine
-        self.clip = None if clip is None else checks.number("clip", clip, 0)
+        self.clip = None if clip is None else checks.number("clip", clip, 0) or None
         self.accumulate = checks.integer("accumulate", accumulate, 1)
         self.dtype, self.observer, self.check = dtype, observer, check
         if observer is not None:
@@ -114,6 +114,8 @@ class TrainStep:
             raise TypeError(f"y must be a tensor, got {checks.text(y)}: torch.as_tensor(y) makes one")
         if x.ndim == 0 or x.shape[0] % self.accumulate:
             raise ValueError(f"x must have a batch that {self.accumulate} divides (accumulate), got {checks.text(x)}")
+        if y is not None and (y.ndim == 0 or y.shape[0] != x.shape[0]):
+            raise ValueError(f"y must have shape [{x.shape[0]}], a class per image; got {checks.text(y)}")
         device = self.loss.device
         if self.diffusion.betas.device != device:
             raise ValueError(f"diffusion was moved from {device}: make a new optimizer and TrainStep")
@@ -143,7 +145,7 @@ class TrainStep:
         self.diffusion.update_ema()
 
     def _refuse(self, kind: Any, why: NotRecorded) -> None:
-        self.graphs.tell(why, self.engine == "graph")
+        self.graphs.tell(why, wanted=True)
         self._refused[kind] = PATIENCE
 
     def state_dict(self) -> dict[str, float]:
@@ -153,6 +155,8 @@ class TrainStep:
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Take over what `state_dict` gave."""
         if self.scale is not None:
+            if "scale" not in state or "growth" not in state:
+                raise ValueError("state has no scale: it comes from a step without dtype=torch.float16")
             self.scale.fill_(checks.number("scale", state["scale"]))
             self._growth.fill_(checks.integer("growth", state["growth"], 0))
 
