@@ -147,6 +147,7 @@ class TrainStep:
     def _refuse(self, kind: Any, why: NotRecorded) -> None:
         self.graphs.tell(why, wanted=True)
         self._refused[kind] = PATIENCE
+        del self._eager[kind]  # then it is warm, and watched, again
 
     def state_dict(self) -> dict[str, float]:
         """What a run in float16 needs beside its diffusion and optimizer to go on: the scale, and its steps so far."""
