@@ -129,9 +129,10 @@ def denoise(
                     return recorded.run(chain, cast(Predictor, network), on_step)
         except NotRecorded as why:
             graphs.tell(why, engine == "graph")
-    noisy = (plan.column("c_z") != 0).tolist()
-    for k in range(len(plan)):
-        z = torch.randn(x.shape, dtype=x.dtype, device=x.device) if noise is None and noisy[k] else None
+    # Rows whose noise torch's generator draws; a plan lies on the host.
+    drawn = (plan.column("c_z") != 0).tolist() if noise is None else [False] * len(plan)
+    for k, draws in enumerate(drawn):
+        z = torch.randn(x.shape, dtype=x.dtype, device=x.device) if draws else None
         chain.step(network, z)
         if on_step is not None:
             on_step(k, x)

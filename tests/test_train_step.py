@@ -1,73 +1,17 @@
 """A whole training step as one call: the weights of the lines it stands for, eagerly and recorded on a stand-in."""
 
 import copy
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from steps import adam, batch, diffusion, pair, recorded, same, script
+from steps import on_reference as on_reference  # for every test here
 from tape import Tape
 from torch import Tensor, nn
-from toys import TINY
 
-from ddpm_fast import Diffusion, TrainStep, ops
+from ddpm_fast import Diffusion, TrainStep
 from ddpm_fast.graphs import WARM_UPS
-
-CONFIG = replace(TINY, ema_start=6, num_classes=5)  # copies, then averages
-
-
-@pytest.fixture(autouse=True)
-def on_reference() -> Iterator[None]:
-    """What a tape sees are torch's operators."""
-    with ops.use_backend("reference"):
-        yield
-
-
-def diffusion(**options) -> Diffusion:
-    torch.manual_seed(0)
-    return Diffusion.from_config(replace(CONFIG, **options), seed=7).train()
-
-
-def adam(d: Diffusion, **options) -> torch.optim.Optimizer:
-    return torch.optim.Adam(d.model.parameters(), **{"lr": 2**-7, "fused": True} | options)
-
-
-def batch(k: int, size: int = 4) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(k)
-    return torch.rand(size, 1, 8, 8, generator=g) * 2 - 1, torch.randint(5, (size,), generator=g)
-
-
-def script(d: Diffusion, optimizer, x: Tensor, y: Tensor, clip=None, accumulate=1, dtype=None) -> Tensor:
-    """The lines that a TrainStep stands for."""
-    optimizer.zero_grad()
-    total = torch.zeros(())
-    for x_part, y_part in zip(x.chunk(accumulate), y.chunk(accumulate), strict=True):
-        with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            loss = d(x_part, y_part)
-        (loss / accumulate).backward()
-        total += loss.detach() / accumulate
-    if clip:
-        nn.utils.clip_grad_norm_(d.model.parameters(), clip)
-    optimizer.step()
-    d.update_ema()
-    return total
-
-
-def same(a: Diffusion, b: Diffusion) -> None:
-    """Every tensor and every count is equal."""
-    for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
-        assert torch.equal(p, q), name
-    assert (a.step, a.calls, a.seed) == (b.step, b.calls, b.seed)
-
-
-def pair(**options) -> tuple[Diffusion, torch.optim.Optimizer, TrainStep]:
-    """A diffusion for the script, its optimizer, and a step of a copy."""
-    a = diffusion()
-    b = copy.deepcopy(a)
-    return a, adam(a), TrainStep(b, adam(b), **options)
-
 
 OPTIONS = {
     "plain": {},
@@ -94,18 +38,6 @@ def test_the_weights_of_the_script(tape: Tape, engine: str, options) -> None:
     assert tape.replays == (12 - 2 * WARM_UPS if engine == "graph" else 0)
     assert tape.records == (2 if engine == "graph" else 0), "one for copies, one for averages"
     assert step.optimizer.param_groups[0]["lr"] == 2**-7 and not step.optimizer.param_groups[0]["capturable"]
-
-
-def recorded(**options) -> tuple[Diffusion, torch.optim.Optimizer, TrainStep]:
-    """As `pair`, after the recording."""
-    a, optimizer, step = pair(engine="graph", **options)
-    for d in (a, step.diffusion):
-        d.model.out_norm.requires_grad_(False)
-    for k in range(12):
-        script(a, optimizer, *batch(k))
-        step(*batch(k))
-    assert len(step.graphs) == 2
-    return a, optimizer, step
 
 
 def load(d: Diffusion, *_) -> None:
@@ -243,104 +175,6 @@ def test_an_observer_sees_every_step(tape: Tape) -> None:
     assert count == 20 and tape.replays == 2
 
 
-class Own(Diffusion):
-    """Does more in Python."""
-
-    def get_losses(self, x, t, y):
-        return super().get_losses(x, t, y) * self.step
-
-
-class Lookahead(torch.optim.Adam):
-    """Steps in a way of its own."""
-
-    def step(self, closure=None):
-        self.count = getattr(self, "count", 0) + 1
-        return super().step(closure)
-
-
-def _patched(d: Diffusion) -> Diffusion:
-    forward = d.forward
-    d.forward = lambda x, y=None: 2 * forward(x, y)
-    return d
-
-
-def _hooked(d: Diffusion) -> Diffusion:
-    d.model.mid[0].register_forward_hook(lambda *_: None)
-    return d
-
-
-def _watched(d: Diffusion) -> Diffusion:
-    d.observer = lambda t, losses: None
-    return d
-
-
-def _gradients_watched(d: Diffusion) -> Diffusion:
-    d.model.out_conv.weight.register_hook(lambda grad: None)
-    return d
-
-
-def _from_torch() -> Diffusion:
-    return Diffusion.from_config(CONFIG, rng="torch").train()
-
-
-def _optimizer_watched(d: Diffusion):
-    optimizer = adam(d)
-    optimizer.register_step_post_hook(lambda *_: None)
-    return optimizer
-
-
-EAGER: dict[str, tuple[Callable, Callable, str]] = {
-    "hook": (lambda: _hooked(diffusion()), adam, r"model\.mid\.0 has hooks"),
-    "hook of a parameter": (lambda: _gradients_watched(diffusion()), adam, "hooks of parameters"),
-    "hook of the optimizer": (diffusion, _optimizer_watched, "hooks of the optimizer"),
-    "observer": (lambda: _watched(diffusion()), adam, r"diffusion\.observer"),
-    "generator": (_from_torch, adam, "torch's generator"),
-    "subclass": (lambda: Own.from_config(CONFIG, seed=7).train(), adam, r"Own\.get_losses must run"),
-    "patched": (lambda: _patched(diffusion()), adam, r"Diffusion\.forward must run"),
-    "another step": (diffusion, lambda d: Lookahead(d.model.parameters(), lr=1e-2, fused=True), "Lookahead.step must"),
-    "host counts": (diffusion, lambda d: adam(d, fused=False), "made? with fused=True|make it with fused=True"),
-}
-
-
-@pytest.mark.parametrize("case", EAGER)
-def test_what_can_not_be_recorded_runs_eagerly_and_says_why(tape: Tape, case: str) -> None:
-    """Bit for bit as the script, the rate unrounded."""
-    make, optimizer_of, reason = EAGER[case]
-    d = make()
-    a = copy.deepcopy(d) if case in ("host counts", "another step") else None
-    step = TrainStep(d, optimizer_of(d), engine="graph")
-    with pytest.warns(UserWarning, match=reason):
-        step(*batch(0))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for k in range(1, 6):
-            step(*batch(k))
-    with pytest.warns(UserWarning, match=reason):  # "auto", where graphs are possible
-        TrainStep(d, optimizer_of(d))(*batch(10))
-    assert tape.records == 0 and d.step == d.calls == 7
-    if a is not None:
-        optimizer = optimizer_of(a)
-        for k in range(6):
-            script(a, optimizer, *batch(k))
-        script(a, optimizer_of(a), *batch(10))
-        same(d, a)
-
-
-def test_hooks_that_come_later_run_from_then_on(tape: Tape) -> None:
-    for register in (
-        lambda step, f: step.diffusion.model.out_conv.weight.register_hook(lambda grad: f()),
-        lambda step, f: step.optimizer.register_step_post_hook(lambda *_: f()),
-        lambda step, f: step.diffusion.model.mid[0].register_forward_hook(lambda *_: f()),
-    ):
-        _, _, step = recorded()
-        calls: list[int] = []
-        register(step, lambda calls=calls: calls.append(1))
-        with pytest.warns(UserWarning, match="must run every time"):
-            for k in range(WARM_UPS + 2):
-                step(*batch(k))
-        assert len(calls) == WARM_UPS + 2
-
-
 def test_what_the_step_itself_is_told_later_counts(tape: Tape) -> None:
     a, optimizer, step = recorded()
     step.clip = 1e-3
@@ -393,68 +227,3 @@ def test_a_scale_goes_on_where_it_was() -> None:
     assert step.state_dict() == other.state_dict() == {"scale": 8.0, "growth": 3}
     assert TrainStep(d, adam(d)).state_dict() == {}
     assert not hasattr(step.optimizer, "found_inf"), "a step of the caller's own would be left out with the last one"
-
-
-def test_a_network_that_reads_the_device_runs_eagerly(tape: Tape, monkeypatch) -> None:
-    """Also when it is tried again: then, too, the steps before a capture are watched."""
-    monkeypatch.setattr("ddpm_fast.training.step.PATIENCE", 2)
-    a, optimizer, step = pair(engine="graph")
-    for d in (a, step.diffusion):
-        d.model.out_conv = Reading(8, 1, 3, padding=1)
-    step.optimizer = adam(step.diffusion)
-    optimizer = adam(a)
-    step.diffusion.load_state_dict(a.state_dict(), step=0)
-    with pytest.warns(UserWarning, match="can't be recorded: it waits for the device"):
-        for k in range(WARM_UPS):
-            assert torch.equal(step(*batch(k)), script(a, optimizer, *batch(k)))
-    for k in range(3 * (WARM_UPS + 2)):
-        assert torch.equal(step(*batch(k)), script(a, optimizer, *batch(k)))
-    same(step.diffusion, a)
-    assert tape.records == 0
-
-
-class Reading(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * (1 if float(x.detach().sum()) > 0 else 2)
-
-
-def test_without_a_gpu_it_is_eager() -> None:
-    a, optimizer, step = pair()
-    for k in range(5):
-        assert torch.equal(step(*batch(k)), script(a, optimizer, *batch(k)))
-    with pytest.warns(UserWarning, match="CUDA graphs need a GPU"):
-        TrainStep(a, optimizer, engine="graph")(*batch(1))
-
-
-D = diffusion()
-BAD = [
-    (lambda: TrainStep(nn.Linear(1, 1), adam(D)), TypeError, "diffusion must be a Diffusion, got Linear"),
-    (lambda: TrainStep(D, 3), TypeError, "optimizer must be a torch.optim.Optimizer, got 3"),
-    (lambda: TrainStep(D, adam(D), clip=-1.0), ValueError, "clip must be"),
-    (lambda: TrainStep(D, adam(D), accumulate=0), ValueError, "accumulate must be"),
-    (lambda: TrainStep(D, adam(D), dtype=torch.float64), ValueError, "dtype must be"),
-    (lambda: TrainStep(D, adam(D), engine="cuda"), ValueError, "engine must be"),
-    (lambda: TrainStep(D, adam(D, fused=False), dtype=torch.float16), ValueError, r"float16 needs an .*fused=True"),
-    (lambda: TrainStep(D, adam(D, fused=False), check=lambda a, b: a), ValueError, r"check needs an .*fused=True"),
-    (lambda: TrainStep(D, adam(D))(3), TypeError, "x must be a tensor"),
-    (lambda: TrainStep(D, adam(D), accumulate=3)(*batch(0)), ValueError, r"x must have a batch that 3 divides"),
-    (lambda: TrainStep(D, adam(D))(batch(0)[0][:, :, :4], batch(0)[1]), ValueError, "x must have shape"),
-    (lambda: TrainStep(D, adam(D))(batch(0)[0], [1, 2, 3, 4]), TypeError, "y must be a tensor"),
-    (
-        lambda: TrainStep(D, adam(D), accumulate=2)(batch(0)[0], batch(0)[1][:2]),
-        ValueError,
-        r"y must have shape \[4\], a class per image; got int64 \[2\]",
-    ),
-    (
-        lambda: TrainStep(D, adam(D), dtype=torch.float16).load_state_dict({}),
-        ValueError,
-        "state has no scale: it comes from a step without dtype=torch.float16",
-    ),
-    (lambda: TrainStep(D, adam(D))(batch(0)[0], batch(0)[1] + 5), ValueError, r"y must lie in \[0, 5\)"),
-]
-
-
-@pytest.mark.parametrize(("call", "kind", "text"), BAD)
-def test_bad_input(call, kind, text) -> None:
-    with pytest.raises(kind, match=text):
-        call()

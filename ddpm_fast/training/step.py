@@ -3,10 +3,10 @@
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -92,9 +92,8 @@ class TrainStep:
         self._growth = torch.zeros((), dtype=torch.int32, device=device)
         self.graphs = Graphs()  # recorded steps: print(graphs) lists them, graphs.clear() releases their memory
         self.last: weakref.ref[RecordedStep] | None = None  # whose gradients are in p.grad
-        self._eager: Counter[Any] = Counter()  # steps of a kind that ran so, before a recording
-        self._refused: Counter[Any] = Counter()  # steps of a kind to come in which none is tried
-        self._following: Any = None  # the kind of the step under way, if a recording follows
+        self._eager: Counter[Hashable] = Counter()  # steps of a kind that ran so, before a recording
+        self._refused: Counter[Hashable] = Counter()  # steps of a kind to come in which none is tried
 
     def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Train on one batch.
@@ -122,17 +121,16 @@ class TrainStep:
         x = x.to(device, non_blocking=True)
         y = None if y is None else y.to(device, non_blocking=True)
         wanted = self.engine == "graph" or self.engine == "auto" and possible(device)
-        recorded = self._recorded(x, y) if wanted else None
+        recorded, following = self._recorded(x, y) if wanted else (None, None)
         if recorded is not None:
             recorded.run(x, y)
         else:
-            self._eagerly(x, y)
+            self._eagerly(x, y, following)
         return self.loss.clone()
 
-    def _eagerly(self, x: Tensor, y: Tensor | None) -> None:
-        """The step as it is; where a recording follows, with rates in float32, and the last such one watched."""
+    def _eagerly(self, x: Tensor, y: Tensor | None, following: Hashable) -> None:
+        """The step as it is; where a recording is `following`, with rates in float32, and the last such one watched."""
         self.last = None
-        following, self._following = self._following, None
         with nullcontext() if following is None else rounded(self.optimizer):
             work = partial(self.work, x, y, self.diffusion)
             try:
@@ -144,7 +142,7 @@ class TrainStep:
                 self._refuse(following, why)
         self.diffusion.update_ema()
 
-    def _refuse(self, kind: Any, why: NotRecorded) -> None:
+    def _refuse(self, kind: Hashable, why: NotRecorded) -> None:
         self.graphs.tell(why, wanted=True)
         self._refused[kind] = PATIENCE
         del self._eager[kind]  # then it is warm, and watched, again
@@ -196,8 +194,8 @@ class TrainStep:
             del self.optimizer.found_inf  # type: ignore[attr-defined] # for whoever steps without asking
         self.loss.copy_(total)
 
-    def _recorded(self, x: Tensor, y: Tensor | None) -> RecordedStep | None:
-        """The recorded step for such a batch; None where it is still to come, or, which it has said, can't be."""
+    def _recorded(self, x: Tensor, y: Tensor | None) -> tuple[RecordedStep | None, Hashable]:
+        """The recorded step for such a batch; else the kind of step of which a recording follows, or neither."""
         diffusion = self.diffusion
         move = diffusion.ema_move(diffusion.step + 1)
         of_y = None if y is None else (tuple(y.shape), y.dtype)
@@ -207,7 +205,7 @@ class TrainStep:
         kind = (id(diffusion), own, others, arrays, move, *switches(x.device))
         if self._refused[kind]:
             self._refused[kind] -= 1
-            return None
+            return None, None
 
         def due(released: bool) -> bool:
             if released:  # what was replaced has to be warm, and whatever the optimizer makes at first must be there
@@ -222,11 +220,9 @@ class TrainStep:
             )
         except NotRecorded as why:
             self._refuse(kind, why)
-            return None
-        if made is None:
-            self._eager[kind] += 1
-            self._following = kind
-        return made
+            return None, None
+        self._eager[kind] += made is None
+        return made, kind
 
     def _look(self) -> Footprint:
         return look(self.diffusion, self.optimizer, self.observer)

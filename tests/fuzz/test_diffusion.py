@@ -114,7 +114,7 @@ def test_remove_noise(draw: Draw) -> bool:
 
 @fuzz(350)
 def test_every_sampler(draw: Draw) -> bool:
-    """Any spacing and end on any schedule give finite tables of as many steps, and finite images."""
+    """Any spacing and end on any schedule give finite tables, and finite images."""
     d = made(draw)
     spacing = one(draw, *SPACINGS, [1, 2], [0], "even", 3)
     args: dict[str, Any] = {"sampler": one(draw, *SAMPLERS), "num_steps": one(draw, None, 1, 2, 3, 4, 9)}
