@@ -2,12 +2,14 @@
 
 try:
     from .diffusion import Diffusion, GaussianDiffusion
+    from .corrections import classifier_guidance, dynamic_threshold
+    from .functional import sample
     from .models.ema import EMA
     from .models.layers import AttentionBlock, Downsample, PositionalEmbedding, ResidualBlock, Upsample, get_norm
     from .models.presets import Config, preset
     from .models.unet import UNet
     from .ops import use_backend
-    from .samplers import Plan
+    from .samplers import Plan, make_plan
     from .schedules import generate_cosine_schedule, generate_linear_schedule
     from .training.step import TrainStep
 except KeyboardInterrupt:  # while PyTorch is loading; the command line then ends without a traceback
@@ -33,9 +35,13 @@ __all__ = [
     "TrainStep",
     "UNet",
     "Upsample",
+    "classifier_guidance",
+    "dynamic_threshold",
     "generate_cosine_schedule",
     "generate_linear_schedule",
     "get_norm",
+    "make_plan",
     "preset",
+    "sample",
     "use_backend",
 ]

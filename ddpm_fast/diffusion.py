@@ -1,23 +1,21 @@
 """Diffusion: the drop-in for the original DDPM code's class, over the ops and the engine."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from . import ops
+from .conditions import null_label_of, takes_labels
 from .graphs import ENGINES
+from .losses import TrainingLoss
 from .models.ema import EMA, copy_weights
 from .models.presets import Config
 from .models.unet import UNet
-from .ops import NoiseState, extract
 from .ops import _checks as checks
-from .ops.noise import drawn
-from .predictions import PREDICTIONS, target_coefficients
-from .reference.diffusion_loss import losses_per_image
-from .reference.philox import PERTURB
+from .ops import extract
+from .ops.diffusion_loss import LOSSES
+from .predictions import PREDICTIONS, TIME_INPUTS
 from .sampling import SamplingDiffusion
 from .schedules import generate_cosine_schedule, generate_linear_schedule
 
@@ -32,7 +30,7 @@ __all__ = [
 ]
 
 
-class Diffusion(SamplingDiffusion):
+class Diffusion(SamplingDiffusion, TrainingLoss):
     """Trains and samples a denoising diffusion model (Ho et al. 2020) around any network (x_t, t, y) -> prediction.
 
     Args:
@@ -41,13 +39,26 @@ class Diffusion(SamplingDiffusion):
         img_channels: channels of the data.
         num_classes: number of classes, None without.
         betas: [T] noise schedule, float64 array or tensor.
-        loss_type: "l1" or "l2".
+        loss_type: "l1", "l2" or "huber".
         ema_decay, ema_start, ema_update_rate: every `ema_update_rate` calls of `update_ema`, the weights of `ema_model`
             are copied from `model` before call `ema_start`, and averaged with this decay from then on.
         rng: "philox" - every random number is a function of seed, call and image, the same on every device; or
             "torch" - torch's generator in the original code's order.
         seed: of training's noise, timesteps and dropout; drawn from torch's generator when first needed if not given.
         prediction: what the network predicts: "eps" (the noise), "x0" or "v".
+        loss_weighting: of the loss at each timestep: "none", "min_snr" or "p2" (`objectives`), or numbers [T].
+        timestep_sampling: which timesteps training draws: "uniform"; "log_normal", as in EDM; "loss_second_moment",
+            those of large losses more often, with weights that keep the mean; or probabilities [T].
+        learned_variance: the network returns 2 img_channels, and the second half, v, says where between its bounds the
+            log variance of the reverse step lies; it learns that from 0.001 of the variational bound beside the loss
+            (Nichol & Dhariwal 2021, section 3.1).
+        label_dropout: share of training images whose y is replaced by `null_label`, for classifier-free guidance (Ho &
+            Salimans 2022).
+        null_label: what stands for no class or condition: an integer, by default `num_classes` where `label_dropout` is
+            positive (so the network needs one class more), or a tensor like the y of one image.
+        time_input: what the network is told of the noise: "timestep", an integer; or "noise_level", sqrt(abar), in
+            training a random one between those of neighbouring timesteps (Chen et al. 2021; SR3).
+        cond_channels: channels of an image condition, which the network is given beside x_t: torch.cat([x_t, cond], 1).
         engine: how chains run: "eager"; "graph" - on a GPU one recorded step is replayed, wherever the network can be
             recorded; or "auto" - where that pays, too. A network whose Python must run in every step (it draws from
             Python's random, or reads globals that change) needs "eager".
@@ -71,6 +82,13 @@ class Diffusion(SamplingDiffusion):
         rng: str = "philox",
         seed: int | None = None,
         prediction: str = "eps",
+        loss_weighting: str | Sequence[float] | Tensor = "none",
+        timestep_sampling: str | Sequence[float] | Tensor = "uniform",
+        learned_variance: bool = False,
+        label_dropout: float = 0.0,
+        null_label: int | Tensor | None = None,
+        time_input: str = "timestep",
+        cond_channels: int = 0,
         engine: str = "auto",
     ):
         if not isinstance(model, nn.Module):
@@ -81,18 +99,26 @@ class Diffusion(SamplingDiffusion):
         ema = EMA(checks.number("ema_decay", ema_decay, 0, 1))
         ema_start = checks.integer("ema_start", ema_start)
         ema_update_rate = checks.integer("ema_update_rate", ema_update_rate, 1)
-        checks.choice("loss_type", loss_type, ("l1", "l2"))
+        checks.choice("loss_type", loss_type, LOSSES)
         checks.choice("rng", rng, ("philox", "torch"))
         checks.choice("prediction", prediction, PREDICTIONS)
         checks.choice("engine", engine, ENGINES)
+        checks.choice("time_input", time_input, TIME_INPUTS)
+        checks.flag("learned_variance", learned_variance)
+        cond_channels = checks.integer("cond_channels", cond_channels, 0)
+        label_dropout = checks.number("label_dropout", label_dropout, 0, 1)
+        null_label = null_label_of(model, null_label, num_classes if label_dropout else None)
+        if label_dropout and null_label is None:
+            raise ValueError("label_dropout needs num_classes, or a null_label that stands for no condition")
+        if learned_variance and time_input == "noise_level":
+            raise ValueError("learned_variance needs time_input='timestep': its bound goes from one to the next")
         if rng == "torch" and seed is not None:
             raise ValueError("seed is for rng='philox'; with rng='torch' call torch.manual_seed")
         # A subclass, a hook or a patch may take other data than the network inside.
         if type(model) is UNet and not model._forward_pre_hooks and "forward" not in model.__dict__:
-            model.check_data(size, img_channels)
+            model.check_data(size, img_channels, img_channels * (1 + learned_variance), cond_channels)
         super().__init__(betas, prediction, seed)
 
-        self._state: NoiseState | None = None  # where the random numbers of the forward call under way stand
         self.model = model
         self.ema_model = copy.deepcopy(model).requires_grad_(False)
         self.ema = ema
@@ -105,88 +131,27 @@ class Diffusion(SamplingDiffusion):
         self.loss_type = loss_type
         self.rng = rng
         self.engine = engine
-        # Told t [N] and the loss of each image [N] by every forward call, if set.
-        self.observer: Callable[[Tensor, Tensor], None] | None = None
+        self.learned_variance, self.time_input, self.cond_channels = learned_variance, time_input, cond_channels
+        self.label_dropout = label_dropout
+        self._takes_labels = takes_labels(model)
+        if isinstance(null_label, Tensor):
+            self.register_buffer("null_label", null_label, persistent=False)
+        else:
+            self.null_label = null_label
+        self.weigh(loss_weighting, timestep_sampling)
 
     @classmethod
     def from_config(cls, config: Config, **options: Any) -> "Diffusion":
         """A Diffusion with a fresh UNet for a configuration; `options` are keyword arguments of the constructor."""
         if not isinstance(config, Config):
             raise TypeError(f"config must be a Config, got {checks.text(config)}: Config.from_dict makes one")
-        names = ("img_size", "img_channels", "num_classes", "loss_type", "ema_decay", "ema_start", "ema_update_rate")
-        arguments: dict[str, Any] = {name: getattr(config, name) for name in (*names, "prediction")}
+        names = [
+            *("img_size", "img_channels", "num_classes", "loss_type", "ema_decay", "ema_start", "ema_update_rate"),
+            *("prediction", "loss_weighting", "timestep_sampling", "learned_variance", "label_dropout"),
+            *("time_input", "cond_channels"),
+        ]
+        arguments: dict[str, Any] = {name: getattr(config, name) for name in names}
         return cls(config.build_unet(), betas=config.betas(), **arguments | options)
-
-    def perturb_x(self, x: Tensor, t: Tensor, noise: Tensor | NoiseState) -> Tensor:
-        """x_t for clean x [N, C, H, W], timesteps t [N] and noise like x, or where to draw it."""
-        return ops.q_sample(x, t, self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod, noise)
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """The loss at random timesteps.
-
-        Args:
-            x: [N, C, H, W], clean images in [-1, 1].
-            y: [N] int64, the classes of a conditional network.
-
-        Returns:
-            A scalar.
-
-        Raises:
-            ValueError, TypeError: x or y does not fit what this Diffusion was built for.
-        """
-        self._check_x(x)
-        if self.rng == "torch":
-            t = torch.randint(0, self.num_timesteps, (x.shape[0],), device=x.device)
-            return self.get_losses(x, t, y)
-        return self.at(self.noise_state(self.count_call(), x.device), x, y)
-
-    def at(self, state: NoiseState, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """As `forward`, for the call whose random numbers stand at `state`; it isn't counted."""
-        self._state = state
-        try:
-            return self.get_losses(x, ops.timesteps(x.shape[0], self.num_timesteps, state), y)
-        finally:
-            self._state = None
-
-    def get_losses(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        """The loss at timesteps t [N]; see `forward`."""
-        self._check_x(x)
-        y = self._checked_y(y, x.shape[0], x.device)
-        if self.training:  # written and not read, or a compiler would guard it
-            self._trained = True
-        state = self._state
-        if state is None:
-            calls = self.count_call()
-            state = self.noise_state(calls, x.device) if self.rng == "philox" else None
-        noise = torch.randn(x.shape, dtype=x.dtype, device=x.device) if state is None else state
-        return self._loss(self.model, x, t, y, noise, state, self.observer)
-
-    def loss_of(self, model: nn.Module, x: Tensor, t: Tensor, y: Tensor | None, noise: Tensor | NoiseState) -> Tensor:
-        """The loss of a network at timesteps t [N] with this noise; it counts as no call, and isn't observed."""
-        self._check_x(x)
-        return self._loss(model, x, t, self._checked_y(y, x.shape[0], x.device), noise)
-
-    def _loss(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        t: Tensor,
-        y: Tensor | None,
-        noise: Tensor | NoiseState,
-        state: NoiseState | None = None,
-        observer: Callable[[Tensor, Tensor], None] | None = None,
-    ) -> Tensor:
-        x_t = self.perturb_x(x, t, noise)
-        model_out = self._call(model, x_t, t, y, state)
-        target: dict[str, Tensor] = {}
-        if self.prediction != "eps":
-            a, s = self.sqrt_alphas_cumprod[t], self.sqrt_one_minus_alphas_cumprod[t]
-            noise_coef, x_coef = target_coefficients(self.prediction, a, s)
-            target = {"noise_coef": noise_coef, "x_coef": x_coef, "x_start": x}
-        if observer is not None:
-            noise = drawn(noise, model_out, PERTURB)  # once for the loss and the observer
-            observer(t, losses_per_image(model_out.detach(), noise, loss_type=self.loss_type, **target))
-        return ops.diffusion_loss(model_out, noise, loss_type=self.loss_type, **target)
 
     def update_ema(self) -> None:
         """Call after each optimizer step: moves `ema_model` towards `model`."""

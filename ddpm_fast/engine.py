@@ -1,13 +1,13 @@
 """The denoising loop: runs any plan, eagerly or by a recorded step, and never waits for the device by itself."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from .chain import Chain, Network, OnStep, Predictor, RecordedChain, told_by
+from .chain import Chain, CorrectedChain, Correction, Network, OnStep, Predictor, RecordedChain, told_by
 from .footprint import Footprint, NotRecorded, switches
 from .graphs import Graphs, possible
 from .ops import X_T, NoiseState
@@ -108,6 +108,7 @@ def denoise(
     *,
     graphs: Graphs | None = None,
     engine: str = "eager",
+    corrections: Sequence[Correction] = (),
 ) -> Tensor:
     """Take x through every row of a plan; x, plan and noise as in Chain.
 
@@ -116,13 +117,19 @@ def denoise(
         on_step: called with (k, x) after row k; x is the loop's own tensor, to be read and not kept.
         graphs: where recorded steps are kept.
         engine: "eager", "graph" to replay a recorded step wherever one can be made, or "auto": where it also pays.
+        corrections: functions of (x0_hat, now) that change x0_hat in each step, one after the other; then it is eager.
 
     Returns:
         x after the last row.
     """
-    chain = Chain(x, plan, noise, told_by(network, plan.timesteps(x.device)))
+    if corrections:
+        chain: Chain = CorrectedChain(x, plan, noise, corrections)
+    else:
+        chain = Chain(x, plan, noise, told_by(network, plan.timesteps(x.device)))
     if graphs is not None and (engine == "graph" or engine == "auto" and possible(x.device)):
         try:
+            if corrections:
+                raise NotRecorded("what corrects x0_hat is Python, which must run in every step")
             recorded = _recorded(network, chain, graphs, engine)
             if recorded is not None:
                 with graphs.alone():
@@ -165,21 +172,21 @@ def _recorded(network: Network, chain: Chain, graphs: Graphs, engine: str) -> Re
     x, told, steps = chain.x, chain.told, len(chain.rows)
     if chain.kind.noisy and chain.noise is None:
         raise NotRecorded("the noise comes from torch's generator, in the original code's order")
-    if not isinstance(network, Predictor):
+    if not isinstance(network, Predictor) or network.model is None:
         raise NotRecorded("what this network looks at is not known")
-    unroll = WAYS[fastest_way(network.model, x)]
+    model = network.model
+    unroll = WAYS[fastest_way(model, x)]
     if engine == "auto" and not unroll:
         raise NotRecorded("it would be slower here")
     unroll = max(1, unroll)
     room = max(ROOM, 1 << (steps - 1).bit_length())
-    y = network.y
-    of_y = None if y is None else (tuple(y.shape), y.dtype)
-    arrays = tuple(x.shape), x.stride(), x.dtype, tuple(told.shape[1:]), told.dtype, of_y
-    key = (id(network.model), chain.kind, *arrays, room, unroll, *switches(x.device))
+    given = *(None if i is None else (tuple(i.shape), i.dtype) for i in network.inputs), network.guided
+    arrays = tuple(x.shape), x.stride(), x.dtype, tuple(told.shape[1:]), told.dtype, given
+    key = (id(model), chain.kind, *arrays, room, unroll, *switches(x.device))
     due = engine == "graph" or steps >= WORTH
     made: RecordedChain | None = graphs.get(
         key,
-        lambda: Footprint(network.model),
+        lambda: Footprint(model),
         x.device,
         lambda recorder: RecordedChain(recorder, network, chain, room, unroll),
         lambda _: due,

@@ -15,6 +15,7 @@ from torch import Tensor
 from .schedules import Array
 
 PREDICTIONS = ("eps", "x0", "v")
+TIME_INPUTS = ("timestep", "noise_level")  # what the network is told of the noise: t, or a
 Numbers = TypeVar("Numbers", Array, Tensor)
 
 

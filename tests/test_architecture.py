@@ -17,11 +17,11 @@ OPS = [path.stem for path in sorted((ROOT / "ddpm_fast" / "ops").glob("[!_]*.py"
 LEVELS = (
     "reference",
     "kernels _C _cuda",
-    "ops schedules predictions samplers",
-    "engine chain graphs footprint memory models progress",
-    "diffusion sampling",
+    "ops schedules predictions objectives samplers variational",
+    "engine chain corrections functional adaptive graphs footprint memory models progress",
+    "diffusion sampling losses conditions",
     "editing training evaluation interop demo unet ema utils script_utils",
-    "__init__ __main__ cli commands info options",
+    "__init__ __main__ arguments cli commands info options",
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 

@@ -13,7 +13,8 @@ import torch
 from command_line import DRAW, TRAIN, run
 from PIL import Image, ImageSequence
 
-from ddpm_fast import __version__, commands, demo, ops
+from ddpm_fast.commands.train import _ema
+from ddpm_fast import __version__, demo, ops
 from ddpm_fast.evaluation.classifier import judge
 from ddpm_fast.models.presets import PRESETS
 from ddpm_fast.samplers import SAMPLERS
@@ -216,8 +217,8 @@ def test_short_runs_average_too(tmp_path: Path) -> None:
         assert run(TRAIN + " --overwrite --steps 5" + options + " --out {out}", out=tmp_path) == 0
         config = read_checkpoint(tmp_path / "model.safetensors").config
         assert (config.ema_start, config.ema_decay) == expected
-    assert commands._ema(PRESETS["cifar10"], 20_000) == commands._ema(PRESETS["digits"], 1800) == {}
-    assert commands._ema(PRESETS["cifar10"], 1000) == {"ema_start": 200, "ema_decay": 0.99}
+    assert _ema(PRESETS["cifar10"], 20_000) == _ema(PRESETS["digits"], 1800) == {}
+    assert _ema(PRESETS["cifar10"], 1000) == {"ema_start": 200, "ema_decay": 0.99}
 
 
 def test_the_run_is_named_after_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import noise as formula
-from ..reference.philox import TIMESTEPS, NoiseState
+from ..reference.philox import NoiseState
 from . import configs
 
 EXACT = {"enable_fp_fusion": False}
@@ -165,12 +165,12 @@ def noise(shape: Sequence[int], state: NoiseState, stream: int, dtype: torch.dty
     return out
 
 
-def timesteps(num_samples: int, num_timesteps: int, state: NoiseState) -> Tensor:
+def timesteps(num_samples: int, num_timesteps: int, state: NoiseState, stream: int) -> Tensor:
     """Training timesteps; arguments as in ops.timesteps."""
     out = torch.empty(num_samples, dtype=torch.int64, device=state.seed.device)
     if num_samples:
         grid = (triton.cdiv(num_samples, BLOCK),)
-        timesteps_kernel[grid](out, *state, TIMESTEPS, num_samples, num_timesteps, COUNTERS=BLOCK)
+        timesteps_kernel[grid](out, *state, stream, num_samples, num_timesteps, COUNTERS=BLOCK)
     return out
 
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch.nn.functional as F
 
+from ..objectives import LOSS_WEIGHTINGS, TIMESTEP_SAMPLINGS
 from ..ops import _checks as checks
-from ..predictions import PREDICTIONS
+from ..ops.diffusion_loss import LOSSES
+from ..predictions import PREDICTIONS, TIME_INPUTS
 from ..schedules import (
     Array,
     generate_constant_schedule,
@@ -60,6 +62,12 @@ class Config:
     zero_terminal_snr: bool = False  # stretch the schedule until nothing of the image is left at its end
     loss_type: str = "l2"
     prediction: str = "eps"
+    loss_weighting: str = "none"
+    timestep_sampling: str = "uniform"
+    learned_variance: bool = False
+    label_dropout: float = 0.0  # share of images trained without their class, for guidance
+    time_input: str = "timestep"  # or "noise_level", in thousandths for the embedding
+    cond_channels: int = 0
     ema_decay: float = 0.9999
     ema_start: int = 2000
     ema_update_rate: int = 1
@@ -75,19 +83,28 @@ class Config:
             raise ValueError("channel_mults must hold a positive integer per level, got none")
         for name in ("img_channels", "base_channels", "num_groups", "num_timesteps", "ema_update_rate"):
             values[name] = checks.integer(name, getattr(self, name), 1)
-        for name in ("num_res_blocks", "initial_pad", "ema_start"):
+        for name in ("num_res_blocks", "initial_pad", "ema_start", "cond_channels"):
             values[name] = checks.integer(name, getattr(self, name), 0)
         for name in ("num_classes", "time_emb_dim"):
             value = getattr(self, name)
             values[name] = None if value is None else checks.integer(name, value, 1)
-        for name in ("dropout", "schedule_low", "schedule_high", "ema_decay"):
+        for name in ("dropout", "schedule_low", "schedule_high", "ema_decay", "label_dropout"):
             values[name] = checks.number(name, getattr(self, name), 0, 1)
         values["time_emb_scale"] = checks.number("time_emb_scale", self.time_emb_scale)
         checks.choice("activation", self.activation, tuple(ACTIVATIONS))
         checks.choice("schedule", self.schedule, tuple(SCHEDULES))
         checks.flag("zero_terminal_snr", self.zero_terminal_snr)
-        checks.choice("loss_type", self.loss_type, ("l1", "l2"))
-        checks.choice("prediction", self.prediction, PREDICTIONS)
+        checks.flag("learned_variance", self.learned_variance)
+        for name, options in (
+            ("loss_type", LOSSES),
+            ("prediction", PREDICTIONS),
+            ("loss_weighting", LOSS_WEIGHTINGS),
+            ("timestep_sampling", TIMESTEP_SAMPLINGS),
+            ("time_input", TIME_INPUTS),
+        ):
+            checks.choice(name, getattr(self, name), options)
+        if values["label_dropout"] and values["num_classes"] is None:
+            raise ValueError("label_dropout needs num_classes")
         if self.norm is not None:
             checks.choice("norm", self.norm, ("gn", "in", "bn"))
         for name, value in values.items():  # plain ints, floats and tuples, also from numpy or JSON
@@ -95,20 +112,22 @@ class Config:
 
     def build_unet(self) -> UNet:
         """The network, with fresh weights."""
+        null_class = self.num_classes is not None and self.label_dropout > 0
         return UNet(
-            img_channels=self.img_channels,
+            img_channels=self.img_channels + self.cond_channels,
             base_channels=self.base_channels,
             channel_mults=self.channel_mults,
             num_res_blocks=self.num_res_blocks,
             time_emb_dim=self.time_emb_dim,
-            time_emb_scale=self.time_emb_scale,
-            num_classes=self.num_classes,
+            time_emb_scale=self.time_emb_scale * (1000 if self.time_input == "noise_level" else 1),
+            num_classes=self.num_classes and self.num_classes + null_class,
             activation=ACTIVATIONS[self.activation],
             dropout=self.dropout,
             attention_resolutions=self.attention_resolutions,
             norm=self.norm,
             num_groups=self.num_groups,
             initial_pad=self.initial_pad,
+            out_channels=self.img_channels * (1 + self.learned_variance),
         )
 
     def betas(self) -> Array:

@@ -118,11 +118,11 @@ class DiffusionState(nn.Module):
             seed = int(_known_seed(self._counts["seed"]))
         return NoiseState.at(seed, draw, first_sample, device)
 
-    def extra_state(self) -> dict[str, int | None]:
+    def extra_state(self) -> dict[str, Any]:
         """What a checkpoint must carry beside the tensors: EMA step, forward calls, seed."""
         return {"step": self.step, "calls": self.calls, "seed": self.seed}
 
-    def load_extra_state(self, state: Mapping[str, int | None]) -> None:
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Take over what `extra_state` gave; what is absent stays as it is."""
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be a dictionary, got {checks.text(state)}")

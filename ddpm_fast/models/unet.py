@@ -41,6 +41,8 @@ class UNet(TakesNoiseState):
         norm: "gn" (group), "in" (instance), "bn" (batch) or None.
         num_groups: groups of "gn".
         initial_pad: pixels of zero padding on every side, cropped again at the end.
+        out_channels: channels of the result, `img_channels` by default: twice as many with a learned variance, fewer
+            where the network is also given an image condition.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type.
@@ -61,9 +63,12 @@ class UNet(TakesNoiseState):
         norm: str | None = "gn",
         num_groups: int = 32,
         initial_pad: int = 0,
+        *,
+        out_channels: int | None = None,
     ):
         super().__init__()
         self.img_channels = img_channels = checks.integer("img_channels", img_channels, 1)
+        self.out_channels = img_channels if out_channels is None else checks.integer("out_channels", out_channels, 1)
         base_channels = checks.integer("base_channels", base_channels, 1)
         channel_mults = checks.integers("channel_mults", channel_mults, 1)
         if not channel_mults:
@@ -127,7 +132,7 @@ class UNet(TakesNoiseState):
             if level > 0:
                 self.ups.append(Upsample(now))
         self.out_norm = get_norm(norm, now, num_groups)
-        self.out_conv = nn.Conv2d(now, img_channels, 3, padding=1)
+        self.out_conv = nn.Conv2d(now, self.out_channels, 3, padding=1)
 
         self._ups_take_skip = [isinstance(layer, ResidualBlock) for layer in self.ups]
         blocks = [m for m in self._layers() if isinstance(m, ResidualBlock)]
@@ -147,7 +152,7 @@ class UNet(TakesNoiseState):
             noise_state: where dropout draws its masks from; None for torch's generator.
 
         Returns:
-            [N, img_channels, H, W].
+            [N, out_channels, H, W].
 
         Raises:
             ValueError, TypeError: a size that cannot be halved often enough; a wrong shape; bad `time` or `y`.
@@ -239,12 +244,22 @@ class UNet(TakesNoiseState):
                 raise ValueError(f"y is required: this network was built with num_classes={self.num_classes}")
             check_labels(y, x.shape[0])
 
-    def check_data(self, img_size: Sequence[int], img_channels: int) -> None:
-        """Raise ValueError unless this network takes such images."""
-        if img_channels != self.img_channels:
+    def check_data(
+        self, img_size: Sequence[int], img_channels: int, out_channels: int | None = None, cond_channels: int = 0
+    ) -> None:
+        """Raise ValueError unless this network takes such images, with their condition, and returns what is wanted."""
+        if img_channels + cond_channels != self.img_channels:
+            more = f" and cond_channels {cond_channels}" if cond_channels else ""
+            advice = f"build it with img_channels={img_channels + cond_channels}" if more else "give both one value"
             raise ValueError(
-                f"img_channels is {img_channels}, but the UNet was built with img_channels={self.img_channels}: "
-                "give both one value"
+                f"img_channels is {img_channels}{more}, but the UNet was built with img_channels={self.img_channels}: "
+                f"{advice}"
+            )
+        expected = img_channels if out_channels is None else out_channels
+        if expected != self.out_channels:
+            raise ValueError(
+                f"the UNet returns {self.out_channels} channels, expected {expected}: build it with "
+                f"out_channels={expected}"
             )
         if len(img_size) != 2:
             raise ValueError(f"img_size must be (height, width) for a UNet, got {tuple(img_size)}")

@@ -59,9 +59,9 @@ def _load_noise() -> Callable[..., Tensor]:
 def _load_timesteps() -> Callable[..., Tensor]:
     native = _native.load().timesteps
 
-    def run(num_samples: int, num_timesteps: int, state: NoiseState) -> Tensor:
+    def run(num_samples: int, num_timesteps: int, state: NoiseState, stream: int) -> Tensor:
         out = torch.empty(num_samples, dtype=torch.int64, device=_CPU)
-        native(out, num_timesteps, state, TIMESTEPS)
+        native(out, num_timesteps, state, stream)
         return out
 
     return run
@@ -102,11 +102,11 @@ def _check_noise(shape: Any, state: NoiseState, stream: int, dtype: Any) -> tupl
     return shape, state, _checks.integer("stream", stream, 0, MAX_STREAM), dtype
 
 
-def _check_timesteps(num_samples: int, num_timesteps: int, state: NoiseState) -> tuple[Any, ...]:
+def _check_timesteps(num_samples: int, num_timesteps: int, state: NoiseState, stream: int) -> tuple[Any, ...]:
     num_samples = _checks.integer("num_samples", num_samples, 0)
     num_timesteps = _checks.integer("num_timesteps", num_timesteps, 1, 2**31)
     _check_state(state)
-    return num_samples, num_timesteps, state
+    return num_samples, num_timesteps, state, _checks.integer("stream", stream, 0, MAX_STREAM)
 
 
 def _check_dropout_mask(shape: Any, p: float, state: NoiseState, stream: int) -> tuple[Any, ...]:
@@ -129,8 +129,9 @@ _NOISE = opaque(
     lambda shape, seed, *_, dtype: seed.new_empty(shape, dtype=dtype),
 )
 _TIMESTEPS = opaque(
-    "timesteps(SymInt num_samples, int num_timesteps, Tensor seed, Tensor draw, SymInt first_sample) -> Tensor",
-    lambda num_samples, num_timesteps, *state: _timesteps(num_samples, num_timesteps, NoiseState(*state)),
+    "timesteps(SymInt num_samples, int num_timesteps, Tensor seed, Tensor draw, SymInt first_sample, int stream) "
+    "-> Tensor",
+    lambda num_samples, most, *state: _timesteps(num_samples, most, NoiseState(*state[:3]), state[3]),
     lambda num_samples, _, seed, *__: seed.new_empty(num_samples),
 )
 _DROPOUT_MASK = opaque(
@@ -154,7 +155,7 @@ _timesteps: Op = Op(
     Impl("triton", partial(_load_triton, "timesteps"), partial(_rejects, _triton)),
     Impl("reference", lambda: reference.timesteps),
     check=_check_timesteps,
-    traced=lambda num_samples, num_timesteps, state: _TIMESTEPS(num_samples, num_timesteps, *state),
+    traced=lambda num_samples, num_timesteps, state, stream: _TIMESTEPS(num_samples, num_timesteps, *state, stream),
 )
 _dropout_mask: Op = Op(
     "noise",
@@ -184,9 +185,9 @@ def noise(shape: Sequence[int], state: NoiseState, stream: int, *, dtype: torch.
     return OP(shape, state, stream, dtype)
 
 
-def timesteps(num_samples: int, num_timesteps: int, state: NoiseState) -> Tensor:
+def timesteps(num_samples: int, num_timesteps: int, state: NoiseState, stream: int = TIMESTEPS) -> Tensor:
     """Training timesteps, uniform in [0, num_timesteps): int64 [num_samples]. Errors as in `noise`."""
-    return _timesteps(num_samples, num_timesteps, state)
+    return _timesteps(num_samples, num_timesteps, state, stream)
 
 
 def dropout_mask(shape: Sequence[int], p: float, state: NoiseState, stream: int) -> Tensor:

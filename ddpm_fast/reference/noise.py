@@ -91,9 +91,9 @@ def drawn(source: Tensor | NoiseState, like: Tensor, stream: int) -> Tensor:
     return noise(like.shape, source, stream, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
-def timesteps(num_samples: int, num_timesteps: int, state: NoiseState) -> Tensor:
+def timesteps(num_samples: int, num_timesteps: int, state: NoiseState, stream: int = TIMESTEPS) -> Tensor:
     """Uniform training timesteps, int64 [N] in [0, num_timesteps): the high half of word * T."""
-    first_word = words(state, TIMESTEPS, num_samples, 1)[0]
+    first_word = words(state, stream, num_samples, 1)[0]
     return (first_word[:, 0] * num_timesteps) >> 32
 
 

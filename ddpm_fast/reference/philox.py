@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # What a random number is used for. Dropout layer k draws from DROPOUT + k.
-X_T, PERTURB, TIMESTEPS, REVERSE = range(4)
+X_T, PERTURB, TIMESTEPS, REVERSE, LABELS, LEVELS = range(6)
 DROPOUT = 32
 MAX_STREAM = 255
 

@@ -45,6 +45,8 @@ def check_fit(config: Config, images: Images) -> None:
     expected = (config.img_channels, *config.img_size)
     if tuple(images.pixels.shape[1:]) != expected:
         raise ValueError(f"images are {tuple(images.pixels.shape[1:])} (C, H, W), the model expects {expected}")
+    if config.cond_channels:
+        raise ValueError("the trainer has no image conditions: train a model with cond_channels by TrainStep")
     if len(images.pixels) == 0:
         raise ValueError("images.pixels holds no images")
     if config.num_classes is None:

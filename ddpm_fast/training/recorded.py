@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # What a subclass may not bring along, as it is Python to be run every time.
 RECORDED = (
     *("forward", "at", "get_losses", "perturb_x", "_loss", "_call", "noise_state", "count_call"),
+    *("_timesteps", "_levels", "_dropped", "_null", "_bound", "log_variance", "posterior"),
     *("update_ema", "ema_move", "move_ema"),
 )
 
@@ -81,13 +82,14 @@ class RecordedStep:
     Args:
         recorder: what records.
         step: what is recorded.
-        x, y: a batch like those to come.
+        x, given: a batch like those to come, and its y and cond.
         move: of `ema_model`.
     """
 
-    def __init__(self, recorder: Recorder, step: "TrainStep", x: Tensor, y: Tensor | None, move: str):
+    def __init__(self, recorder: Recorder, step: "TrainStep", x: Tensor, given: tuple[Tensor | None, ...], move: str):
         diffusion, groups = step.diffusion, step.optimizer.param_groups
-        self.step, self.x, self.y = step, torch.empty_like(x), None if y is None else torch.zeros_like(y)
+        self.step, self.x = step, torch.empty_like(x)
+        self.given = tuple(None if v is None else torch.zeros_like(v) for v in given)
         self.state = diffusion.noise_state(0, x.device)
         self.seed, self.calls = diffusion.seed, 0  # what the state holds, as the host knows
         rates = [torch.zeros((), device=x.device) for _ in groups]
@@ -116,19 +118,21 @@ class RecordedStep:
         return f"training step on {kind} {list(self.x.shape)}: {self.recording.num_bytes / 2**20:.0f} MiB"
 
     def _work(self, move: str) -> None:
-        self.step.work(self.x, self.y, self._forward)
+        self.step.work(self.x, self.given, self._forward)
         self.step.diffusion.move_ema(move)
 
-    def _forward(self, x: Tensor, y: Tensor | None) -> Tensor:
+    def _forward(self, x: Tensor, given: tuple[Tensor | None, ...]) -> Tensor:
         self.state.draw.add_(1)
-        return self.step.diffusion.at(self.state, x, y)
+        y, cond = given
+        return self.step.diffusion.at(self.state, x, y, cond=cond)
 
-    def run(self, x: Tensor, y: Tensor | None) -> None:
+    def run(self, x: Tensor, given: tuple[Tensor | None, ...]) -> None:
         """Do the step on this batch, and count it."""
         diffusion = self.step.diffusion
         self.x.copy_(x)
-        if self.y is not None and y is not None:
-            self.y.copy_(y)
+        for ours, theirs in zip(self.given, given, strict=True):
+            if ours is not None and theirs is not None:
+                ours.copy_(theirs)
         for i, (group, rate, known) in enumerate(self.rates):
             if group["lr"] is not known:
                 rate.fill_(group["lr"])

@@ -22,6 +22,8 @@ FIRST_SCALE, GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0**16, 2.0, 0.5, 2000  # of th
 PATIENCE = 100  # steps after which what can't be recorded is tried again
 DTYPES = (None, torch.bfloat16, torch.float16)
 
+Given = tuple[Tensor | None, ...]  # y and cond
+Forward = Callable[[Tensor, Given], Tensor]
 Observer = Callable[[Tensor, Tensor], None]
 Check = Callable[[Tensor, Tensor], Tensor]
 
@@ -95,44 +97,48 @@ class TrainStep:
         self._eager: Counter[Hashable] = Counter()  # steps of a kind that ran so, before a recording
         self._refused: Counter[Hashable] = Counter()  # steps of a kind to come in which none is tried
 
-    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, y: Tensor | None = None, *, cond: Tensor | None = None) -> Tensor:
         """Train on one batch.
 
         Args:
             x: [N, C, H, W], clean images in [-1, 1]; N divisible by `accumulate`.
             y: [N] int64, the classes of a conditional network.
+            cond: [N, cond_channels, H, W], the image condition of a network that takes one.
 
         Returns:
             The loss [], on the device; nothing here waits for it.
 
         Raises:
-            ValueError, TypeError: x or y does not fit.
+            ValueError, TypeError: x, y or cond does not fit.
         """
         checks.tensor("x", x)
-        if not (y is None or isinstance(y, Tensor)):
-            raise TypeError(f"y must be a tensor, got {checks.text(y)}: torch.as_tensor(y) makes one")
         if x.ndim == 0 or x.shape[0] % self.accumulate:
             raise ValueError(f"x must have a batch that {self.accumulate} divides (accumulate), got {checks.text(x)}")
-        if y is not None and (y.ndim == 0 or y.shape[0] != x.shape[0]):
-            raise ValueError(f"y must have shape [{x.shape[0]}], a class per image; got {checks.text(y)}")
+        for name, value, what in (("y", y, "a class per image"), ("cond", cond, "as many as x")):
+            if value is None:
+                continue
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {checks.text(value)}: torch.as_tensor({name}) makes one")
+            if value.ndim == 0 or value.shape[0] != x.shape[0]:
+                raise ValueError(f"{name} must have shape [{x.shape[0]}, ...], {what}; got {checks.text(value)}")
         device = self.loss.device
         if self.diffusion.betas.device != device:
             raise ValueError(f"diffusion was moved from {device}: make a new optimizer and TrainStep")
         x = x.to(device, non_blocking=True)
-        y = None if y is None else y.to(device, non_blocking=True)
+        given = tuple(None if v is None else v.to(device, non_blocking=True) for v in (y, cond))
         wanted = self.engine == "graph" or self.engine == "auto" and possible(device)
-        recorded, following = self._recorded(x, y) if wanted else (None, None)
+        recorded, following = self._recorded(x, given) if wanted else (None, None)
         if recorded is not None:
-            recorded.run(x, y)
+            recorded.run(x, given)
         else:
-            self._eagerly(x, y, following)
+            self._eagerly(x, given, following)
         return self.loss.clone()
 
-    def _eagerly(self, x: Tensor, y: Tensor | None, following: Hashable) -> None:
+    def _eagerly(self, x: Tensor, given: Given, following: Hashable) -> None:
         """The step as it is; where a recording is `following`, with rates in float32, and the last such one watched."""
         self.last = None
         with nullcontext() if following is None else rounded(self.optimizer):
-            work = partial(self.work, x, y, self.diffusion)
+            work = partial(self.work, x, given, self._forward)
             try:
                 if following is not None and self._eager[following] == WARM_UPS:
                     self.graphs.recorder(x.device).watched(work)
@@ -159,21 +165,26 @@ class TrainStep:
             self.scale.fill_(checks.number("scale", state["scale"]))
             self._growth.fill_(checks.integer("growth", state["growth"], 0))
 
-    def losses(self, x: Tensor, y: Tensor | None, forward: Callable[..., Tensor]) -> Iterator[Tensor]:
-        """The loss of each part of a batch, as a share of the batch's; `forward` is the diffusion, or its like."""
-        parts = self.accumulate
-        for x_part, y_part in zip(x.chunk(parts), [None] * parts if y is None else y.chunk(parts), strict=True):
+    def _forward(self, x: Tensor, given: Given) -> Tensor:
+        y, cond = given
+        return self.diffusion(x, y) if cond is None else self.diffusion(x, y, cond=cond)
+
+    def losses(self, x: Tensor, given: Given, forward: Forward | None = None) -> Iterator[Tensor]:
+        """The loss of each part of a batch, as a share of the batch's; `forward` is the diffusion's, or its like."""
+        parts, forward = self.accumulate, forward or self._forward
+        each = ([None] * parts if v is None else v.chunk(parts) for v in given)
+        for x_part, *given_part in zip(x.chunk(parts), *each, strict=True):
             kind = x.device.type
             with torch.autocast(kind, self.dtype, enabled=self.dtype is not None or torch.is_autocast_enabled(kind)):
-                loss = forward(x_part, y_part)
+                loss = forward(x_part, tuple(given_part))
             yield loss if parts == 1 else loss / parts
 
-    def work(self, x: Tensor, y: Tensor | None, forward: Callable[..., Tensor]) -> None:
+    def work(self, x: Tensor, given: Given, forward: Forward) -> None:
         """All of a step but the average: nothing here depends on a number of the host that changes."""
         self.optimizer.zero_grad()
         torch.clear_autocast_cache()  # in the caller's autocast, the casts of weights before the last step
         total = torch.zeros_like(self.loss)
-        for loss in self.losses(x, y, forward):
+        for loss in self.losses(x, given, forward):
             (loss if self.scale is None else loss * self.scale).backward()
             total += loss.detach()
         parameters = [p for p in self.diffusion.model.parameters() if p.grad is not None]
@@ -194,13 +205,12 @@ class TrainStep:
             del self.optimizer.found_inf  # type: ignore[attr-defined] # for whoever steps without asking
         self.loss.copy_(total)
 
-    def _recorded(self, x: Tensor, y: Tensor | None) -> tuple[RecordedStep | None, Hashable]:
+    def _recorded(self, x: Tensor, given: Given) -> tuple[RecordedStep | None, Hashable]:
         """The recorded step for such a batch; else the kind of step of which a recording follows, or neither."""
         diffusion = self.diffusion
         move = diffusion.ema_move(diffusion.step + 1)
-        of_y = None if y is None else (tuple(y.shape), y.dtype)
         own = id(self.optimizer), *map(id, self.optimizer.param_groups), self.clip, self.accumulate, self.dtype
-        arrays = tuple(x.shape), x.stride(), x.dtype, of_y
+        arrays = tuple(x.shape), x.stride(), x.dtype, *(None if v is None else (tuple(v.shape), v.dtype) for v in given)
         others = id(self.check), id(self.scale), id(self._growth), id(self.loss)
         kind = (id(diffusion), own, others, arrays, move, *switches(x.device))
         if self._refused[kind]:
@@ -216,7 +226,7 @@ class TrainStep:
             if not self._eager[kind] or hooked(diffusion):
                 self._look()
             made: RecordedStep | None = self.graphs.get(
-                kind, self._look, x.device, lambda recorder: RecordedStep(recorder, self, x, y, move), due
+                kind, self._look, x.device, lambda recorder: RecordedStep(recorder, self, x, given, move), due
             )
         except NotRecorded as why:
             self._refuse(kind, why)

@@ -272,7 +272,8 @@ class Trainer:
             back = self.step - failed + 1
             position = self.position - back * self.recipe.batch_size
             self.diffusion.calls -= back * self.recipe.accumulate
-            losses = partial(self._step.losses, *self._batch(position), self.diffusion)
+            x, y = self._batch(position)
+            losses = partial(self._step.losses, x, (y, None))
             raise FloatingPointError(explain(self.diffusion, failed, losses))
 
     def _write_line(self) -> str:

@@ -1,0 +1,210 @@
+"""Chains for any callable, on data of any rank: `sample`, and how a batch is gone through in parts."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .chain import Correction, Network, OnStep, Predictor
+from .engine import Start, denoise, eval_mode, philox_start
+from .graphs import Graphs
+from .memory import batch_that_fits, in_parts, out_of_memory
+from .models.state import fresh_seed
+from .ops import _checks as checks
+from .progress import progress_bar
+from .samplers import Plan
+
+# On the CPU larger batches gain nothing, so only beyond this size is it worth a look at what fits the memory.
+UNCHECKED_BATCH = 64
+
+
+def output_of(result: Any) -> Tensor:
+    """The tensor in what a network returned: itself, its attribute `sample`, as in diffusers, or the first of a tuple.
+
+    Raises:
+        TypeError: there is none.
+    """
+    if isinstance(result, Tensor):
+        return result
+    out = result[0] if isinstance(result, (tuple, list)) and result else getattr(result, "sample", None)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"model must return a tensor like x, got a {type(result).__name__}")
+    return out
+
+
+def check_output(out: Tensor, x: Tensor) -> Tensor:
+    """`out`, where it is like x, or has twice its channels.
+
+    Raises:
+        ValueError: it is not.
+    """
+    learned = x.ndim > 1 and out.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:])
+    if out.shape != x.shape and not learned:
+        raise ValueError(f"model must return a tensor like x, {list(x.shape)}; got {checks.text(out)}")
+    return out
+
+
+def check_callback(callback: object) -> None:
+    """Raise TypeError unless it is None or a function."""
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be a function of (k, x), got {checks.text(callback)}")
+
+
+def check_corrections(corrections: object) -> tuple[Correction, ...]:
+    """As a tuple; raise TypeError unless they are functions."""
+    if not isinstance(corrections, Sequence) or not all(callable(c) for c in corrections):
+        raise TypeError(f"corrections must be a list of functions of (x0_hat, now), got {checks.text(corrections)}")
+    return tuple(corrections)
+
+
+@contextmanager
+def _bar(progress: bool, total: int) -> Iterator[Callable[[int], object]]:
+    """A progress bar, told how much of the total is done; or nothing."""
+    if not progress:
+        yield lambda done: None
+        return
+    with progress_bar(total, "sampling, images x steps") as bar:
+        yield lambda done: bar.update(done - bar.n)
+
+
+def run_chains(
+    predict: Callable[[slice], Network],
+    start: Start,
+    batch_size: int,
+    plan: Plan,
+    *,
+    progress: bool = False,
+    callback: OnStep | None = None,
+    whole: bool = False,
+    place: torch.device | str | None = None,
+    **options: Any,
+) -> Tensor:
+    """The chains of a batch, in as many parts as the memory asks for.
+
+    Args:
+        predict: what predicts for a part of the batch.
+        start: where that starts.
+        whole: never split.
+        place: where the images are collected; by default where they are made.
+        options: of `engine.denoise`.
+    """
+    with _bar(progress, batch_size * len(plan)) as show:
+
+        def run(part: slice) -> Tensor:
+            def on_step(k: int, x: Tensor) -> None:
+                show(part.start * len(plan) + (k + 1) * x.shape[0])
+                if callback is not None:
+                    callback(k, x)
+
+            x, state = start(part)
+            watched = on_step if progress or callback is not None else None
+            try:
+                images = denoise(predict(part), x, plan, state, watched, **options)
+                return images if place is None else images.to(place)
+            except (RuntimeError, MemoryError) as error:
+                if out_of_memory(error) and options.get("graphs") is not None:
+                    options["graphs"].clear()
+                raise
+
+        if whole:
+            return run(slice(0, batch_size))
+        limit = batch_size
+        if batch_size > UNCHECKED_BATCH:
+            one = slice(0, 1)
+            x = start(one)[0]
+            limit = batch_that_fits(predict(one), x, plan.timesteps(x.device)[:1])
+        return in_parts(run, batch_size, limit)
+
+
+def sample(
+    model_fn: Callable[..., Any],
+    x: Tensor | Sequence[int],
+    plan: Plan,
+    *inputs: Tensor,
+    guidance: float | Sequence[float] | None = None,
+    without: Sequence[Tensor] | None = None,
+    corrections: Sequence[Correction] = (),
+    seed: int | None = None,
+    first_index: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    graphs: Graphs | None = None,
+    progress: bool = False,
+    callback: OnStep | None = None,
+) -> Tensor:
+    """Draw from anything that predicts: `model_fn(x, t, *inputs)` for x [N, ...] and t [N] as the plan tells it.
+
+        plan = make_plan("dpmpp_2m", alphas_cumprod, "eps", 20)
+        images = sample(net, (16, 3, 32, 32), plan, labels, guidance=3.0, without=[no_label])
+
+    Args:
+        model_fn: returns a tensor like x (alone, in a tuple, or as attribute `sample`), or one with twice the channels,
+            whose second half is the learned variance. A Module is run in eval mode.
+        x: [N, ...], x_T; or its shape, to be drawn.
+        plan: `make_plan` makes one.
+        inputs: further arguments of `model_fn`, [N, ...] each, such as labels.
+        guidance: scale of classifier-free guidance, one or one a row; `without` are the inputs, [N, ...] or [1, ...]
+            each, that stand for none. Each step calls `model_fn` once, with 2 N images.
+        corrections: functions (x0_hat, now) -> x0_hat, such as `dynamic_threshold()`.
+        seed, first_index: as in `Diffusion.sample`.
+        device, dtype: of the chain; by default those of x, else of `model_fn`'s parameters, else the CPU and float32.
+        graphs: a `Graphs()` of the caller's, in which recorded steps of a Module are kept from call to call on a GPU;
+            without it the steps are eager.
+        progress, callback: as in `Diffusion.sample`.
+
+    Returns:
+        Like x_T, on its device.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or does not fit.
+    """
+    if not callable(model_fn):
+        raise TypeError(f"model_fn must be a function of (x, t, *inputs), got {checks.text(model_fn)}")
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a Plan, got {checks.text(plan)}: make_plan makes one")
+    plan = plan if guidance is None else plan.guided(guidance)
+    noise = x if isinstance(x, Tensor) else None
+    shape = tuple(noise.shape) if noise is not None else checks.integers("x", x, 1)
+    if not shape:
+        raise ValueError("x must have a batch dimension, got a scalar")
+    given = [noise] if noise is not None else []
+    module = model_fn if isinstance(model_fn, nn.Module) else None
+    weights = [] if module is None else [p for p in module.parameters() if p.is_floating_point()][:1]
+    home = (given + weights)[0].device if given + weights else torch.device("cpu")
+    place = home if device is None else checks.device("device", device)
+    if dtype is None:
+        dtype = noise.dtype if noise is not None and noise.is_floating_point() else torch.float32
+        dtype = torch.promote_types(dtype, torch.float32)
+    conditions = _conditions("inputs", inputs, shape[0], place)
+    without_each = None
+    if plan.guidance is not None:
+        if without is None or not inputs:
+            raise ValueError("guidance needs inputs, and without: what stands for them in images without condition")
+        if len(without) != len(inputs):
+            raise ValueError(f"without must hold an input for each of the {len(inputs)}, got {len(without)}")
+        without_each = _conditions("without", without, shape[0], place)
+    corrections = check_corrections(corrections)
+    check_callback(callback)
+    checks.flag("progress", progress)
+
+    def call(x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+        return check_output(output_of(model_fn(x if not weights else x.to(weights[0].dtype), t, *conditions)), x)
+
+    def predict(part: slice) -> Predictor:
+        none = None if without_each is None else [w[part] for w in without_each]
+        return Predictor(module, call, [i[part] for i in conditions], none)
+
+    start = philox_start(shape, dtype, place, fresh_seed() if seed is None else seed, first_index, noise)
+    options: dict[str, Any] = {"graphs": graphs, "engine": "auto", "corrections": corrections}
+    with nullcontext() if module is None else eval_mode(module):
+        return run_chains(predict, start, shape[0], plan, progress=progress, callback=callback, **options)
+
+
+def _conditions(name: str, values: Sequence[Tensor], images: int, device: torch.device) -> list[Tensor]:
+    """One for each image, on the device."""
+    for value in values:
+        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] not in (1, images):
+            raise ValueError(f"{name} must be tensors with a first dimension of {images}, got {checks.text(value)}")
+    return [v.to(device).expand(images, *v.shape[1:]) for v in values]
