@@ -17,7 +17,7 @@ OPS = [path.stem for path in sorted((ROOT / "ddpm_fast" / "ops").glob("[!_]*.py"
 LEVELS = (
     "reference",
     "kernels _C _cuda",
-    "ops schedules predictions samplers",
+    "ops schedules predictions samplers variational",
     "engine chain graphs footprint memory models progress",
     "diffusion sampling",
     "editing training evaluation interop demo unet ema utils script_utils",
