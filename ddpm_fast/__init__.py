@@ -1,8 +1,8 @@
 """Training and sampling of denoising diffusion models, fast: a drop-in for the original DDPM code in PyTorch."""
 
 try:
-    from .diffusion import Diffusion, GaussianDiffusion
     from .corrections import classifier_guidance, dynamic_threshold
+    from .diffusion import Diffusion, GaussianDiffusion
     from .functional import sample
     from .models.ema import EMA
     from .models.layers import AttentionBlock, Downsample, PositionalEmbedding, ResidualBlock, Upsample, get_norm

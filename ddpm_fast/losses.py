@@ -29,6 +29,7 @@ class TrainingLoss(Conditions):
     rng: str
     label_dropout: float
     loss_weights: Tensor | None
+    posterior_c_0: Tensor
     log_variances: Tensor
 
     def __init__(self, betas: Any, prediction: str, seed: int | None):

@@ -13,8 +13,8 @@ import torch
 from command_line import DRAW, TRAIN, run
 from PIL import Image, ImageSequence
 
-from ddpm_fast.commands.train import _ema
 from ddpm_fast import __version__, demo, ops
+from ddpm_fast.commands.train import _ema
 from ddpm_fast.evaluation.classifier import judge
 from ddpm_fast.models.presets import PRESETS
 from ddpm_fast.samplers import SAMPLERS
