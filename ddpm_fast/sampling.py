@@ -14,6 +14,7 @@ from .functional import check_callback, check_corrections, run_chains
 from .graphs import ENGINES, Graphs
 from .models.state import fresh_seed
 from .ops import _checks as checks
+from .predictions import x0_coefficients
 from .samplers import COLUMNS, Plan, make_plan
 
 Guidance = float | Sequence[float] | Tensor | None
@@ -44,10 +45,30 @@ class SamplingDiffusion(Conditions):
         # The full plan of the ddpm sampler counts its rows from T - 1 down.
         columns = self.plan().rows.flip(0)[:, 2:6].T.contiguous().to(x.device, dtype)
         p_x, p_m, c_x, c_0 = (ops.extract(column, t, x.shape) for column in columns)
+        model_out, _ = self._evaluated(x, t, y, use_ema, cond)
+        return c_x * x + c_0 * (p_x * x + p_m * model_out.to(dtype))
+
+    @torch.no_grad()
+    def pred_x_start(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, use_ema: bool = True, *, cond: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the network makes of x_t [N, C, H, W] at timesteps t [N]: (x0_hat, v), both like x in at least float32;
+        v is the learned variance (`log_variance`), None without."""
+        self._check_x(x)
+        y, cond = self._checked_y(y, x.shape[0], x.device), self._checked_cond(cond, x.shape[0], x.device)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        coefs = x0_coefficients(self.prediction, self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
+        p_x, p_m = (ops.extract(coef.to(dtype), t, x.shape) for coef in coefs)
+        model_out, v = self._evaluated(x, t, y, use_ema, cond)
+        return p_x * x + p_m * model_out.to(dtype), None if v is None else v.to(dtype)
+
+    def _evaluated(
+        self, x: Tensor, t: Tensor, y: Tensor | None, use_ema: bool, cond: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One call of the network in eval mode: the prediction and the learned variance."""
         with eval_mode(self._sampled(use_ema)) as model:
             told = t if self.time_input == "timestep" else self.sqrt_alphas_cumprod[t]
-            model_out = halves(self._call(model, x, told, y, **given(cond)), self.img_channels)[0].to(dtype)
-        return c_x * x + c_0 * (p_x * x + p_m * model_out)
+            return halves(self._call(model, x, told, y, **given(cond)), self.img_channels)
 
     def plan(
         self, sampler: str | Plan = "ddpm", num_steps: int | None = None, options: Mapping[str, Any] | None = None
