@@ -95,11 +95,13 @@ def _steps(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     yield Case("sampler_step", f"{name}, recorded", replayed, wide, quick)
     other = partial(step, room, sampler_step.room(x, None, []), x, last, rows, k, x, x, None)
     yield Case("sampler_step", f"{name}, hist, channels_last", other, wide, quick)
-    of = diffusion_loss.Target(state, None, None, None, False)
-    yield Case("diffusion_loss", f"{name} forward", partial(diffusion_loss.forward, x, of), wide, quick)
-    yield Case(
-        "diffusion_loss", f"{name} backward", partial(diffusion_loss.backward, torch.ones(()), x, of), wide, quick
-    )
+    for loss_type, of_loss in (("l2", ()), ("huber", (64,))):
+        of = diffusion_loss.Target(state, None, None, None, loss_type)
+        label = f"{name}, {loss_type}{' of images' if of_loss else ''}"
+        forward = partial(diffusion_loss.forward, of_loss, x, of)
+        yield Case("diffusion_loss", f"{label} forward", forward, wide, quick)
+        backward = partial(diffusion_loss.backward, torch.ones(of_loss), x, of)
+        yield Case("diffusion_loss", f"{label} backward", backward, wide, quick)
 
 
 def _norms(

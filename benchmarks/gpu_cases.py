@@ -72,6 +72,8 @@ def _diffusion_loss(dry: bool) -> list[Case]:
         found.append(Case(f"l2, drawn noise {shape}", *of, only, drawn, wrt=("model_out",)))
         label, l1 = f"l1, given noise and coefficients {shape}", {"loss_type": "l1"}
         found.append(Case(label, *of, every, l1, wrt=("model_out",), keep=tuple(target)))
+        huber = drawn | {"loss_type": "huber", "reduction": "none"}
+        found.append(Case(f"huber of images, drawn noise {shape}", *of, only, huber, wrt=("model_out",)))
     return found
 
 

@@ -110,7 +110,7 @@ def _steps(shape: tuple[int, ...]) -> dict[str, Callable[[torch.device], Callabl
 
     def loss(device: torch.device) -> Callable[[], Any]:
         x, state = inputs(device)
-        return partial(diffusion_loss.forward, x, diffusion_loss.Target(state, None, None, None, False))
+        return partial(diffusion_loss.forward, (), x, diffusion_loss.Target(state, None, None, None, "l2"))
 
     return {"noise": draw, "dropout_mask": mask, "q_sample": perturb, "sampler_step": step, "diffusion_loss": loss}
 

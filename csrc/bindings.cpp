@@ -12,6 +12,7 @@
 #include "averages.h"
 #include "dispatch.h"
 #include "images.h"
+#include "losses.h"
 #include "math.h"
 #include "ready.h"
 
@@ -168,47 +169,35 @@ void q_sample(py::handle out, py::handle x_start, py::handle t, py::handle signa
   run(of, threads);
 }
 
-// The coefficients are contiguous and float32.
-DiffusionLoss loss_of(const Shape& shape, const Tensor& model_out, py::handle noise, py::handle noise_coef,
-                      py::handle x_coef, py::handle x_start, bool l1) {
-  DiffusionLoss of{};
-  of.batch = shape.batch;
-  of.model_out = shape.array(model_out, "model_out");
-  of.noise = noise_of(shape, noise, kPerturb);
-  of.noise_coef = static_cast<const float*>(Tensor(noise_coef, "noise_coef").data);
-  of.x_coef = static_cast<const float*>(Tensor(x_coef, "x_coef").data);
-  of.x_start = shape.array(Tensor(x_start, "x_start"), "x_start");
-  of.l1 = l1;
-  return of;
-}
-
 // Always in element order, so that the same numbers have the same sum in any layout.
 void diffusion_loss(py::handle loss, py::handle model_out, py::handle noise, py::handle noise_coef, py::handle x_coef,
-                    py::handle x_start, bool l1, int threads) {
+                    py::handle x_start, int loss_type, int threads) {
   const Tensor from(model_out, "model_out");
-  const auto of = loss_of(Shape(from), from, noise, noise_coef, x_coef, x_start, l1);
-  float* const to = static_cast<float*>(Tensor(loss, "loss").data);
+  const auto of = loss_of(Shape(from), from, noise, noise_coef, x_coef, x_start, loss_type);
+  const Means to(loss, "loss", of.batch);
   const auto run = kernels().diffusion_loss;
   py::gil_scoped_release unlocked;
   std::vector<double> sums(size_t(of.batch.num_samples * pieces_of(of.batch.size)));
   run(of, sums.data(), threads);
-  double total = 0.0;
-  for (const double sum : sums) total += sum;
-  *to = float(total / double(of.batch.num_samples * of.batch.size));
+  const double* sum = sums.data();
+  for (int64_t i = 0; i < to.number; ++i) {
+    double total = 0.0;
+    for (const double* const end = sum + to.images * pieces_of(of.batch.size); sum != end; ++sum) total += *sum;
+    to.data[i * to.step] = float(total / to.elements);
+  }
 }
 
 void diffusion_loss_backward(py::handle out, py::handle grad_loss, py::handle model_out, py::handle noise,
-                             py::handle noise_coef, py::handle x_coef, py::handle x_start, bool l1, int threads) {
+                             py::handle noise_coef, py::handle x_coef, py::handle x_start, int loss_type, int threads) {
   const Tensor from(model_out, "model_out"), room(out, "out");
   Shape shape(from);
   if (!PyTuple_Check(noise.ptr())) shape.order_by(room);
-  const auto of = loss_of(shape, from, noise, noise_coef, x_coef, x_start, l1);
+  const auto of = loss_of(shape, from, noise, noise_coef, x_coef, x_start, loss_type);
   const auto to = shape.array(room, "out");
-  const double grad = *static_cast<const float*>(Tensor(grad_loss, "grad_loss").data);
-  const auto factor = float(grad / double(of.batch.num_samples * of.batch.size));
+  const Means grad(grad_loss, "grad_loss", of.batch);
   const auto run = kernels().diffusion_loss_backward;
   py::gil_scoped_release unlocked;
-  run(of, factor, to, threads);
+  run(of, grad.data, grad.step, grad.elements, to, threads);
 }
 
 void ema_update(py::handle averages, py::handle values, double weight, int threads) {
@@ -266,7 +255,7 @@ PYBIND11_MODULE(_C, m) {
         "return_x0"_a, "out"_a, "x0_out"_a, "grads"_a);
   m.def("q_sample_ready", &q_sample_ready, "x_start"_a, "t"_a, "signal"_a, "sigma"_a, "noise"_a, "grads"_a);
   m.def("diffusion_loss_ready", &diffusion_loss_ready, "model_out"_a, "noise"_a, "loss_type"_a, "noise_coef"_a,
-        "x_coef"_a, "x_start"_a, "grads"_a);
+        "x_coef"_a, "x_start"_a, "reduction"_a, "grads"_a);
   m.def("ema_update_ready", &ema_update_ready, "averages"_a, "values"_a, "decay"_a);
   m.def("group_norm_silu_ready", &group_norm_silu_ready, "x"_a, "weight"_a, "bias"_a, "groups"_a, "eps"_a, "x2"_a,
         "add"_a, "residual"_a, "scale"_a, "shift"_a, "activation"_a, "dropout"_a);
@@ -278,9 +267,9 @@ PYBIND11_MODULE(_C, m) {
         "clip"_a, "threads"_a);
   m.def("q_sample", &q_sample, "out"_a, "x_start"_a, "t"_a, "signal"_a, "sigma"_a, "noise"_a, "threads"_a);
   m.def("diffusion_loss", &diffusion_loss, "loss"_a, "model_out"_a, "noise"_a, "noise_coef"_a, "x_coef"_a, "x_start"_a,
-        "l1"_a, "threads"_a);
+        "loss_type"_a, "threads"_a);
   m.def("diffusion_loss_backward", &diffusion_loss_backward, "out"_a, "grad_loss"_a, "model_out"_a, "noise"_a,
-        "noise_coef"_a, "x_coef"_a, "x_start"_a, "l1"_a, "threads"_a);
+        "noise_coef"_a, "x_coef"_a, "x_start"_a, "loss_type"_a, "threads"_a);
   m.def("ema_update", &ema_update, "averages"_a, "values"_a, "weight"_a, "threads"_a);
   m.def("timestep_embedding", &timestep_embedding, "out"_a, "t"_a, "half"_a, "scale"_a, "ratio"_a, "threads"_a);
 }

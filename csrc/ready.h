@@ -152,9 +152,10 @@ inline bool draw_ready(py::handle shape, py::handle state, py::handle stream) {
 }
 
 inline bool diffusion_loss_ready(py::handle model_out, py::handle noise, py::handle loss_type, py::handle noise_coef,
-                                 py::handle x_coef, py::handle x_start, bool grads) {
+                                 py::handle x_coef, py::handle x_start, py::handle reduction, bool grads) {
   const Tensor of(model_out);
-  if (!one_of(loss_type, {"l2", "l1"}) || !batch(of) || !noise_ready(noise, of, grads)) return false;
+  if (!one_of(loss_type, {"l2", "l1", "huber"}) || !one_of(reduction, {"mean", "none"})) return false;
+  if (!batch(of) || !noise_ready(noise, of, grads)) return false;
   if (x_coef.is_none() != x_start.is_none()) return false;
   const auto each = [&](py::handle object) {
     return object.is_none() || table_ready(Tensor(object), of.size[0], grads);

@@ -50,6 +50,7 @@ SAMPLES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
             (leaf(2, 3, 4), leaf(2, 3, 4)),
             {"loss_type": "l1", "noise_coef": leaf(2), "x_coef": leaf(2), "x_start": leaf(2, 3, 4)},
         ),
+        ((leaf(2, 3, 4), leaf(2, 3, 4)), {"loss_type": "huber", "reduction": "none"}),
     ],
     "sampler_step": [
         ((leaf(2, 3, 4), leaf(2, 3, 4), leaf(5, 8), torch.tensor(2)), {}),
@@ -166,6 +167,19 @@ def test_the_graph_of_a_forward_holds_the_ops() -> None:
     expected = {"timesteps": 1, "noise": 2, "q_sample": 1, "diffusion_loss": 1}
     expected["dropout_mask"] = 0 if NATIVE else len(blocks)  # the norm draws it
     assert {name: nodes[name] for name in expected} == expected
+
+
+def test_a_compiled_loss_weighted_by_timesteps() -> None:
+    def run(model_out: Tensor, weight: Tensor) -> Tensor:
+        losses = ops.diffusion_loss(model_out, X, loss_type="huber", reduction="none")
+        return (weight * losses).mean()
+
+    weight, results = torch.tensor([0.2, 3.0]), []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        model_out = (3 * X).requires_grad_()
+        loss = function(model_out, weight)
+        results.append((loss.detach(), *torch.autograd.grad(loss, model_out)))
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=0) for a, b in zip(*results, strict=True))
 
 
 def test_a_graph_dispatches_noise_when_it_runs() -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -57,12 +58,11 @@ def steps(x: torch.Tensor, model_out: torch.Tensor) -> list[torch.Tensor]:
     rows, k = torch.rand(2, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(1)
     results = [*ops.sampler_step(x, model_out, rows, k, noise=STATE, hist=x, clip=1.5, return_x0=True)]
     results += [ops.sampler_step(x, model_out, rows, k), ops.q_sample(x, t, *tables, STATE)]
-    for loss_type in ("l1", "l2"):
+    target = {"noise_coef": tables[0, t], "x_coef": tables[1, t], "x_start": x}
+    for loss_type, reduction in (("l1", "mean"), ("l2", "mean"), ("huber", "none")):
         leaf = model_out.detach().requires_grad_()
-        loss = ops.diffusion_loss(
-            leaf, STATE, loss_type=loss_type, noise_coef=tables[0, t], x_coef=tables[1, t], x_start=x
-        )
-        results += [loss.detach(), *torch.autograd.grad(loss, leaf)]
+        loss = ops.diffusion_loss(leaf, STATE, loss_type=loss_type, reduction=reduction, **target)
+        results += [loss.detach(), *torch.autograd.grad(loss.sum(), leaf)]
     return [*results, ops.timestep_embedding(torch.arange(x.shape[0]) * 7, 150, 0.3)]
 
 
@@ -121,6 +121,12 @@ def test_what_the_module_itself_refuses() -> None:
         for hist in (x[0], x[:1], x[:, :, 1:]):
             with pytest.raises(ValueError, match="hist: another shape than the batch"):
                 SAMPLER_STEP.unchecked(x, x, rows, torch.tensor(0), None, hist, None, False, None, None)
+    for loss in (table, torch.zeros(2, 1), torch.zeros(2).double()):
+        for run_on, name in ((_C.diffusion_loss, "loss"), (partial(_C.diffusion_loss_backward, x), "grad_loss")):
+            with pytest.raises(ValueError, match=rf"^{name}: not float32, \[\] or \[N\]"):
+                run_on(loss, x, x, None, None, None, 0, 1)
+    with pytest.raises(ValueError, match=r"loss_type must be in \[0, 2\]"):
+        _C.diffusion_loss(torch.zeros(()), x, x, None, None, None, 3, 1)
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -18,6 +18,12 @@ void differences(const DiffusionLoss& of, const Piece& p, float* d) {
   }
 }
 
+// to = f(d), for whole vectors.
+template <class Function>
+void map(const Piece& p, const float* d, float* to, const Function& f) {
+  for (int64_t i = 0; i < p.count; i += kVec) store(to + i, f(load(d + i)));
+}
+
 // In sixteen sums side by side, which are added in order: the same bits whatever the vectors.
 double sum(const float* v, int64_t count) {
   constexpr int kSums = 16;
@@ -38,23 +44,31 @@ void diffusion_loss(const DiffusionLoss& of, double* sums, int threads) {
   each_piece(of.batch, threads, [&](const Piece& p, int64_t number) {
     Buffer d;
     differences(of, p, d);
-    for (int64_t i = 0; i < p.count; i += kVec) {
-      const Floats v = load(d + i);
-      store(d + i, of.l1 ? larger(-v, v) : v * v);
+    switch (of.loss) {
+      case Loss::l1: map(p, d, d, [](Floats v) { return larger(-v, v); }); break;
+      case Loss::l2: map(p, d, d, [](Floats v) { return v * v; }); break;
+      case Loss::huber:
+        map(p, d, d, [](Floats v) {
+          const Floats size = larger(-v, v);
+          return size < 1.0f ? 0.5f * v * v : size - 0.5f;
+        });
     }
     sums[number] = sum(d, p.count);
   });
 }
 
-void diffusion_loss_backward(const DiffusionLoss& of, float factor, const Array& out, int threads) {
+void diffusion_loss_backward(const DiffusionLoss& of, const float* grad, int64_t step, double count, const Array& out,
+                             int threads) {
   each_piece(of.batch, threads, [&](const Piece& p, int64_t) {
     Buffer d, of_out;
     differences(of, p, d);
-    const Floats up = broadcast(factor), down = broadcast(-factor), twice = broadcast(2.0f * factor), zero = {};
+    const auto factor = float(double(grad[p.sample * step]) / count);
+    const Floats one = broadcast(1.0f), up = broadcast(factor), down = -up, twice = broadcast(2.0f * factor), zero = {};
     float* const to = to_write(out, p, of_out);
-    for (int64_t i = 0; i < p.count; i += kVec) {
-      const Floats v = load(d + i);
-      store(to + i, of.l1 ? (v > zero ? up : v < zero ? down : zero) : v * twice);
+    switch (of.loss) {
+      case Loss::l1: map(p, d, to, [&](Floats v) { return v > zero ? up : v < zero ? down : zero; }); break;
+      case Loss::l2: map(p, d, to, [&](Floats v) { return v * twice; }); break;
+      case Loss::huber: map(p, d, to, [&](Floats v) { return larger(-one, smaller(one, v)) * up; });
     }
     written(out, p, to, of_out);
   });

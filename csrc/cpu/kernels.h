@@ -54,6 +54,8 @@ struct Stretch {
   int64_t count;
 };
 
+enum class Loss { l1, l2, huber };
+
 // Without coefficients the target is the noise.
 struct DiffusionLoss {
   Batch batch;
@@ -61,7 +63,7 @@ struct DiffusionLoss {
   Noise noise;
   const float *noise_coef, *x_coef;
   Array x_start;
-  bool l1;
+  Loss loss;
 };
 
 }  // namespace ddpm::cpu
@@ -74,7 +76,8 @@ struct DiffusionLoss {
 //   sampler_step, q_sample   as in ddpm_fast/reference
 //   timestep_embedding       sines and cosines of t times the frequencies; [num_samples, 2 half]
 //   ema_update               average += weight (value - average), for each stretch
-//   diffusion_loss           a sum for each piece of the batch; and `factor` times the gradient of their sum
+//   diffusion_loss           a sum for each piece of the batch; and the gradient of means of `count` elements, given
+//                            theirs: grad[step n] is that of the mean that sample n is in
 #define DDPM_KERNELS(KERNEL)                                                                              \
   KERNEL(noise, (float* out, int64_t num_samples, int64_t size, Counter at, int threads))                 \
   KERNEL(timesteps, (int64_t* out, int64_t num_samples, int64_t num_timesteps, Counter at))               \
@@ -88,7 +91,8 @@ struct DiffusionLoss {
                               int64_t half, int threads))                                                 \
   KERNEL(ema_update, (const Stretch* stretches, int64_t count, float weight, int threads))                \
   KERNEL(diffusion_loss, (const DiffusionLoss& of, double* sums, int threads))                            \
-  KERNEL(diffusion_loss_backward, (const DiffusionLoss& of, float factor, const Array& out, int threads))
+  KERNEL(diffusion_loss_backward, (const DiffusionLoss& of, const float* grad, int64_t step, double count,  \
+                                   const Array& out, int threads))
 
 namespace ddpm::cpu {
 

@@ -4,6 +4,7 @@ Least bytes: model_out read, and once more in the backward, which writes its gra
 added up in float64 in a fixed order: no atomics.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ def diffusion_loss_fwd_kernel(
     sums, m, m_sample, z, z_sample, x, x_sample, noise_coef, x_coef, seed, draw, first_sample, stream,
     size, blocks, channels, pixels,
     M_LAST: tl.constexpr, Z_LAST: tl.constexpr, X_LAST: tl.constexpr, DRAWN: tl.constexpr, NOISE_COEF: tl.constexpr,
-    X_COEF: tl.constexpr, L1: tl.constexpr, COUNTERS: tl.constexpr,
+    X_COEF: tl.constexpr, LOSS: tl.constexpr, COUNTERS: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) // blocks).to(tl.int64)
     first = (tl.program_id(0) % blocks).to(tl.int64) * COUNTERS
@@ -51,15 +52,21 @@ def diffusion_loss_fwd_kernel(
         n, first, e, e < size, m, m_sample, z, z_sample, x, x_sample, noise_coef, x_coef, seed, draw, first_sample,
         stream, channels, pixels, M_LAST, Z_LAST, X_LAST, DRAWN, NOISE_COEF, X_COEF, COUNTERS,
     )  # fmt: skip
-    tl.store(sums + tl.program_id(0), tl.sum(tl.abs(d) if L1 else d * d, 0))
+    if LOSS == "l2":
+        v = d * d
+    elif LOSS == "l1":
+        v = tl.abs(d)
+    else:
+        v = tl.where(tl.abs(d) < 1.0, 0.5 * d * d, tl.abs(d) - 0.5)
+    tl.store(sums + tl.program_id(0), tl.sum(v, 0))
 
 
-@triton.jit(do_not_specialize=["first_sample", "stream"])
+@triton.jit(do_not_specialize=["grad_step", "first_sample", "stream"])
 def diffusion_loss_bwd_kernel(
-    grad, grad_sample, grad_loss, count, m, m_sample, z, z_sample, x, x_sample, noise_coef, x_coef, seed, draw,
-    first_sample, stream, size, blocks, channels, pixels,
+    grad, grad_sample, grad_loss, grad_step, count, m, m_sample, z, z_sample, x, x_sample, noise_coef, x_coef, seed,
+    draw, first_sample, stream, size, blocks, channels, pixels,
     GRAD_LAST: tl.constexpr, M_LAST: tl.constexpr, Z_LAST: tl.constexpr, X_LAST: tl.constexpr, DRAWN: tl.constexpr,
-    NOISE_COEF: tl.constexpr, X_COEF: tl.constexpr, L1: tl.constexpr, COUNTERS: tl.constexpr,
+    NOISE_COEF: tl.constexpr, X_COEF: tl.constexpr, LOSS: tl.constexpr, COUNTERS: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) // blocks).to(tl.int64)
     first = (tl.program_id(0) % blocks).to(tl.int64) * COUNTERS
@@ -69,11 +76,13 @@ def diffusion_loss_bwd_kernel(
         n, first, e, mask, m, m_sample, z, z_sample, x, x_sample, noise_coef, x_coef, seed, draw, first_sample,
         stream, channels, pixels, M_LAST, Z_LAST, X_LAST, DRAWN, NOISE_COEF, X_COEF, COUNTERS,
     )  # fmt: skip
-    factor = tl.load(grad_loss) / count
-    if L1:
+    factor = tl.load(grad_loss + n * grad_step) / count
+    if LOSS == "l2":
+        g = d * (2.0 * factor)
+    elif LOSS == "l1":
         g = tl.where(d > 0, factor, tl.where(d < 0, -factor, 0.0))
     else:
-        g = d * (2.0 * factor)
+        g = tl.where(d >= 1.0, factor, tl.where(d <= -1.0, -factor, d * factor))
     tl.store(grad + n * grad_sample + place(e, channels, pixels, GRAD_LAST), g.to(grad.dtype.element_ty), mask=mask)
 
 
@@ -84,7 +93,7 @@ class Target(NamedTuple):
     noise_coef: Tensor | None
     x_coef: Tensor | None
     x_start: Tensor | None
-    l1: bool
+    loss_type: str
 
 
 def _blocks(m: Tensor) -> tuple[int, dict[str, int]]:
@@ -109,32 +118,35 @@ def _operands(m: Array, of: Target) -> tuple[tuple[object, ...], dict[str, objec
             "DRAWN": drawn,
             "NOISE_COEF": of.noise_coef is not None,
             "X_COEF": of.x_coef is not None,
-            "L1": of.l1,
+            "LOSS": of.loss_type,
             **cut,
             **EXACT,
         },
     )
 
 
-def forward(model_out: Tensor, of: Target) -> Tensor:
-    """The loss, float32."""
+def forward(shape: Sequence[int], model_out: Tensor, of: Target) -> Tensor:
+    """The loss, float32: of shape [], or of each image, [N]."""
     if not model_out.numel():
-        return torch.full((), float("nan"), device=model_out.device)  # the mean of nothing
+        return torch.full(shape, float("nan"), device=model_out.device)  # the mean of nothing
     m = array(model_out)
     operands, flags = _operands(m, of)
     programs = model_out.shape[0] * _blocks(model_out)[0]
     sums = torch.empty(programs, dtype=torch.float32, device=model_out.device)
     diffusion_loss_fwd_kernel[(programs,)](sums, *operands, **flags)
-    return (sums.sum(dtype=torch.float64) / model_out.numel()).float()
+    loss = sums.view(*shape, -1).sum(-1, dtype=torch.float64)
+    return (loss / (model_out.numel() // loss.numel())).float()
 
 
 def backward(grad_loss: Tensor, model_out: Tensor, of: Target) -> Tensor:
-    """The gradient of model_out."""
+    """The gradient of model_out for that of the loss, [] or [N]."""
     grad, m = like(model_out), array(model_out)
     if model_out.numel():
         operands, flags = _operands(m, of)
         programs = model_out.shape[0] * _blocks(model_out)[0]
+        step = grad_loss.stride(0) if grad_loss.ndim else 0
+        count = float(model_out.numel() // grad_loss.numel())  # elements of which a loss is the mean
         diffusion_loss_bwd_kernel[(programs,)](
-            *grad[:2], grad_loss, float(model_out.numel()), *operands, GRAD_LAST=grad.last, **flags
+            *grad[:2], grad_loss, step, count, *operands, GRAD_LAST=grad.last, **flags
         )
     return grad.data

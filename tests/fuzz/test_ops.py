@@ -121,7 +121,8 @@ def test_extract(draw: Draw) -> bool:
 @fuzz(500)
 def test_diffusion_loss(draw: Draw) -> bool:
     shape = batch(draw)
-    args = {"model_out": tensor(draw, shape), "noise": source(draw, shape), "loss_type": one(draw, "l1", "l2")}
+    args = {"model_out": tensor(draw, shape), "noise": source(draw, shape)}
+    args |= {"loss_type": one(draw, "l1", "l2", "huber"), "reduction": one(draw, "mean", "none")}
     args |= {"noise_coef": maybe(draw, lambda: tensor(draw, shape[:1]))}
     if often(draw):
         args |= {"x_coef": tensor(draw, shape[:1]), "x_start": tensor(draw, shape)}

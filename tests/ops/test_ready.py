@@ -77,10 +77,11 @@ def good() -> dict[str, list[list[Any]]]:
         "diffusion_loss": [
             [*images, image().requires_grad_()],
             noises,
-            ["l2", "l1"],
+            ["l2", "l1", "huber"],
             [None, torch.rand(N)],
             [None],
             [None],
+            ["mean", "none"],
         ],
         "noise": [[(2, 3), (0, 4), torch.Size((5,))], [STATE], [0, 255], [torch.float32]],
     }
@@ -123,6 +124,7 @@ def bad() -> list[Any]:
         math.nan,
         "silu",
         "l2",
+        "none",
         "tanh",
         b"silu",
         (),
@@ -170,8 +172,8 @@ def test_gradients_are_ready_only_where_native_has_them() -> None:
     with torch.no_grad():
         assert step(x, model_out, rows, k, None, None, None, False, None, None)
     loss = op("diffusion_loss").impls[0].ready
-    assert loss and loss(x, STATE, "l2", None, None, None)
-    assert not loss(model_out, x, "l2", None, None, None), "no gradient for noise"
+    assert loss and loss(x, STATE, "l2", None, None, None, "mean")
+    assert not loss(model_out, x, "l2", None, None, None, "mean"), "no gradient for noise"
 
 
 def test_both_ways_of_reading_see_the_same() -> None:
