@@ -18,7 +18,7 @@ LEVELS = (
     "reference",
     "kernels _C _cuda",
     "ops schedules predictions samplers variational",
-    "engine chain graphs footprint memory models progress",
+    "engine adaptive chain graphs footprint memory models progress",
     "diffusion sampling",
     "editing training evaluation interop demo unet ema utils script_utils",
     "__init__ __main__ cli commands info options",
