@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from toys import NormalData
 
 from ddpm_fast import Plan, generate_cosine_schedule, generate_linear_schedule, ops
 from ddpm_fast.engine import denoise
@@ -133,21 +134,11 @@ ORDERS = {"ddim": 1, "euler": 1, "heun": 2, "dpmpp_2m": 2}
 def test_order_of_convergence(sampler: str, spacing: str) -> None:
     """Data that are normal, where the flow's solution is known: twice the steps, half or a quarter of the error."""
     abar = np.cumprod(1 - SCHEDULES["linear"])
-    mean, deviation = 0.3, 0.5
-
-    def exact_x0(x: Tensor, t: Tensor) -> Tensor:
-        level = np.log(sigma_of(abar))
-        sigma = np.exp(np.interp(t.double().numpy(), np.arange(1000), level))
-        s2, a = torch.from_numpy(sigma**2).view(-1, 1), torch.from_numpy(1 / np.sqrt(1 + sigma**2)).view(-1, 1)
-        return (deviation**2 * x / a + s2 * mean) / (deviation**2 + s2)
-
+    data, errors = NormalData(abar), []
     x_T = torch.linspace(-2, 2, 5, dtype=torch.float64).view(5, 1)
-    (high, low), errors = sigma_of(abar[[-1, 0]]), []
-    y_T = x_T * np.sqrt(1 + high**2)
-    expected = (mean + (y_T - mean) * np.sqrt((deviation**2 + low**2) / (deviation**2 + high**2))) / np.sqrt(1 + low**2)
     for num_steps in (40, 80, 160):
         plan = make_plan(sampler, abar, "x0", num_steps, {"spacing": spacing, "final": "first"})
-        errors.append(float((denoise(exact_x0, x_T.clone(), plan) - expected).abs().max()))
+        errors.append(float((denoise(data.x0_hat, x_T.clone(), plan) - data.flow(x_T)).abs().max()))
     orders = [math.log2(errors[i] / errors[i + 1]) for i in range(2)]
     assert all(abs(order - ORDERS[sampler]) < 0.35 for order in orders), (errors, orders)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm_fast import Config, Diffusion, UNet, generate_linear_schedule
+from ddpm_fast.samplers.steps import sigma_of
 
 # For training that takes a second.
 TINY = Config(
@@ -56,6 +57,27 @@ def small(num_classes: int | None = None, **options: Any) -> Diffusion:
     torch.manual_seed(0)
     net = UNet(1, 8, (1, 2), 1, time_emb_dim=8, num_classes=num_classes, num_groups=4, dropout=0.2)
     return Diffusion(net, (8, 8), 1, num_classes, BETAS, **options)
+
+
+class NormalData:
+    """Data N(0.3, 0.5^2): the best x0_hat is known, and so is where the probability flow ends."""
+
+    mean, deviation = 0.3, 0.5
+
+    def __init__(self, abar: np.ndarray):
+        self.sigma = sigma_of(abar)
+
+    def x0_hat(self, x: Tensor, t: Tensor) -> Tensor:
+        """For x [N, ...] at real timesteps t [N]."""
+        log_sigma = np.interp(t.double().numpy(), np.arange(len(self.sigma)), np.log(self.sigma))
+        s2 = torch.from_numpy(np.exp(2 * log_sigma)).view(-1, *[1] * (x.ndim - 1))
+        return (self.deviation**2 * x * (1 + s2).sqrt() + s2 * self.mean) / (self.deviation**2 + s2)
+
+    def flow(self, x_T: Tensor) -> Tensor:
+        """x at timestep 0, for x_T at the last one."""
+        high, low = self.sigma[[-1, 0]]
+        shrunk = np.sqrt((self.deviation**2 + low**2) / (self.deviation**2 + high**2))
+        return (self.mean + (x_T * np.sqrt(1 + high**2) - self.mean) * shrunk) / np.sqrt(1 + low**2)
 
 
 def idx_bytes(array: np.ndarray) -> bytes:

@@ -154,3 +154,39 @@ def dpmpp_2m_sde_loop(
         y = y + noise[i] * after * math.sqrt(1 - math.exp(-2 * eta * h))
         before, h_before = x0, h
     return y * math.sqrt(abar[-1])
+
+
+def dpm_adaptive_loop(
+    network: Network, x: Tensor, abar: Sequence[float], *, time_at: Callable[[float], float], prediction: str = "eps",
+    rtol: float = 0.05, atol: float = 0.0078, first_step: float = 0.05, safety: float = 0.9, clip: bool = False,
+) -> Tensor:  # fmt: skip
+    """DPM-Solver-12 with adaptive steps for one image (Lu et al. 2022, appendix C), its two solvers those of
+    DPM-Solver++ (Lu et al. 2022b, algorithm 1 with r = 1/2).
+
+    `abar` are the levels where it starts and ends, and 1 for a last step without noise; the network is told
+    `time_at(sigma)`.
+    """
+
+    def scales(lam: float) -> tuple[float, float]:
+        return 1 / math.sqrt(1 + math.exp(-2 * lam)), 1 / math.sqrt(1 + math.exp(2 * lam))
+
+    def denoised(x: Tensor, lam: float) -> Tensor:
+        a, _ = scales(lam)
+        return x0_of(prediction, x, network(x, time_at(math.exp(-lam))), a**2, clip)
+
+    lam, end = (-math.log(_sigma(level)) for level in abar[:2])
+    h, before = first_step, x
+    while lam < end:
+        after = end if lam + h >= end else lam + h
+        h = after - lam
+        (_, s), (a_mid, s_mid), (a_after, s_after) = scales(lam), scales(lam + h / 2), scales(after)
+        x0 = denoised(x, lam)
+        u = s_mid / s * x - a_mid * (math.exp(-h / 2) - 1) * x0
+        low = s_after / s * x - a_after * (math.exp(-h) - 1) * x0
+        high = s_after / s * x - a_after * (math.exp(-h) - 1) * denoised(u, lam + h / 2)
+        delta = torch.clamp(rtol * torch.maximum(low.abs(), before.abs()), min=atol)
+        error = float(((high - low) / delta).square().mean().sqrt())
+        if error <= 1:
+            x, lam, before = high, after, low
+        h = safety * h / math.sqrt(error) if error else math.inf
+    return denoised(x, lam) if abar[-1] == 1 else x
