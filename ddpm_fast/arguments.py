@@ -90,7 +90,7 @@ def _train_model(add: Callable[..., object]) -> None:
     stretched = "stretch the schedule to pure noise at its end; with --prediction x0 or v (no)"
     add("--zero-terminal-snr", action=BooleanOptionalAction, help=stretched)
     add("--prediction", choices=PREDICTIONS, help="what the network learns to predict (the preset's)")
-    add("--loss", dest="loss_type", choices=LOSSES, help="what a wrong prediction costs (l2)")
+    add("--loss", dest="loss_type", choices=tuple(LOSSES), help="what a wrong prediction costs (l2)")
     weighed = "what the loss of each timestep counts: alike, or less where there is little noise (none)"
     add("--loss-weighting", choices=LOSS_WEIGHTINGS, help=weighed)
     drawn = "which timesteps are drawn more often: none, those of middling noise, or of large losses (uniform)"

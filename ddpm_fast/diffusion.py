@@ -99,7 +99,7 @@ class Diffusion(SamplingDiffusion, TrainingLoss):
         ema = EMA(checks.number("ema_decay", ema_decay, 0, 1))
         ema_start = checks.integer("ema_start", ema_start)
         ema_update_rate = checks.integer("ema_update_rate", ema_update_rate, 1)
-        checks.choice("loss_type", loss_type, LOSSES)
+        checks.choice("loss_type", loss_type, tuple(LOSSES))
         checks.choice("rng", rng, ("philox", "torch"))
         checks.choice("prediction", prediction, PREDICTIONS)
         checks.choice("engine", engine, ENGINES)

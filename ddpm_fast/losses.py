@@ -136,7 +136,7 @@ class TrainingLoss(Conditions):
             told, images = t, t
             x_t = self.perturb_x(x, t, noise)
         model_out, v = halves(self._call(model, x_t, told, y, state, **given(cond)), x.shape[1])
-        target: dict[str, Tensor] = {}
+        target: dict[str, Any] = {}
         if self.prediction != "eps":
             noise_coef, x_coef = target_coefficients(self.prediction, a[images], s[images])
             target = {"noise_coef": noise_coef, "x_coef": x_coef, "x_start": x}

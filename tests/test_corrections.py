@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toys import BETAS, Pixelwise, pixelwise, small
 from torch import Tensor
+from toys import BETAS, Pixelwise, pixelwise, small
 
 from ddpm_fast import Diffusion, Plan, classifier_guidance, dynamic_threshold, make_plan, sample
 from ddpm_fast.chain import Now
@@ -154,16 +154,14 @@ ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
     "scale": (lambda: classifier_guidance(log_classifier, math.inf), ValueError, "scale must be a finite number"),
     "no function": (lambda: classifier_guidance(3), TypeError, "log_probability must be a function"),
     "no list": (
-        lambda: small().sample(1, "cpu", corrections=dynamic_threshold()), TypeError, "corrections must be a list of functions"
+        lambda: small().sample(1, "cpu", corrections=dynamic_threshold()), TypeError, "corrections must be a list"
     ),
     "shape": (
         lambda: small().sample(2, "cpu", corrections=[classifier_guidance(lambda x, t, *_: x.sum())]),
         ValueError, r"log_probability's result must have shape \[2\]",
     ),
     "no levels": (
-        lambda: sample(
-            lambda x, t: x, (2, 3), Plan(make_plan("ddim", ABAR).rows), corrections=[classifier_guidance(log_classifier)]
-        ),
+        lambda: sample(lambda x, t: x, (2, 3), Plan(torch.ones(1, 8)), corrections=[classifier_guidance(max)]),
         ValueError, "classifier guidance needs the level of each row",
     ),
 }  # fmt: skip

@@ -96,7 +96,7 @@ class Config:
         checks.flag("zero_terminal_snr", self.zero_terminal_snr)
         checks.flag("learned_variance", self.learned_variance)
         for name, options in (
-            ("loss_type", LOSSES),
+            ("loss_type", tuple(LOSSES)),
             ("prediction", PREDICTIONS),
             ("loss_weighting", LOSS_WEIGHTINGS),
             ("timestep_sampling", TIMESTEP_SAMPLINGS),
