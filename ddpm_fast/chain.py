@@ -153,6 +153,7 @@ class CorrectedChain(Chain):
     def __init__(self, x: Tensor, plan: Plan, noise: NoiseState | None, corrections: Sequence[Correction]):
         super().__init__(x, plan, noise)
         self.corrections = corrections
+        self.rows = self.rows.clone()  # which may be the plan's
         self.p_x, self.p_m = self.rows[:, 2].clone(), self.rows[:, 3].clone()
         self.rows[:, 2], self.rows[:, 3] = 0.0, 1.0  # the step is given x0_hat itself
         abar = plan.abar

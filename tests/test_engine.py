@@ -46,7 +46,7 @@ def test_the_loop_never_reads_the_device(clip: bool, embedded: bool, num_classes
     net = UNet(1, 8, (1, 2), 1, time_emb_dim=8, num_groups=4, attention_resolutions=(1,), num_classes=num_classes)
     net = net.eval().to("meta")
     y = None if num_classes is None else torch.zeros(2, dtype=torch.int64, device="meta")
-    meta_loop(Predictor(net, net, y) if embedded else lambda x, t: net(x, t, y), clip=clip)
+    meta_loop(Predictor(net, net, [y]) if embedded else lambda x, t: net(x, t, y), clip=clip)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])

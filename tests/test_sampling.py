@@ -170,7 +170,7 @@ def test_given_noise_is_left_as_it_was(rng: str) -> None:
 
 
 def test_a_large_batch_is_cut_to_what_fits(monkeypatch) -> None:
-    monkeypatch.setattr("ddpm_fast.sampling.batch_that_fits", lambda *_: 30)
+    monkeypatch.setattr("ddpm_fast.functional.batch_that_fits", lambda *_: 30)
     diffusion = pixelwise()
     expected = torch.cat([diffusion.sample(35, "cpu", seed=1, first_index=first) for first in (0, 35)])
     network = cast(Pixelwise, diffusion.ema_model)

@@ -114,13 +114,13 @@ class TrainStep:
         checks.tensor("x", x)
         if x.ndim == 0 or x.shape[0] % self.accumulate:
             raise ValueError(f"x must have a batch that {self.accumulate} divides (accumulate), got {checks.text(x)}")
-        for name, value, what in (("y", y, "a class per image"), ("cond", cond, "as many as x")):
+        for name, value, more, what in (("y", y, "", "a class per image"), ("cond", cond, ", ...", "as many as x")):
             if value is None:
                 continue
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {checks.text(value)}: torch.as_tensor({name}) makes one")
             if value.ndim == 0 or value.shape[0] != x.shape[0]:
-                raise ValueError(f"{name} must have shape [{x.shape[0]}, ...], {what}; got {checks.text(value)}")
+                raise ValueError(f"{name} must have shape [{x.shape[0]}{more}], {what}; got {checks.text(value)}")
         device = self.loss.device
         if self.diffusion.betas.device != device:
             raise ValueError(f"diffusion was moved from {device}: make a new optimizer and TrainStep")
