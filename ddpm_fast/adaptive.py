@@ -46,7 +46,8 @@ def adaptive(
 ) -> Tensor:
     """Take x from the level of timestep T - 1 to that of timestep 0, each image in steps of its own.
 
-    An image depends on itself alone, whatever the batch. The host decides on each step: this waits for the device.
+    An image depends on itself alone, whatever the batch. The host decides on each step and waits for the device; no
+    step is recorded. A step costs two calls of the network, tried again one.
     From pure noise (alphas_cumprod ends with 0), where lambda is infinite, one step of first order leads to the last
     timestep that has an image left.
 

@@ -112,6 +112,9 @@ def test_an_image_depends_on_itself_alone() -> None:
         assert times == [t[0] for _, t in alone.seen] and times[0] == 999 and times[-1] == 0
         counts.add(len(times))
     assert len(counts) > 1 and together.seen[-1][0] == [0, 1, 2, 3, 4]
+    # Nor is it refused for the calls of others, whose steps fall between its own.
+    assert len(together.seen) > max(counts)
+    assert torch.equal(adaptive(Network(), x_T, ABAR, rtol=0.01, max_calls=max(counts)), images)
 
 
 def test_a_refused_step_asks_the_network_once() -> None:
