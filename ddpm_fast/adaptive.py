@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .ops import _checks as checks
-from .predictions import PREDICTIONS, x0_coefficients
+from .predictions import PREDICTIONS, TIME_INPUTS, x0_coefficients
 from .samplers.steps import FINALS, sigma_of, time_at
 from .schedules import Array
+
+ADAPTIVE = "adaptive"  # its name beside those of SAMPLERS
 
 Places = NDArray[np.int64]  # images by their place in the batch
 # (x [M, ...], t [M], places [M]) -> model_out [M, ...]
@@ -35,6 +37,7 @@ def adaptive(
     alphas_cumprod: Array,
     prediction: str = "eps",
     *,
+    time_input: str = "timestep",
     rtol: float = 0.05,
     atol: float = 0.0078,
     first_step: float = 0.05,
@@ -44,19 +47,21 @@ def adaptive(
     max_calls: int = 1000,
     on_step: Callable[[float, Tensor], None] | None = None,
 ) -> Tensor:
-    """Take x from the level of timestep T - 1 to that of timestep 0, each image in steps of its own.
+    """DPM-Solver-12, second order, two calls a step, as many steps as each image's own error asks for.
 
+    Takes x from the level of timestep T - 1 to that of timestep 0.
     An image depends on itself alone, whatever the batch. The host decides on each step and waits for the device; no
     step is recorded. A step costs two calls of the network, tried again one.
     From pure noise (alphas_cumprod ends with 0), where lambda is infinite, one step of first order leads to the last
     timestep that has an image left.
 
     Args:
-        network: told x [M, ...], t [M] real timesteps in float32, and the places in the batch [M] int64 of the images
+        network: told x [M, ...], t [M] in float32, and the places in the batch [M] int64 of the images
             that it is called for; returns [M, ...]. Images that have arrived are left out.
         x: [N, ...], x_T.
         alphas_cumprod: [T] float64, falling.
         prediction: what the network predicts: "eps", "x0" or "v".
+        time_input: what t is: "timestep", a real number, or "noise_level", a.
         rtol, atol: error allowed in a step, relative to the image and absolute. The paper's atol is one step of 256
             in [-1, 1].
         first_step: length of the first step to try, in lambda.
@@ -75,7 +80,7 @@ def adaptive(
     """
     _check(x, rtol, atol, first_step, safety, clip, final, max_calls)
     abar = np.asarray(alphas_cumprod, dtype=np.float64)
-    flow = _Flow(network, abar, prediction, clip, max_calls, len(x))
+    flow = _Flow(network, abar, prediction, time_input, clip, max_calls, len(x))
     walk = _Walk(flow, flow.leave_pure_noise(x) if abar[-1] == 0 else x.clone(), first_step)
     while (walk.level < flow.end).any():
         walk.advance(rtol, atol, safety)
@@ -92,14 +97,23 @@ class _Flow:
     """The probability flow of a network. Levels are lambda, in float64 on the host, one an image."""
 
     def __init__(
-        self, network: PlacedNetwork, abar: Array, prediction: str, clip: bool, max_calls: int, batch_size: int
+        self,
+        network: PlacedNetwork,
+        abar: Array,
+        prediction: str,
+        time_input: str,
+        clip: bool,
+        max_calls: int,
+        batch_size: int,
     ):
+        checks.choice("time_input", time_input, TIME_INPUTS)
         checks.choice("prediction", prediction, PREDICTIONS)
         if prediction == "eps" and abar[-1] == 0:
             raise ValueError("prediction 'eps' says nothing of pure noise, where abar is 0: train 'x0' or 'v'")
         if abar[0] == 0:
             raise ValueError("alphas_cumprod must have a timestep with an image left, got 0 alone")
         self.network, self.abar, self.prediction, self.clip = network, abar, prediction, clip
+        self.time_input = time_input
         levels = -np.log(sigma_of(abar[abar > 0]))
         self.start, self.end = float(levels[-1]), float(levels[0])
         self.max_calls, self.calls = max_calls, np.zeros(batch_size, dtype=np.int64)
@@ -122,7 +136,8 @@ class _Flow:
                 f"come to timestep {time[over][0]:.1f}: allow more calls, or larger errors by rtol and atol"
             )
         p_x, p_m = _columns(x, *x0_coefficients(self.prediction, *_scales(level)))
-        model_out = self.network(x, torch.from_numpy(time).to(x.device, torch.float32), _index(x, places))
+        told = torch.from_numpy(time if self.time_input == "timestep" else _scales(level)[0])
+        model_out = self.network(x, told.to(x.device, torch.float32), _index(x, places))
         x0_hat = p_x * x + p_m * model_out.to(x.dtype)
         return x0_hat.clamp(-1, 1) if self.clip else x0_hat
 

@@ -46,6 +46,15 @@ class Predictor:
             x, t = torch.cat([x, x]), t if t.ndim == 2 else torch.cat([t, t])
         return self.call(x, t, *self.inputs)
 
+    def of(self, images: Tensor) -> "Predictor":
+        """The same for some of the images, by their places [M]."""
+        some = copy.copy(self)
+        if self.guided:
+            whole = next(i.shape[0] for i in self.inputs if i is not None) // 2
+            images = torch.cat([images, images + whole])
+        some.inputs = tuple(None if i is None else i[images] for i in self.inputs)
+        return some
+
 
 class Now(NamedTuple):
     """Where a chain stands, for whoever corrects its x0_hat."""
@@ -66,6 +75,18 @@ def told_by(network: Network, t: Tensor) -> Tensor:
     embed = getattr(type(model), "embed_steps", None)
     rows: Tensor | None = None if embed is None else embed(model, t)
     return t if rows is None else rows
+
+
+def guided(prediction: Tensor, scale: Tensor, images: int) -> Tensor:
+    """Of predictions with the condition and then without it, [2 N, ...]: those at `scale`, in its dtype.
+
+    Raises:
+        ValueError: there are not twice as many as `images`.
+    """
+    if prediction.shape[0] != 2 * images:
+        raise ValueError("guidance needs a network that is called with the condition and without it")
+    given, without = prediction.to(scale.dtype).chunk(2)
+    return torch.lerp(without, given, scale)
 
 
 def halves(model_out: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
@@ -132,11 +153,7 @@ class Chain:
         images = self.x.shape[0]
         prediction, variance = halves(model_out, self.x.shape[1] if self.x.ndim > 1 else 0)
         if self.guidance is not None:
-            if prediction.shape[0] != 2 * images:
-                raise ValueError("guidance needs a network that is called with the condition and without it")
-            scale = self.guidance.index_select(0, self.k.reshape(1))
-            given, without = prediction.to(self.x.dtype).chunk(2)
-            prediction = torch.lerp(without, given, scale)
+            prediction = guided(prediction, self.guidance.index_select(0, self.k.reshape(1)), images)
         if not self.kind.learned:
             return prediction, None
         if variance is None:

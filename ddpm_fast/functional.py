@@ -1,20 +1,24 @@
 """Chains for any callable, on data of any rank: `sample`, and how a batch is gone through in parts."""
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .chain import Correction, Network, OnStep, Predictor
+from .adaptive import adaptive
+from .chain import Correction, OnStep, Predictor, guided, halves
 from .engine import Start, denoise, eval_mode, philox_start
 from .graphs import Graphs
 from .memory import batch_that_fits, in_parts, out_of_memory
 from .models.state import fresh_seed
+from .ops import NoiseState
 from .ops import _checks as checks
 from .progress import progress_bar
 from .samplers import Plan
+from .schedules import Array
 
 # On the CPU larger batches gain nothing, so only beyond this size is it worth a look at what fits the memory.
 UNCHECKED_BATCH = 64
@@ -69,17 +73,60 @@ def _bar(progress: bool, total: int) -> Iterator[Callable[[int], object]]:
         yield lambda done: bar.update(done - bar.n)
 
 
+Watch = Callable[[int, float, Tensor], None]  # (k, share of the way that is done, x) after step k
+
+
+class Way(NamedTuple):
+    """How a chain gets from x_T to images."""
+
+    steps: int  # of an image, for the progress bar
+    t: Tensor  # [1], what the network is told at first
+    go: Callable[[Predictor, Tensor, NoiseState | None, Watch | None], Tensor]  # (network, x_T, noise, watch) -> images
+
+
+def by_plan(plan: Plan, device: torch.device, graphs: Graphs | None, **options: Any) -> Way:
+    """Through the rows of a plan; `options` are those of `engine.denoise`."""
+
+    def go(network: Predictor, x: Tensor, state: NoiseState | None, watch: Watch | None) -> Tensor:
+        on_step = None if watch is None else lambda k, x: watch(k, (k + 1) / len(plan), x)
+        try:
+            return denoise(network, x, plan, state, on_step, graphs=graphs, **options)
+        except (RuntimeError, MemoryError) as error:
+            if graphs is not None and out_of_memory(error):
+                graphs.clear()
+            raise
+
+    return Way(len(plan), plan.timesteps(device)[:1], go)
+
+
+def by_adaptive_steps(
+    alphas_cumprod: Array, prediction: str, device: torch.device, scale: float | None, options: Mapping[str, Any]
+) -> Way:
+    """In steps of each image's own; `scale` of guidance, `options` are those of `adaptive`."""
+
+    def go(network: Predictor, x: Tensor, state: NoiseState | None, watch: Watch | None) -> Tensor:
+        count = itertools.count()
+
+        def predict(x: Tensor, t: Tensor, places: Tensor) -> Tensor:
+            out, _ = halves(network.of(places)(x, t), x.shape[1])
+            return out if scale is None else guided(out, x.new_full((1,), scale), x.shape[0])
+
+        on_step = None if watch is None else lambda share, x: watch(next(count), share, x)
+        return adaptive(predict, x, alphas_cumprod, prediction, on_step=on_step, **options)
+
+    return Way(100, torch.full((1,), len(alphas_cumprod) - 1.0, device=device), go)
+
+
 def run_chains(
-    predict: Callable[[slice], Network],
+    way: Way,
+    predict: Callable[[slice], Predictor],
     start: Start,
     batch_size: int,
-    plan: Plan,
     *,
     progress: bool = False,
     callback: OnStep | None = None,
     whole: bool = False,
     place: torch.device | str | None = None,
-    **options: Any,
 ) -> Tensor:
     """The chains of a batch, in as many parts as the memory asks for.
 
@@ -88,33 +135,25 @@ def run_chains(
         start: where that starts.
         whole: never split.
         place: where the images are collected; by default where they are made.
-        options: of `engine.denoise`.
     """
-    with _bar(progress, batch_size * len(plan)) as show:
+    with _bar(progress, batch_size * way.steps) as show:
 
         def run(part: slice) -> Tensor:
-            def on_step(k: int, x: Tensor) -> None:
-                show(part.start * len(plan) + (k + 1) * x.shape[0])
+            def watch(k: int, share: float, x: Tensor) -> None:
+                show(part.start * way.steps + round(share * way.steps) * x.shape[0])
                 if callback is not None:
                     callback(k, x)
 
             x, state = start(part)
-            watched = on_step if progress or callback is not None else None
-            try:
-                images = denoise(predict(part), x, plan, state, watched, **options)
-                return images if place is None else images.to(place)
-            except (RuntimeError, MemoryError) as error:
-                if out_of_memory(error) and options.get("graphs") is not None:
-                    options["graphs"].clear()
-                raise
+            images = way.go(predict(part), x, state, watch if progress or callback is not None else None)
+            return images if place is None else images.to(place)
 
         if whole:
             return run(slice(0, batch_size))
         limit = batch_size
         if batch_size > UNCHECKED_BATCH:
             one = slice(0, 1)
-            x = start(one)[0]
-            limit = batch_that_fits(predict(one), x, plan.timesteps(x.device)[:1])
+            limit = batch_that_fits(predict(one), start(one)[0], way.t)
         return in_parts(run, batch_size, limit)
 
 
@@ -197,9 +236,9 @@ def sample(
         return Predictor(module, call, [i[part] for i in conditions], none)
 
     start = philox_start(shape, dtype, place, fresh_seed() if seed is None else seed, first_index, noise)
-    options: dict[str, Any] = {"graphs": graphs, "engine": "auto", "corrections": corrections}
+    way = by_plan(plan, place, graphs, engine="auto", corrections=corrections)
     with nullcontext() if module is None else eval_mode(module):
-        return run_chains(predict, start, shape[0], plan, progress=progress, callback=callback, **options)
+        return run_chains(way, predict, start, shape[0], progress=progress, callback=callback)
 
 
 def _conditions(name: str, values: Sequence[Tensor], images: int, device: torch.device) -> list[Tensor]:

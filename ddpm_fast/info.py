@@ -1,7 +1,6 @@
 """What works here: versions, devices, which backends each op has; and which samplers there are."""
 
 import importlib.util
-import inspect
 import platform
 from pathlib import Path
 
@@ -9,7 +8,8 @@ import numpy as np
 import torch
 
 from . import __version__, ops
-from .samplers import SAMPLERS
+from .adaptive import ADAPTIVE, adaptive
+from .samplers import SAMPLERS, option_defaults
 from .samplers.steps import SPACINGS
 
 
@@ -33,17 +33,16 @@ def show() -> None:
 def list_samplers() -> str:
     """Each sampler's name, what it is, and its options with their defaults."""
     lines = []
-    for name, build in SAMPLERS.items():
-        options = [p for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for name, build in (SAMPLERS | {ADAPTIVE: adaptive}).items():
         lines += [
             f"{name}: {(build.__doc__ or '').strip().splitlines()[0]}",
-            "    " + " ".join(f"{p.name}={str(p.default).lower()}" for p in options),
+            "    " + " ".join(f"{option}={str(default).lower()}" for option, default in option_defaults(build).items()),
         ]
     return "\n".join(
         [
             *lines,
             f"spacing: {', '.join(SPACINGS)}, or numbers of steps such as 10,15,20",
-            "final: clean, first; variance: beta, posterior, or a number from 0 (posterior) to 1 (beta)",
+            "final: clean, first; variance: beta, posterior, learned (where it was), or a number from 0 (posterior) to 1 (beta)",
         ]
     )
 

@@ -1,24 +1,27 @@
 """The drawing half of Diffusion: from noise to images, by any sampler."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from .adaptive import ADAPTIVE, adaptive
 from .chain import Correction, Predictor, halves
 from .conditions import Conditions, given
 from .engine import Start, eval_mode, philox_start, torch_start
-from .functional import check_callback, check_corrections, run_chains
+from .functional import Way, by_adaptive_steps, by_plan, check_callback, check_corrections, run_chains
 from .graphs import ENGINES, Graphs
 from .models.state import fresh_seed
 from .ops import _checks as checks
 from .predictions import x0_coefficients
-from .samplers import COLUMNS, Plan, make_plan
+from .samplers import COLUMNS, Plan, checked_options, make_plan
 
 Guidance = float | Sequence[float] | Tensor | None
-Predict = Callable[[nn.Module, slice], Predictor]  # what predicts for a part of the batch
+# (network, conditions, part of the batch) -> what predicts for it
+Call = Callable[[nn.Module, Sequence[Tensor | None], slice], Predictor]
 
 
 class SamplingDiffusion(Conditions):
@@ -137,19 +140,14 @@ class SamplingDiffusion(Conditions):
         batch_size, device = self._checked_place(batch_size, device)
         checks.flag("progress", progress)
         check_callback(callback)
-        plan, predict = self._way(sampler, num_steps, sampler_options, guidance, use_ema, y, cond, batch_size, device)
+        inputs, without = self._conditions(y, cond, batch_size, device)
+        way, call = self._way(sampler, num_steps, sampler_options, guidance, corrections, use_ema, without, device)
         start = self._start(batch_size, device, seed, first_index, noise)
+        whole = self.rng == "torch"  # one generator for the whole batch: it can't be split
         with eval_mode(self._sampled(use_ema)) as model:
+            predict = partial(call, model, inputs)
             return run_chains(
-                lambda part: predict(model, part),
-                start,
-                batch_size,
-                plan,
-                progress=progress,
-                callback=callback,
-                whole=self.rng == "torch",  # one generator for the whole batch: it can't be split
-                place="cpu",
-                **self._engine_options(corrections),
+                way, predict, start, batch_size, progress=progress, callback=callback, whole=whole, place="cpu"
             )
 
     def sample_diffusion_sequence(
@@ -171,24 +169,15 @@ class SamplingDiffusion(Conditions):
     ) -> list[Tensor]:
         """All states of the chain, on the CPU: x_T, and x after each step. Arguments and errors as in `sample`."""
         batch_size, device = self._checked_place(batch_size, device)
-        plan, predict = self._way(sampler, num_steps, sampler_options, guidance, use_ema, y, cond, batch_size, device)
+        inputs, without = self._conditions(y, cond, batch_size, device)
+        way, call = self._way(sampler, num_steps, sampler_options, guidance, corrections, use_ema, without, device)
         x, state = self._start(batch_size, device, seed, first_index, noise)(slice(0, batch_size))
         sequence = [x.cpu().clone()]
         with eval_mode(self._sampled(use_ema)) as model:
-            run_chains(
-                lambda part: predict(model, part),
-                lambda part: (x, state),
-                batch_size,
-                plan,
-                callback=lambda k, x: sequence.append(x.cpu().clone()),
-                whole=True,
-                **self._engine_options(corrections),
-            )
+            keep = lambda k, x: sequence.append(x.cpu().clone())  # noqa: E731
+            predict = partial(call, model, inputs)
+            run_chains(way, predict, lambda part: (x, state), batch_size, callback=keep, whole=True)
         return sequence
-
-    def _engine_options(self, corrections: Sequence[Correction]) -> dict[str, Any]:
-        checks.choice("engine", self.engine, ENGINES)
-        return {"graphs": self.graphs, "engine": self.engine, "corrections": check_corrections(corrections)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SamplingDiffusion":
         self.graphs.clear()  # what they read moves away
@@ -206,62 +195,86 @@ class SamplingDiffusion(Conditions):
             raise ValueError("seed and first_index are for rng='philox'; with rng='torch' call torch.manual_seed")
         return torch_start(shape, dtype, device, noise)
 
+    def _conditions(
+        self, y: Tensor | None, cond: Tensor | None, batch_size: int, device: torch.device
+    ) -> tuple[list[Tensor | None], list[Tensor | None] | None]:
+        """What the network is given of each image, and the same without the condition, where there is such a thing."""
+        null = self._null(batch_size, device)
+        y = null if y is None else self._checked_y(y, batch_size, device)
+        cond = self._checked_cond(cond, batch_size, device)
+        return [y, cond], None if null is None else [null, cond]
+
     def _way(
         self,
         sampler: str | Plan,
         num_steps: int | None,
         options: Mapping[str, Any] | None,
         guidance: Guidance,
+        corrections: Sequence[Correction],
         ema: bool,
-        y: Tensor | None,
-        cond: Tensor | None,
-        batch_size: int,
+        without: Sequence[Tensor | None] | None,
         device: torch.device,
-    ) -> tuple[Plan, Predict]:
-        """The plan, and what predicts in it: the network, or a subclass's remove_noise."""
-        y = self._null(batch_size, device) if y is None else self._checked_y(y, batch_size, device)
-        cond = self._checked_cond(cond, batch_size, device)
+    ) -> tuple[Way, Call]:
+        """How to get there, and what predicts on it: the network, or a subclass's remove_noise."""
+        checks.choice("engine", self.engine, ENGINES)
         own_mean = getattr(self.remove_noise, "__func__", None) is not SamplingDiffusion.remove_noise
-        if own_mean and sampler == "ddpm" and num_steps is None and not options:
-            # It predicts the mean itself: x' = mean + sigma z is a table, too.
-            rows = torch.zeros(self.num_timesteps, len(COLUMNS), dtype=torch.float64)
-            rows[:, 0] = torch.arange(self.num_timesteps)
-            rows[:, [1, 3, 5]] = 1.0
-            rows[1:, 7] = self.sigma[1:].double().cpu()
-            plan = Plan(rows.flip(0))
-        else:
-            if own_mean:
-                self._warn(
-                    "mean", "remove_noise was overridden, but only sample() with sampler='ddpm' and no options calls it"
-                )
+        if own_mean and not (sampler == "ddpm" and num_steps is None and not options):
             own_mean = False
-            plan = self.plan(sampler, num_steps, options)
-            t = plan.column("t")
-            wrong = (t < 0) | (t >= self.num_timesteps)
-            if not plan.timesteps("cpu").is_floating_point() and wrong.any():  # a noise level is no index
-                k = int(wrong.nonzero()[0])
-                raise ValueError(f"sampler: row {k} has t = {t[k]:.0f}, expected 0 to {self.num_timesteps - 1}")
-        if guidance is not None:
-            plan = plan.guided(guidance)
-        without = None
-        if plan.guidance is not None:
-            without = self._null(batch_size, device)
-            if y is None or without is None:
-                raise ValueError("guidance needs classes y, and a network that was trained with label_dropout > 0")
+            self._warn(
+                "mean", "remove_noise was overridden, but only sample() with sampler='ddpm' and no options calls it"
+            )
+        if isinstance(sampler, str) and sampler == ADAPTIVE:
+            scale = None if guidance is None else checks.number("guidance", guidance)
+            way, guides = self._adaptive_way(num_steps, options, scale, corrections, device), scale is not None
+        else:
+            plan = self._mean_plan() if own_mean else self._checked_plan(self.plan(sampler, num_steps, options))
+            plan = plan if guidance is None else plan.guided(guidance)
+            corrections, guides = check_corrections(corrections), plan.guidance is not None
+            way = by_plan(plan, device, self.graphs, engine=self.engine, corrections=corrections)
+        if guides and without is None:
+            raise ValueError("guidance needs classes y, and a network that was trained with label_dropout > 0")
         own_call = getattr(self._call, "__func__", None) is not SamplingDiffusion._call  # wants t, and isn't watched
         in_full = own_mean or own_call or self.rng == "torch"  # the last for parity: the time is embedded in each step
 
-        def predict(model: nn.Module, part: slice) -> Predictor:
-            def call(x: Tensor, t: Tensor, y: Tensor | None, cond: Tensor | None) -> Tensor:
-                if own_mean:
-                    return self.remove_noise(x, t, y, ema, **given(cond))
-                return self._call(model, x, t, y, **given(cond))
+        def call(x: Tensor, t: Tensor, y: Tensor | None, cond: Tensor | None, *, model: nn.Module) -> Tensor:
+            if own_mean:
+                return self.remove_noise(x, t, y, ema, **given(cond))
+            return self._call(model, x, t, y, **given(cond))
 
-            inputs = [None if v is None else v[part] for v in (y, cond)]
-            none = None if without is None else [without[part], inputs[1]]
-            return Predictor(None if in_full else model, call, inputs, none)
+        def predict(model: nn.Module, inputs: Sequence[Tensor | None], part: slice) -> Predictor:
+            cut = [[None if v is None else v[part] for v in values] for values in (inputs, without or ())]
+            return Predictor(None if in_full else model, partial(call, model=model), cut[0], cut[1] if guides else None)
 
-        return plan, predict
+        return way, predict
+
+    def _mean_plan(self) -> Plan:
+        """For a remove_noise that predicts the mean itself: x' = mean + sigma z is a table, too."""
+        rows = torch.zeros(self.num_timesteps, len(COLUMNS), dtype=torch.float64)
+        rows[:, 0] = torch.arange(self.num_timesteps)
+        rows[:, [1, 3, 5]] = 1.0
+        rows[1:, 7] = self.sigma[1:].double().cpu()
+        return Plan(rows.flip(0))
+
+    def _checked_plan(self, plan: Plan) -> Plan:
+        t = plan.column("t")
+        wrong = (t < 0) | (t >= self.num_timesteps)
+        if not plan.timesteps("cpu").is_floating_point() and wrong.any():  # a noise level is no index
+            k = int(wrong.nonzero()[0])
+            raise ValueError(f"sampler: row {k} has t = {t[k]:.0f}, expected 0 to {self.num_timesteps - 1}")
+        return plan
+
+    def _adaptive_way(
+        self,
+        num_steps: int | None,
+        options: Mapping[str, Any] | None,
+        scale: float | None,
+        corrections: Sequence[Correction],
+        device: torch.device,
+    ) -> Way:
+        if num_steps is not None or corrections:
+            raise ValueError(f"num_steps and corrections are for tables: {ADAPTIVE!r} takes as many steps as it needs")
+        options = checked_options(ADAPTIVE, adaptive, options) | {"time_input": self.time_input}
+        return by_adaptive_steps(self.exact_alphas_cumprod(), self.prediction, device, scale, options)
 
     def _sampled(self, use_ema: bool) -> nn.Module:
         """The network to sample from."""

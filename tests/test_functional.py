@@ -156,7 +156,7 @@ def test_progress_and_callbacks(capsys) -> None:
 
 ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
     "no function": (lambda: sample(3, (2, 3), PLAN), TypeError, "model_fn must be a function"),
-    "no plan": (lambda: sample(function, (2, 3), "ddim"), TypeError, "plan must be a Plan, got ddim: make_plan"),
+    "no plan": (lambda: sample(function, (2, 3), "ddim"), TypeError, "plan must be a Plan, got .ddim. .*: make_plan"),
     "no shape": (lambda: sample(function, (), PLAN), ValueError, "x must have a batch dimension"),
     "a bad shape": (lambda: sample(function, (2, 0), PLAN), ValueError, "x"),
     "output": (lambda: sample(lambda x, t: x[:1], (2, 3), PLAN), ValueError, r"model must return .* like x, \[2, 3\]"),

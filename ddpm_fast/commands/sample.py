@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..adaptive import ADAPTIVE
 from ..corrections import dynamic_threshold
 from ..diffusion import Diffusion
 from ..models.presets import Config
 from ..ops import _checks as checks
-from ..samplers import SAMPLERS, Plan
+from ..samplers import SAMPLERS
 from ..training.checkpoint import read_checkpoint
 from ..training.extras import require
 from ..training.files import check_writable
@@ -22,8 +23,8 @@ from .shared import chosen_device, mapping
 
 def sample(args: Namespace) -> int:
     """Draws, and writes what the suffix of --out says."""
-    if args.sampler not in SAMPLERS:
-        raise ValueError(f"--sampler {args.sampler}: expected one of {', '.join(SAMPLERS)}")
+    if args.sampler not in (*SAMPLERS, ADAPTIVE):
+        raise ValueError(f"--sampler {args.sampler}: expected one of {', '.join((*SAMPLERS, ADAPTIVE))}")
     saved = read_checkpoint(args.checkpoint)
     if args.steps is not None:
         checks.integer("--steps", args.steps, 1, saved.config.num_timesteps)
@@ -34,16 +35,19 @@ def sample(args: Namespace) -> int:
     diffusion = saved.diffusion(device)
     num = (8 * len(classes) or 64) if args.num is None else args.num
     y = torch.tensor([classes[i * len(classes) // num] for i in range(num)]) if classes else None
-    try:
-        plan = diffusion.plan(args.sampler, args.steps, dict(args.option))
-    except TypeError as error:
-        raise ValueError(f"--option: {error}") from error
-    if args.guidance is not None:
-        if diffusion.null_label is None:
-            raise ValueError("--guidance: this model was trained without --label-dropout")
-        plan = plan.guided(args.guidance)
-    frames = Frames(len(plan)) if suffix == ".gif" else None
-    pixels = torch.cat([to_uint8(x) for x in _draw(diffusion, plan, y, num, args, frames)])
+    if args.guidance is not None and diffusion.null_label is None:
+        raise ValueError("--guidance: this model was trained without --label-dropout")
+    frames = None
+    if args.sampler == ADAPTIVE:
+        if suffix == ".gif" or args.steps is not None or args.dynamic_threshold is not None:
+            raise ValueError(f"--sampler {ADAPTIVE} takes no --steps, no --dynamic-threshold, and draws no .gif")
+    else:
+        try:
+            plan = diffusion.plan(args.sampler, args.steps, dict(args.option))
+        except TypeError as error:
+            raise ValueError(f"--option: {error}") from error
+        frames = Frames(len(plan)) if suffix == ".gif" else None
+    pixels = torch.cat([to_uint8(x) for x in _draw(diffusion, y, num, args, frames)])
     rows = len(classes) if classes and num % len(classes) == 0 else math.isqrt(num)
     layout = {"columns": args.columns or -(-num // rows), "upscale": args.upscale or upscale_for(pixels.shape[2])}
     if suffix == ".png":
@@ -116,9 +120,7 @@ def _class(text: str, names: tuple[str, ...]) -> int:
     return int(text)
 
 
-def _draw(
-    diffusion: Diffusion, plan: Plan, y: Tensor | None, num: int, args: Namespace, frames: Frames | None
-) -> Iterator[Tensor]:
+def _draw(diffusion: Diffusion, y: Tensor | None, num: int, args: Namespace, frames: Frames | None) -> Iterator[Tensor]:
     device = next(diffusion.parameters()).device
     for first in range(0, num, args.batch):
         count = min(args.batch, num - first)
@@ -127,7 +129,10 @@ def _draw(
             device,
             None if y is None else y[first : first + count].to(device),
             use_ema=not args.no_ema,
-            sampler=plan,
+            sampler=args.sampler,
+            num_steps=args.steps,
+            sampler_options=dict(args.option),
+            guidance=args.guidance,
             corrections=[] if args.dynamic_threshold is None else [dynamic_threshold(args.dynamic_threshold)],
             seed=args.seed,
             first_index=first,

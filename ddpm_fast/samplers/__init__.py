@@ -19,6 +19,8 @@ SAMPLERS: dict[str, Callable[..., Plan]] = {
     build.__name__: build for build in (ddpm, ddim, euler, ancestral_euler, heun, dpmpp_2m, dpmpp_2m_sde)
 }
 
+INNER = ("time_input", "on_step")  # keywords that are no options
+
 
 def make_plan(
     sampler: str | Plan,
@@ -45,14 +47,30 @@ def make_plan(
         return sampler
     if not isinstance(sampler, str) or sampler not in SAMPLERS:
         raise ValueError(f"sampler must be a Plan or one of {', '.join(SAMPLERS)}; got {checks.text(sampler)}")
+    build = SAMPLERS[sampler]
+    options = checked_options(sampler, build, options)
+    return build(np.asarray(alphas_cumprod, dtype=np.float64), prediction, num_steps, **options)
+
+
+def option_defaults(build: Callable[..., Any]) -> dict[str, Any]:
+    """The options of a sampler and their defaults."""
+    parameters = inspect.signature(build).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in INNER}
+
+
+def checked_options(sampler: str, build: Callable[..., Any], options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`options` as a dictionary.
+
+    Raises:
+        TypeError: they are none, or one is not the sampler's.
+    """
     if options is not None and not isinstance(options, Mapping):
         raise TypeError(f"sampler_options must be a dictionary, got {checks.text(options)}")
-    build, options = SAMPLERS[sampler], dict(options or {})
-    known = [p.name for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    for name in options:
+    known = option_defaults(build)
+    for name in options or {}:
         if name not in known:
             raise TypeError(f"sampler_options: {sampler!r} has no option {name!r}; it has {', '.join(known)}")
-    return build(np.asarray(alphas_cumprod, dtype=np.float64), prediction, num_steps, **options)
+    return dict(options or {})
 
 
 __all__ = [
@@ -60,6 +78,7 @@ __all__ = [
     "SAMPLERS",
     "Plan",
     "ancestral_euler",
+    "checked_options",
     "ddim",
     "ddpm",
     "dpmpp_2m",
@@ -67,4 +86,5 @@ __all__ = [
     "euler",
     "heun",
     "make_plan",
+    "option_defaults",
 ]
