@@ -42,7 +42,8 @@ def list_samplers() -> str:
         [
             *lines,
             f"spacing: {', '.join(SPACINGS)}, or numbers of steps such as 10,15,20",
-            "final: clean, first; variance: beta, posterior, learned (where it was), or a number from 0 (posterior) to 1 (beta)",
+            "final: clean, first",
+            "variance: beta, posterior, a number from 0 (posterior) to 1 (beta), or learned where it was",
         ]
     )
 

@@ -49,10 +49,12 @@ def assignment(text: str) -> tuple[str, Any]:
         return name, value.lower() == "true"
     if "," in value:
         return name, integers(value.strip("[]()").replace(" ", ""))
-    try:
-        return name, float(value)
-    except ValueError:
-        return name, value
+    for kind in (int, float):
+        try:
+            return name, kind(value)
+        except ValueError:
+            pass
+    return name, value
 
 
 def png(text: str) -> Path:

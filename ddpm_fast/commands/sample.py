@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..adaptive import ADAPTIVE
+from ..adaptive import ADAPTIVE, adaptive
 from ..corrections import dynamic_threshold
 from ..diffusion import Diffusion
 from ..models.presets import Config
 from ..ops import _checks as checks
-from ..samplers import SAMPLERS
+from ..samplers import SAMPLERS, checked_options
 from ..training.checkpoint import read_checkpoint
 from ..training.extras import require
 from ..training.files import check_writable
@@ -38,15 +38,16 @@ def sample(args: Namespace) -> int:
     if args.guidance is not None and diffusion.null_label is None:
         raise ValueError("--guidance: this model was trained without --label-dropout")
     frames = None
-    if args.sampler == ADAPTIVE:
-        if suffix == ".gif" or args.steps is not None or args.dynamic_threshold is not None:
-            raise ValueError(f"--sampler {ADAPTIVE} takes no --steps, no --dynamic-threshold, and draws no .gif")
-    else:
-        try:
+    try:
+        if args.sampler == ADAPTIVE:
+            checked_options(ADAPTIVE, adaptive, dict(args.option))
+            if suffix == ".gif" or args.steps is not None or args.dynamic_threshold is not None:
+                raise ValueError(f"--sampler {ADAPTIVE} takes no --steps, no --dynamic-threshold, and draws no .gif")
+        else:
             plan = diffusion.plan(args.sampler, args.steps, dict(args.option))
-        except TypeError as error:
-            raise ValueError(f"--option: {error}") from error
-        frames = Frames(len(plan)) if suffix == ".gif" else None
+            frames = Frames(len(plan)) if suffix == ".gif" else None
+    except TypeError as error:
+        raise ValueError(f"--option: {error}") from error
     pixels = torch.cat([to_uint8(x) for x in _draw(diffusion, y, num, args, frames)])
     rows = len(classes) if classes and num % len(classes) == 0 else math.isqrt(num)
     layout = {"columns": args.columns or -(-num // rows), "upscale": args.upscale or upscale_for(pixels.shape[2])}
