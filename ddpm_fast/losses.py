@@ -140,13 +140,13 @@ class TrainingLoss(Conditions):
         if self.prediction != "eps":
             noise_coef, x_coef = target_coefficients(self.prediction, a[images], s[images])
             target = {"noise_coef": noise_coef, "x_coef": x_coef, "x_start": x}
-        simple = partial(ops.diffusion_loss, model_out, noise, loss_type=self.loss_type, **target)
+        simple = partial(ops.diffusion_loss, noise=noise, loss_type=self.loss_type, **target)
         observer, sampler = (self.observer, self.timestep_sampler) if training else (None, None)
-        if observer is None and sampler is None and self.loss_weights is None and v is None:
-            return simple()
-        losses = simple(reduction="none")
-        if observer is not None:
-            observer(t, losses.detach())
+        if observer is not None:  # apart, as the bits of the loss shall not depend on who looks
+            observer(t, simple(model_out.detach(), reduction="none"))
+        if sampler is None and self.loss_weights is None and v is None:
+            return simple(model_out)
+        losses = simple(model_out, reduction="none")
         if self.loss_weights is not None:
             losses = losses * self.loss_weights[t]
         if v is not None:

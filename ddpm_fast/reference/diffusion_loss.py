@@ -1,7 +1,5 @@
 """The simplified training objective (Ho et al. 2020, equation 14), for any target linear in noise and x_start."""
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,6 +33,3 @@ def diffusion_loss(
         target = target + x_start.to(dtype) * x_coef.to(dtype).view(column)
     loss = LOSSES[loss_type](model_out.to(dtype), target, reduction=reduction)
     return loss if reduction == "mean" else loss.unsqueeze(-1).flatten(1).mean(1)
-
-
-losses_per_image = partial(diffusion_loss, reduction="none")
