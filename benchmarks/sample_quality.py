@@ -1,6 +1,8 @@
 """Quality of samples against steps and seconds: Frechet distance and class agreement, beside those of real images.
 
 python benchmarks/sample_quality.py
+python benchmarks/sample_quality.py --sampler ddpm ddim dpmpp_2m adaptive --steps 10 20 50
+python benchmarks/sample_quality.py --sampler dpmpp_2m --steps 20 --guidance 0 1 2 4 8
 python benchmarks/sample_quality.py --data fashion-mnist/ --checkpoint runs/fashion/model.safetensors
 
 The distance is taken in the hidden layer of this project's own small classifier, trained on the training images. It
@@ -9,20 +11,24 @@ can be compared within a table only: not between data sets or numbers of images,
 
 import argparse
 import io
+import itertools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.harness import OURS, Row, header, markdown, markdown_header, progress, write_json
 from benchmarks.options import Parser, count, device, output_file, output_folder
 from ddpm_fast import Diffusion
+from ddpm_fast.adaptive import ADAPTIVE
 from ddpm_fast.evaluation.classifier import FEATURES, Classifier, judge, train_classifier
 from ddpm_fast.evaluation.metrics import agreement, frechet_distance
 from ddpm_fast.models.presets import Config, preset
@@ -35,6 +41,8 @@ from ddpm_fast.training.recipe import RECIPES
 from ddpm_fast.training.trainer import CHECKPOINT, Trainer
 
 STEPS = (10, 20, 50, 100)  # and all
+TOLERANCES = (0.3, 0.1, 0.05, 0.02)  # of adaptive steps
+LABEL_DROPOUT = 0.1  # of a model to be guided
 SEEN = 60_000  # training images that the classifier sees, with repetition, at least 3 times each
 TEST_IMAGES = "t10k-images*idx3-ubyte*"
 REAL = "real held-out"
@@ -47,7 +55,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--data", default="digits", help="digits (scikit-learn's), or a folder with MNIST's four files")
     p.add_argument("--checkpoint", type=Path, metavar="FILE", help="of the model (default: the demo's is trained)")
     p.add_argument("--steps", type=count, nargs="+", help=f"numbers of steps to compare (default: {STEPS} and all)")
-    p.add_argument("--sampler", nargs="+", choices=sorted(SAMPLERS), default=["ddpm"], help="samplers to compare")
+    names = [*sorted(SAMPLERS), ADAPTIVE]
+    p.add_argument("--sampler", nargs="+", choices=names, default=["ddpm"], help="samplers to compare")
+    guided = "scales of guidance to compare; the demo's model is then one trained with label dropout"
+    p.add_argument("--guidance", type=float, nargs="+", metavar="W", help=guided)
     p.add_argument("--num", type=count, default=500, help="images drawn each time, at most as many as are held out")
     p.add_argument("--batch", type=count, default=250, help="images at a time")
     p.add_argument("--seed", type=int, default=1, help="of the drawing")
@@ -60,12 +71,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def trained(out: Path, device: torch.device) -> Path:
+def trained(out: Path, device: torch.device, label_dropout: float) -> Path:
     """Return the checkpoint of the demo's model in ``out``, trained now if there is none."""
     path = out / CHECKPOINT
     if not path.exists():
         progress(f"training the demo's model into {out}")
-        Trainer(preset("digits"), digits("train"), out, recipe=RECIPES["digits"], device=device).run()
+        config = replace(preset("digits"), label_dropout=label_dropout)
+        Trainer(config, digits("train"), out, recipe=RECIPES["digits"], device=device).run()
     return path
 
 
@@ -129,14 +141,14 @@ class Judge:
         }
 
 
-def draw(diffusion: Diffusion, labels: Tensor, args: argparse.Namespace, sampler: str, steps: int) -> Tensor:
+def draw(diffusion: Diffusion, labels: Tensor, args: argparse.Namespace, **way: Any) -> Tensor:
     """Return an image float [N, C, H, W] for each label; an unconditional model gets none."""
     parts = []
     for first in range(0, len(labels), args.batch):
         y = labels[first : first + args.batch].to(args.device)
         known = None if diffusion.num_classes is None else y
-        options: dict[str, Any] = {"sampler": sampler, "num_steps": steps, "seed": args.seed, "first_index": first}
-        parts.append(diffusion.sample(len(y), args.device, known, progress=True, **options))
+        where = {"seed": args.seed, "first_index": first}
+        parts.append(diffusion.sample(len(y), args.device, known, progress=True, **where, **way))
     return torch.cat(parts).clamp(-1, 1)
 
 
@@ -175,24 +187,50 @@ def measure(diffusion: Diffusion, judged: Judge, args: argparse.Namespace) -> li
     labels, case = judged.held_out.classes, f"quality {Path(args.data).name}"
     row: Row = {"case": case, "precision": "float32", "batch": len(labels)}
     rows = []
-    for sampler in args.sampler:
+    for sampler, scale in itertools.product(args.sampler, args.guidance or [None]):
         name = OURS if args.sampler == ["ddpm"] else f"{OURS} {sampler}"
-        for steps in args.steps:
-            progress(f"{case}: {sampler}, {steps} steps")
-            draw(diffusion, labels[: args.batch], args, sampler, 2 if steps > 1 else 1)  # a warm-up
-            start = time.perf_counter()
-            x = draw(diffusion, labels, args, sampler, steps)
-            seconds = time.perf_counter() - start
+        name += "" if scale is None else f", guidance {scale:g}"
+        for way in ways(sampler, args.steps):
+            progress(f"{case}: {name}, {way}")
+            warm = way | ({} if sampler == ADAPTIVE else {"num_steps": min(2, way["num_steps"])})
+            draw(diffusion, labels[: args.batch], args, sampler=sampler, guidance=scale, **warm)
+            with counted(diffusion.ema_model, sampler) as images:
+                start = time.perf_counter()
+                x = draw(diffusion, labels, args, sampler=sampler, guidance=scale, **way)
+                seconds = time.perf_counter() - start
+            calls = images() / len(x) / (1 if scale is None else 2)  # of an image, in the mean
+            steps = way.get("num_steps", round(calls))
             times = {"num_steps": steps, "ms": seconds * 1e3 / steps, "seconds": seconds}
             rate = {"images_per_s": len(x) / seconds}
             rows.append(row | {"name": name} | times | rate | judged.figures(x, labels))
     return [*rows, row | {"name": REAL} | judged.real()]
 
 
+def ways(sampler: str, steps: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the numbers of steps to take; where each image has its own number, tolerances."""
+    if sampler != ADAPTIVE:
+        return [{"num_steps": n} for n in steps]
+    return [{"sampler_options": {"rtol": rtol, "atol": rtol / 6}} for rtol in TOLERANCES]
+
+
+@contextmanager
+def counted(model: nn.Module, sampler: str) -> Iterator[Callable[[], int]]:
+    """Count the images that a network is called with; only where that is not known, as a hook makes it slower."""
+    seen = [0]
+    if sampler != ADAPTIVE:
+        yield lambda: 0
+        return
+    handle = model.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[0]))
+    try:
+        yield lambda: sum(seen)
+    finally:
+        handle.remove()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark and return the exit status; data that isn't there is skipped, not an error."""
     args = parse(argv)
-    saved = read_checkpoint(args.checkpoint or trained(args.out, args.device))
+    saved = read_checkpoint(args.checkpoint or trained(args.out, args.device, LABEL_DROPOUT if args.guidance else 0.0))
     try:
         train, held_out = real_images(args.data, saved.config)
     except (FileNotFoundError, ImportError) as error:

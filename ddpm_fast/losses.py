@@ -1,7 +1,6 @@
 """The training half of Diffusion: the loss at random timesteps, and what weighs it."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -140,13 +139,16 @@ class TrainingLoss(Conditions):
         if self.prediction != "eps":
             noise_coef, x_coef = target_coefficients(self.prediction, a[images], s[images])
             target = {"noise_coef": noise_coef, "x_coef": x_coef, "x_start": x}
-        simple = partial(ops.diffusion_loss, noise=noise, loss_type=self.loss_type, **target)
+
+        def simple(out: Tensor, reduction: str = "mean") -> Tensor:
+            return ops.diffusion_loss(out, noise, loss_type=self.loss_type, reduction=reduction, **target)
+
         observer, sampler = (self.observer, self.timestep_sampler) if training else (None, None)
         if observer is not None:  # apart, as the bits of the loss shall not depend on who looks
-            observer(t, simple(model_out.detach(), reduction="none"))
+            observer(t, simple(model_out.detach(), "none"))
         if sampler is None and self.loss_weights is None and v is None:
             return simple(model_out)
-        losses = simple(model_out, reduction="none")
+        losses = simple(model_out, "none")
         if self.loss_weights is not None:
             losses = losses * self.loss_weights[t]
         if v is not None:
