@@ -86,7 +86,9 @@ class Chain:
         model_out = network(model_in, told.repeat(x.shape[0]) if told.ndim == 1 else told)
         noise, keeps = self.noise if z is None else z, self.hist is not None
         # Unchecked: a chain's arguments are right by construction.
-        SAMPLER_STEP.unchecked(x, model_out, self.rows, self.k, noise, self.hist, self.kind.clip, keeps, x, self.hist)
+        SAMPLER_STEP.unchecked(
+            x, model_out, self.rows, self.k, noise, self.hist, None, self.kind.clip, keeps, x, self.hist
+        )
         self.k += 1
 
 
