@@ -89,12 +89,15 @@ def _steps(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     yield Case("noise", name, partial(noise.noise, shape, state, REVERSE, dtype), wide, quick)
     yield Case("q_sample", name, partial(q_sample.q_sample, x, t, table, table, state), wide, quick)
     step, room = sampler_step.sampler_step, sampler_step.room(x, x, [])
-    yield Case("sampler_step", name, partial(step, room, None, x, x, rows, k, state, None, 1.0), wide, quick)
+    yield Case("sampler_step", name, partial(step, room, None, x, x, rows, k, state, None, None, 1.0), wide, quick)
     recorded = NoiseState(state.seed, k, torch.tensor(3))
-    replayed = partial(step, room, None, x, x, rows, k, recorded, None, 1.0)
+    replayed = partial(step, room, None, x, x, rows, k, recorded, None, None, 1.0)
     yield Case("sampler_step", f"{name}, recorded", replayed, wide, quick)
-    other = partial(step, room, sampler_step.room(x, None, []), x, last, rows, k, x, x, None)
+    other = partial(step, room, sampler_step.room(x, None, []), x, last, rows, k, x, x, None, None)
     yield Case("sampler_step", f"{name}, hist, channels_last", other, wide, quick)
+    predicted, variance = torch.zeros(64, 6, 32, 32, dtype=dtype).chunk(2, dim=1)
+    learned = partial(step, room, None, x, predicted, torch.zeros(1000, 9), k, state, None, variance, 1.0)
+    yield Case("sampler_step", f"{name}, variance", learned, wide, quick)
     for loss_type, of_loss in (("l2", ()), ("huber", (64,))):
         of = diffusion_loss.Target(state, None, None, None, loss_type)
         label = f"{name}, {loss_type}{' of images' if of_loss else ''}"

@@ -83,6 +83,7 @@ def _sampler_step(dry: bool) -> list[Case]:
     for shape in _images(dry):
         x, model_out, hist, z = (normals(shape, seed) for seed in range(4))
         tensors = {"x": x, "model_out": model_out, "rows": ROWS, "k": ROW}
+        learned = {"rows": uniforms((4, 9), 2), "variance": 2 * uniforms(shape, 4) - 1}
         for name, more, static, keep in (
             ("no noise", {}, {}, ("x",)),
             ("given noise, clip", {"noise": z}, {"clip": 0.5}, ("x", "noise")),
@@ -92,6 +93,7 @@ def _sampler_step(dry: bool) -> list[Case]:
                 {"noise": STATE, "clip": 1.0, "return_x0": True},
                 ("x", "hist"),
             ),
+            ("drawn noise, variance", learned, {"noise": STATE}, ("x",)),
             ("drawn noise, low precision", {}, {"noise": STATE}, ()),
         ):
             of = ops.sampler_step, sampler_step.sampler_step

@@ -106,7 +106,7 @@ def _steps(shape: tuple[int, ...]) -> dict[str, Callable[[torch.device], Callabl
     def step(device: torch.device) -> Callable[[], Any]:
         x, state = inputs(device)
         out, rows = sampler_step.room(x, None, []), torch.zeros(10, 8, device=device)
-        return partial(sampler_step.sampler_step, out, None, x, x, rows, state.draw, state, None, 1.0)
+        return partial(sampler_step.sampler_step, out, None, x, x, rows, state.draw, state, None, None, 1.0)
 
     def loss(device: torch.device) -> Callable[[], Any]:
         x, state = inputs(device)

@@ -102,6 +102,7 @@ void read_row(SamplerStep& step, const Tensor& rows, int64_t row) {
   const T* first = static_cast<const T*>(rows.data) + row * rows.stride[0];
   float* const columns[] = {&step.p_x, &step.p_m, &step.c_x, &step.c_0, &step.c_h, &step.c_z};
   for (int i = 0; i < 6; ++i) *columns[i] = value(first[(i + 2) * rows.stride[1]]);  // after t and c_in
+  if (step.variance.data != nullptr) step.c_v = value(first[8 * rows.stride[1]]);
 }
 
 void read_row(SamplerStep& step, const Tensor& rows, const Tensor& k) {
@@ -109,6 +110,7 @@ void read_row(SamplerStep& step, const Tensor& rows, const Tensor& k) {
   if (row < 0 || row >= rows.size[0]) {
     throw py::value_error("k must lie in [0, " + std::to_string(rows.size[0]) + "), got " + std::to_string(row));
   }
+  if (rows.size[1] < (step.variance.data == nullptr ? 8 : 9)) throw py::value_error("rows: too few columns");
   switch (rows.dtype) {
     case Dtype::float64: return read_row<double>(step, rows, row);
     case Dtype::float32: return read_row<float>(step, rows, row);
@@ -119,7 +121,7 @@ void read_row(SamplerStep& step, const Tensor& rows, const Tensor& k) {
 
 // False, and nothing done, where a result would be written over what is still to be read.
 bool sampler_step(py::handle out, py::handle x0_out, py::handle x, py::handle model_out, py::handle hist,
-                  py::handle noise, py::handle rows, py::handle k, double clip, int threads) {
+                  py::handle noise, py::handle variance, py::handle rows, py::handle k, double clip, int threads) {
   const Tensor state(x, "x"), to(out, "out");
   Shape shape(state);
   if (!PyTuple_Check(noise.ptr())) shape.order_by(to);
@@ -131,13 +133,14 @@ bool sampler_step(py::handle out, py::handle x0_out, py::handle x, py::handle mo
   step.model_out = shape.array(Tensor(model_out, "model_out"), "model_out");
   step.hist = shape.array(Tensor(hist, "hist"), "hist");
   step.noise = noise_of(shape, noise, kReverse);
-  for (const Array& in : {step.x, step.model_out, step.hist, step.noise.given}) {
+  if (!noise.is_none()) step.variance = shape.array(Tensor(variance, "variance"), "variance");
+  for (const Array& in : {step.x, step.model_out, step.hist, step.variance, step.noise.given}) {
     if (shape.clash(step.out, in) || shape.clash(step.x0_out, in)) return false;
   }
   if (step.out.data == step.x0_out.data ? step.out.data != nullptr : shape.clash(step.out, step.x0_out)) return false;
   read_row(step, Tensor(rows, "rows"), Tensor(k, "k"));
   step.clip = float(clip);
-  if (step.c_z == 0.0f) step.noise.drawn = false;  // what is drawn is finite
+  if (step.c_z == 0.0f && step.variance.data == nullptr) step.noise.drawn = false;  // what is drawn is finite
   const auto run = kernels().sampler_step;
   py::gil_scoped_release unlocked;
   run(step, threads);
@@ -251,8 +254,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("timesteps", &timesteps, "out"_a, "num_timesteps"_a, "state"_a, "stream"_a);
   m.def("dropout_mask", &dropout_mask, "out"_a, "threshold"_a, "scale"_a, "state"_a, "stream"_a, "threads"_a);
   m.def("draw_ready", &draw_ready, "shape"_a, "state"_a, "stream"_a);
-  m.def("sampler_step_ready", &sampler_step_ready, "x"_a, "model_out"_a, "rows"_a, "k"_a, "noise"_a, "hist"_a, "clip"_a,
-        "return_x0"_a, "out"_a, "x0_out"_a, "grads"_a);
+  m.def("sampler_step_ready", &sampler_step_ready, "x"_a, "model_out"_a, "rows"_a, "k"_a, "noise"_a, "hist"_a,
+        "variance"_a, "clip"_a, "return_x0"_a, "out"_a, "x0_out"_a, "grads"_a);
   m.def("q_sample_ready", &q_sample_ready, "x_start"_a, "t"_a, "signal"_a, "sigma"_a, "noise"_a, "grads"_a);
   m.def("diffusion_loss_ready", &diffusion_loss_ready, "model_out"_a, "noise"_a, "loss_type"_a, "noise_coef"_a,
         "x_coef"_a, "x_start"_a, "reduction"_a, "grads"_a);
@@ -263,8 +266,8 @@ PYBIND11_MODULE(_C, m) {
         "groups"_a, "eps"_a, "activation"_a, "dropout"_a, "threads"_a);
   m.def("group_norm_silu_backward", &group_norm_silu_backward, "x"_a, "x2"_a, "dy"_a, "dh"_a, "parameters"_a,
         "statistics"_a, "dx"_a, "dx2"_a, "gradients"_a, "groups"_a, "eps"_a, "activation"_a, "dropout"_a, "threads"_a);
-  m.def("sampler_step", &sampler_step, "out"_a, "x0_out"_a, "x"_a, "model_out"_a, "hist"_a, "noise"_a, "rows"_a, "k"_a,
-        "clip"_a, "threads"_a);
+  m.def("sampler_step", &sampler_step, "out"_a, "x0_out"_a, "x"_a, "model_out"_a, "hist"_a, "noise"_a, "variance"_a,
+        "rows"_a, "k"_a, "clip"_a, "threads"_a);
   m.def("q_sample", &q_sample, "out"_a, "x_start"_a, "t"_a, "signal"_a, "sigma"_a, "noise"_a, "threads"_a);
   m.def("diffusion_loss", &diffusion_loss, "loss"_a, "model_out"_a, "noise"_a, "noise_coef"_a, "x_coef"_a, "x_start"_a,
         "loss_type"_a, "threads"_a);

@@ -104,11 +104,12 @@ inline bool group_norm_silu_ready(py::handle x, py::handle weight, py::handle bi
 }
 
 inline bool sampler_step_ready(py::handle x, py::handle model_out, py::handle rows, py::handle k, py::handle noise,
-                               py::handle hist, py::handle clip, py::handle return_x0, py::handle out,
-                               py::handle x0_out, bool grads) {
+                               py::handle hist, py::handle variance, py::handle clip, py::handle return_x0,
+                               py::handle out, py::handle x0_out, bool grads) {
   const Tensor of(x);
   const bool two = return_x0.ptr() == Py_True;
   if (!batch(of) || !constant(of, grads) || !like(Tensor(model_out), of, grads) || !like_or_none(hist, of, grads) ||
+      !like_or_none(variance, of, grads) ||
       !(noise.is_none() || noise_ready(noise, of, grads)) || !(two || return_x0.ptr() == Py_False)) {
     return false;
   }
@@ -121,7 +122,8 @@ inline bool sampler_step_ready(py::handle x, py::handle model_out, py::handle ro
   if (!clip.is_none() && !(finite_above(clip, 0) && PyFloat_AS_DOUBLE(clip.ptr()) > 0)) return false;
   const Tensor plan(rows), row(k);
   if (!plan.plain() || !(plan.dtype == Dtype::float64 || fit(plan)) || !constant(plan, grads)) return false;
-  if (plan.dims != 2 || plan.size[1] != 8 || !row.plain() || row.dtype != Dtype::int64 || row.dims != 0) return false;
+  if (plan.dims != 2 || !(plan.size[1] == 9 || (plan.size[1] == 8 && variance.is_none()))) return false;
+  if (!row.plain() || row.dtype != Dtype::int64 || row.dims != 0) return false;
   const int64_t at = *static_cast<const int64_t*>(row.data);
   return at >= 0 && at < plan.size[0];
 }

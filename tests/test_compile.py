@@ -55,8 +55,8 @@ SAMPLES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "sampler_step": [
         ((leaf(2, 3, 4), leaf(2, 3, 4), leaf(5, 8), torch.tensor(2)), {}),
         (
-            (leaf(2, 3, 4), leaf(2, 3, 4), leaf(5, 8), torch.tensor(2)),
-            {"noise": leaf(2, 3, 4), "hist": leaf(2, 3, 4), "clip": 1.0},
+            (leaf(2, 3, 4), leaf(2, 3, 4), leaf(5, 9), torch.tensor(2)),
+            {"noise": leaf(2, 3, 4), "hist": leaf(2, 3, 4), "variance": leaf(2, 3, 4), "clip": 1.0},
         ),
     ],
     "noise": [(((2, 3, 4), SEED, DRAW, 1, ops.PERTURB), {"dtype": torch.bfloat16})],

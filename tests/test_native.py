@@ -55,8 +55,9 @@ def test_bits_of_every_instruction_set(name: str, threads: int, isa: None) -> No
 def steps(x: torch.Tensor, model_out: torch.Tensor) -> list[torch.Tensor]:
     """Every result of the ops on images."""
     tables, t = torch.rand(2, 9, generator=torch.Generator().manual_seed(0)), torch.arange(x.shape[0]) % 9
-    rows, k = torch.rand(2, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(1)
+    rows, k = torch.rand(2, 9, generator=torch.Generator().manual_seed(0)), torch.tensor(1)
     results = [*ops.sampler_step(x, model_out, rows, k, noise=STATE, hist=x, clip=1.5, return_x0=True)]
+    results += [ops.sampler_step(x, model_out, rows, k, noise=STATE, variance=model_out)]
     results += [ops.sampler_step(x, model_out, rows, k), ops.q_sample(x, t, *tables, STATE)]
     target = {"noise_coef": tables[0, t], "x_coef": tables[1, t], "x_start": x}
     for loss_type, reduction in (("l1", "mean"), ("l2", "mean"), ("huber", "none")):
@@ -99,6 +100,20 @@ def test_sixteen_sums_whatever_the_vectors(name: str, isa: None) -> None:
     assert loss * 1024 == 1 + 2.0**-23
 
 
+@pytest.mark.parametrize("name", SETS)
+def test_the_exponential_of_a_variance(name: str, isa: None) -> None:
+    """The rule of every op for each number by itself, up to the ends of float32: the largest would hide the rest."""
+    v, rows = torch.linspace(-87, 88.7, 100_003)[None], torch.zeros(1, 9)
+    rows[0, 7:] = 1.0
+    _C.force_isa(name)
+    error = {}
+    for backend in ("native", "reference"):
+        with ops.use_backend(backend):
+            got = ops.sampler_step(v, v, rows, torch.tensor(0), noise=torch.ones_like(v), variance=v)
+        error[backend] = float((got / v.double().exp() - 1).abs().max())
+    assert error["native"] <= 2 * error["reference"] + torch.finfo(torch.float32).eps
+
+
 def test_two_threads_may_call_at_once() -> None:
     torch.set_num_threads(2)
     inputs = [(torch.randn(4, 3, 64, 64), torch.randn(4, 3, 64, 64)) for _ in range(4)]
@@ -115,12 +130,14 @@ def test_what_the_module_itself_refuses() -> None:
     with ops.use_backend("native"):
         for k in (-1, 4):
             with pytest.raises(ValueError, match=r"k must lie in \[0, 4\)"):
-                SAMPLER_STEP.unchecked(x, x, rows, torch.tensor(k), None, None, None, False, None, None)
+                SAMPLER_STEP.unchecked(x, x, rows, torch.tensor(k), None, None, None, None, False, None, None)
             with pytest.raises(ValueError, match=rf"t must lie in \[0, 5\), got {k + 1 if k > 0 else k}"):
                 Q_SAMPLE.unchecked(x, t + (k + 1 if k > 0 else k), table, table, x)
         for hist in (x[0], x[:1], x[:, :, 1:]):
             with pytest.raises(ValueError, match="hist: another shape than the batch"):
-                SAMPLER_STEP.unchecked(x, x, rows, torch.tensor(0), None, hist, None, False, None, None)
+                SAMPLER_STEP.unchecked(x, x, rows, torch.tensor(0), None, hist, None, None, False, None, None)
+        with pytest.raises(ValueError, match="rows: too few columns"):
+            SAMPLER_STEP.unchecked(x, x, rows, torch.tensor(0), x, None, x, None, False, None, None)
     for loss in (table, torch.zeros(2, 1), torch.zeros(2).double()):
         for run_on, name in ((_C.diffusion_loss, "loss"), (partial(_C.diffusion_loss_backward, x), "grad_loss")):
             with pytest.raises(ValueError, match=rf"^{name}: not float32, \[\] or \[N\]"):

@@ -34,9 +34,9 @@ struct Noise {
 
 struct SamplerStep {
   Batch batch;
-  Array out, x0_out, x, model_out, hist;
+  Array out, x0_out, x, model_out, hist, variance;
   Noise noise;
-  float p_x, p_m, c_x, c_0, c_h, c_z, clip;
+  float p_x, p_m, c_x, c_0, c_h, c_z, c_v, clip;
 };
 
 struct QSample {

@@ -20,12 +20,34 @@ void step(const SamplerStep& of, int64_t count, const float* x, const float* mod
   }
 }
 
+// e^x to 1 ulp, with the same bits on every instruction set, which `power` has not: 2^n e^r, n the integer next to
+// x / log 2, and on [-log 2 / 2, log 2 / 2] the polynomial of least relative error.
+Floats exponential(Floats x) {
+  const Floats held = larger(broadcast(-104.0f), smaller(broadcast(89.0f), x));  // 0 and inf at the ends; NaN stays
+  const Floats magic = broadcast(0x1.8p23f), shifted = held * kLog2E + magic, n = shifted - magic;
+  const Floats r = (held - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // log 2 in two parts: the first product is exact
+  Floats q = r * 0x1.6a23cep-10f + 0x1.123a20p-7f;
+  q = q * r + 0x1.5558f2p-5f;
+  q = q * r + 0x1.555492p-3f;
+  q = q * r + 0x1.fffffcp-2f;
+  const Ints power = (Ints)shifted - (Ints)magic, half = power >> 1;  // in two halves: 2^128 and 2^-150 are no floats
+  return (1.0f + (r + r * r * q)) * (Floats)((half + 127) << 23) * (Floats)((power - half + 127) << 23);
+}
+
+// exp(c_v v) z, which may go where z lies.
+const float* scaled(const float* z, const float* v, float c_v, int64_t count, float* out) {
+  const Floats factor = broadcast(c_v);
+  for (int64_t i = 0; i < count; i += kVec) store(out + i, exponential(factor * load(v + i)) * load(z + i));
+  return out;
+}
+
 }  // namespace
 
 void sampler_step(const SamplerStep& of, int threads) {
   each_piece(of.batch, threads, [&](const Piece& p, int64_t) {
-    Buffer of_x, of_model_out, of_hist, of_noise, of_x0, of_out;
-    const float* const z = read(of.noise, p, of_noise, of.x, of.model_out, of.hist, of.x0_out, of.out);
+    Buffer of_x, of_model_out, of_hist, of_noise, of_variance, of_x0, of_out;
+    const float* z = read(of.noise, p, of_noise, of.variance, of.x, of.model_out, of.hist, of.x0_out, of.out);
+    if (const float* v = read(of.variance, p, of_variance)) z = scaled(z, v, of.c_v, p.count, of_noise);
     const float* const x = read(of.x, p, of_x);
     const float* const model_out = read(of.model_out, p, of_model_out);
     const float* const hist = read(of.hist, p, of_hist);

@@ -132,11 +132,11 @@ void norm_backward(const py::dict& given, const ImageOf& dy, const ImageOf& dh, 
   must(group_norm_silu_backward(b, reinterpret_cast<Stream>(stream)), "group_norm_silu");
 }
 
-void step(const std::array<ArrayOf, 6>& arrays, const std::array<int64_t, 4>& sizes, Address rows, int rows_type,
-          Address k, float clip, bool drawn, const DrawsOf& from, int device, Address stream) {
+void step(const std::array<ArrayOf, 7>& arrays, const std::array<int64_t, 4>& sizes, Address rows, int rows_type,
+          int columns, Address k, float clip, bool drawn, const DrawsOf& from, int device, Address stream) {
   SamplerStep of{};
-  Array* const to[] = {&of.out, &of.x0_out, &of.x, &of.model_out, &of.hist, &of.noise};
-  for (size_t i = 0; i < 6; ++i) *to[i] = array(arrays[i]);
+  Array* const to[] = {&of.out, &of.x0_out, &of.x, &of.model_out, &of.hist, &of.noise, &of.variance};
+  for (size_t i = 0; i < 7; ++i) *to[i] = array(arrays[i]);
   of.samples = sizes[0];
   of.size = narrow(sizes[1]);
   of.channels = narrow(sizes[2]);
@@ -146,6 +146,8 @@ void step(const std::array<ArrayOf, 6>& arrays, const std::array<int64_t, 4>& si
   check(of.samples <= std::numeric_limits<int32_t>::max() / ((of.size + 1023) / 1024), "more blocks than a grid has");
   of.rows = reinterpret_cast<const void*>(rows);
   of.rows_type = Type(rows_type);
+  of.columns = columns;
+  check(columns >= (of.variance.data == nullptr ? 8 : 9), "rows with too few columns");
   of.k = reinterpret_cast<const int64_t*>(k);
   of.clip = clip;
   of.drawn = drawn;
@@ -170,6 +172,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("group_norm_silu", &norm_forward, "given"_a, "residual"_a, "h"_a, "y"_a, "device"_a, "stream"_a);
   m.def("group_norm_silu_backward", &norm_backward, "given"_a, "dy"_a, "dh"_a, "dx"_a, "dx2"_a, "rows"_a, "device"_a,
         "stream"_a);
-  m.def("sampler_step", &step, "arrays"_a, "sizes"_a, "rows"_a, "rows_type"_a, "k"_a, "clip"_a, "drawn"_a, "draws"_a,
-        "device"_a, "stream"_a);
+  m.def("sampler_step", &step, "arrays"_a, "sizes"_a, "rows"_a, "rows_type"_a, "columns"_a, "k"_a, "clip"_a, "drawn"_a,
+        "draws"_a, "device"_a, "stream"_a);
 }

@@ -10,7 +10,6 @@ namespace ddpm::cuda {
 
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;  // of a block, at most
-constexpr float kLog2E = 1.4426950408889634f;
 
 // Whether the rows of pixels that a warp has are added by shuffles first.
 DDPM_BOTH bool folds(int vectors) { return vectors < kWarp && (vectors & (vectors - 1)) == 0; }

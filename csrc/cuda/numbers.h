@@ -5,6 +5,8 @@
 
 namespace ddpm::cuda {
 
+constexpr float kLog2E = 1.4426950408889634f;
+
 enum class Type : int { float32, bf16, float16, float64 };
 
 // Where random numbers come from; seed, draw and maybe the first sample are read on the device.

@@ -93,13 +93,14 @@ DDPM_DEVICE void draw(const Counter& at, uint32_t block, float (&z)[kEach]) {
   z[3] = second.second;
 }
 
-DDPM_KERNEL(kThreads, 1) sampler_step_kernel(DDPM_ARGUMENT SamplerStep of) {
+template <bool kLearned>
+DDPM_DEVICE void step(const SamplerStep& of) {
   const int blocks = (of.size + kThreads * kEach - 1) / (kThreads * kEach);
   const int64_t n = block() / blocks;
   const int counter_block = block() % blocks * kThreads + thread(), first = counter_block * kEach, left = of.size - first;
   if (left <= 0) return;
   const Elements at{n, first, left < kEach ? left : kEach, of.channels, of.pixels};
-  const int64_t row = *of.k * 8;
+  const int64_t row = *of.k * of.columns;
   const auto column = [&](int i) { return element(of.rows, of.rows_type, row + i); };
   const float p_x = column(2), p_m = column(3), c_x = column(4), c_0 = column(5), c_h = column(6), c_z = column(7);
 
@@ -109,6 +110,13 @@ DDPM_KERNEL(kThreads, 1) sampler_step_kernel(DDPM_ARGUMENT SamplerStep of) {
   if (of.hist.data != nullptr) at.load(of.hist, hist);
   if (of.noise.data != nullptr) at.load(of.noise, z);
   if (of.drawn) draw(counter(of.draws, n), uint32_t(counter_block), z);
+  if constexpr (kLearned) {
+    const float c_v = column(8);
+    float v[kEach];
+    at.load(of.variance, v);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) z[i] = power_of_2(c_v * v[i] * kLog2E) * z[i];
+  }
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const float v = p_x * x[i] + p_m * m[i];
@@ -121,11 +129,17 @@ DDPM_KERNEL(kThreads, 1) sampler_step_kernel(DDPM_ARGUMENT SamplerStep of) {
   at.store(of.out, x);
 }
 
+// The variance costs registers that most steps need not wait for.
+DDPM_KERNEL(kThreads, 1) sampler_step_kernel(DDPM_ARGUMENT SamplerStep of) { step<false>(of); }
+DDPM_KERNEL(kThreads, 1) sampler_step_learned_kernel(DDPM_ARGUMENT SamplerStep of) { step<true>(of); }
+
 }  // namespace
 
 Error sampler_step(const SamplerStep& of, Stream stream) {
   const int64_t blocks = (of.size + kThreads * kEach - 1) / (kThreads * kEach);
-  return launch(sampler_step_kernel, Grid{of.samples * blocks, 1, kThreads, 0}, of, stream);
+  const bool learned = of.variance.data != nullptr;
+  return launch(learned ? sampler_step_learned_kernel : sampler_step_kernel, Grid{of.samples * blocks, 1, kThreads, 0},
+                of, stream);
 }
 
 }  // namespace ddpm::cuda

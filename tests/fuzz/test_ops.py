@@ -132,10 +132,11 @@ def test_diffusion_loss(draw: Draw) -> bool:
 @fuzz(700)
 def test_sampler_step(draw: Draw) -> bool:
     shape, rows = batch(draw), draw(SMALL)
-    args = {"x": tensor(draw, shape), "model_out": tensor(draw, shape), "rows": tensor(draw, (rows, 8))}
+    args = {"x": tensor(draw, shape), "model_out": tensor(draw, shape), "rows": tensor(draw, (rows, one(draw, 9, 8)))}
     args |= {"k": torch.tensor(draw(st.integers(0, rows - 1))), "noise": maybe(draw, lambda: source(draw, shape))}
     args |= {
         "hist": maybe(draw, lambda: tensor(draw, shape)),
+        "variance": maybe(draw, lambda: tensor(draw, shape)),
         "clip": one(draw, None, 1.0, 0.5, 1e300, np.float32(0.25)),
     }
     args |= {"return_x0": one(draw, True, False)}

@@ -23,6 +23,7 @@ assert spec is not None and spec.loader is not None
 sys.modules["ddpm_fast._cuda"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 
+from ddpm_fast.kernels import layouts  # noqa: E402
 from ddpm_fast.kernels.cuda import group_norm_silu as kernels  # noqa: E402
 from ddpm_fast.kernels.cuda import sampler_step as steps  # noqa: E402
 
@@ -187,6 +188,30 @@ def test_sampler_step_has_the_bits_of_the_reference(shape: tuple[int, ...], layo
             assert torch.equal(b.nan_to_num(7.0), c.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice"])
+@pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF], ids=str)
+def test_sampler_step_with_a_variance(dtype: torch.dtype, layout: str, poison_empty: None) -> None:
+    """Four elements together, or one by one at an end that fills no four, of all there is to read."""
+    for shape in ((2, 3, 16, 20), (2, 3, 9, 7)):
+        x, model_out, hist, z, v = torch.randn(5, *shape, dtype=torch.float64)
+        tensors = {"x": x, "model_out": model_out, "hist": hist, "variance": v, "k": torch.tensor(2)}
+        tensors["rows"] = torch.rand(4, 9, dtype=torch.float64)
+        for more, static in (({"noise": z}, {}), ({}, {"noise": STATE, "clip": 1.0, "return_x0": True})):
+            options: dict[str, Any] = {"backend": "cuda", "dtype": dtype, "layout": layout}
+            options["keep"] = ("rows", "x", "noise")
+            check(ops.sampler_step, step_reference.sampler_step, tensors | more, static, **options)
+
+
+def test_sampler_step_reads_halves_of_one_tensor_where_they_lie() -> None:
+    both, rows, k = torch.randn(2, 6, 8, 8), torch.rand(4, 9), torch.tensor(2)
+    x, (m, v) = torch.randn(2, 3, 8, 8), both.chunk(2, dim=1)
+    assert all(layouts.array(half).data is half for half in (m, v))
+    with ops.use_backend("cuda"):
+        expected = ops.sampler_step(x, m.clone(), rows, k, noise=STATE, variance=v.clone())
+        assert torch.equal(ops.sampler_step(x, m, rows, k, noise=STATE, variance=v), expected)  # type: ignore[arg-type]
+        assert torch.equal(ops.sampler_step(x, m, rows, k, noise=STATE, variance=v, out=x), expected)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("dtype", [BF16, HALF], ids=str)
 def test_sampler_step_in_low_precision_rounds_once(dtype: torch.dtype) -> None:
     rows, k = torch.rand(4, 8), torch.tensor(1)
@@ -206,7 +231,8 @@ def test_the_first_sample_may_lie_on_the_device() -> None:
     found = []
     for first in (STATE.first_sample, torch.tensor(STATE.first_sample)):
         out = steps.room(x, None, [])
-        steps.sampler_step(out, None, x, m, rows, k, STATE._replace(first_sample=first), None, None)  # type: ignore[arg-type]
+        state = STATE._replace(first_sample=first)  # type: ignore[arg-type]
+        steps.sampler_step(out, None, x, m, rows, k, state, None, None, None)
         found.append(out.data)
     assert torch.equal(*found)
 
@@ -239,6 +265,9 @@ def test_reasons() -> None:
 
 def test_what_the_module_itself_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     """These guard memory where someone calls past the rule."""
+    row, rows, k = torch.randn(2, 16), torch.rand(4, 8), torch.tensor(0)
+    with pytest.raises(ValueError, match="rows with too few columns"):
+        steps.sampler_step(steps.room(row, None, []), None, row, row, rows, k, row, None, row, None)
     x, rule = torch.randn(2, 16, 4, 4).contiguous(memory_format=torch.channels_last), kernels.rule
     for change, text in (
         ({"slab": 6}, "images that don't lie in vectors"),

@@ -95,17 +95,17 @@ def test_q_sample(shape: tuple[int, ...], dim: int, dtype: torch.dtype) -> None:
 @ARRAYS
 @pytest.mark.parametrize("which", ["in", "out", "x0_out"])
 def test_sampler_step(shape: tuple[int, ...], dim: int, dtype: torch.dtype, which: str) -> None:
-    x, model_out, hist, z, out, x0_out = images(6, shape, dim, dtype)
-    rows, k, memory = torch.rand(2, 8), torch.tensor(1), Memory(dtype)
+    x, model_out, hist, z, v, out, x0_out = images(7, shape, dim, dtype)
+    rows, k, memory = torch.rand(2, 9), torch.tensor(1), Memory(dtype)
 
-    def run(x: Tensor, model_out: Tensor, hist: Tensor, noise: Tensor, **outs: Any) -> Any:
-        return ops.sampler_step(x, model_out, rows, k, noise=noise, hist=hist, return_x0=True, **outs)
+    def run(x: Tensor, model_out: Tensor, hist: Tensor, noise: Tensor, v: Tensor, **outs: Any) -> Any:
+        return ops.sampler_step(x, model_out, rows, k, noise=noise, hist=hist, variance=v, return_x0=True, **outs)
 
     with ops.use_backend("native"):
-        near = run(x, model_out, hist, z)
+        near = run(x, model_out, hist, z, v)
         if which == "in":
-            far = run(*(memory.far(v, dim) for v in (x, model_out, hist, z)))
+            far = run(*(memory.far(each, dim) for each in (x, model_out, hist, z, v)))
         else:
             outs = {"out": out, "x0_out": x0_out}
-            far = run(x, model_out, hist, z, **outs | {which: memory.far(outs[which], dim)})
+            far = run(x, model_out, hist, z, v, **outs | {which: memory.far(outs[which], dim)})
     assert all(torch.equal(a, b) for a, b in zip(near, far, strict=True))

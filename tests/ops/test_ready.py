@@ -42,7 +42,7 @@ def image(*shape: int) -> Tensor:
 
 def good() -> dict[str, list[list[Any]]]:
     """Of each op the values that each argument takes without checks, the first of them together."""
-    x, rows, t = image(), torch.rand(4, 8), torch.tensor([0, T - 1])
+    x, rows, t = image(), torch.rand(4, 9), torch.tensor([0, T - 1])
     one, each = torch.rand(C), torch.rand(N, C)
     images = [x, x.bfloat16(), x.to(memory_format=torch.channels_last), torch.nn.Parameter(x, requires_grad=False)]
     noises = [STATE, x, x.bfloat16(), STATE._replace(first_sample=7)]
@@ -64,10 +64,11 @@ def good() -> dict[str, list[list[Any]]]:
         "sampler_step": [
             [x],
             images,
-            [rows, rows.double(), rows.bfloat16()],
+            [rows, rows.double(), rows.bfloat16(), rows[:, :8]],
             [torch.tensor(2)],
             [*noises, None],
             [None, x],
+            [None, *images, image(N, 2 * C, H, W)[:, C:]],
             [None, 1.0],
             [True, False],
             [None, image()],
@@ -168,9 +169,10 @@ def test_what_is_ready_passes_the_checks(name: str, grad: bool) -> None:
 def test_gradients_are_ready_only_where_native_has_them() -> None:
     x, model_out, rows, k = image().requires_grad_(), image(), torch.rand(4, 8), torch.tensor(1)
     step = op("sampler_step").impls[0].ready
-    assert step and not step(x, model_out, rows, k, None, None, None, False, None, None)
+    assert step and not step(x, model_out, rows, k, None, None, None, None, False, None, None)
     with torch.no_grad():
-        assert step(x, model_out, rows, k, None, None, None, False, None, None)
+        assert step(x, model_out, rows, k, None, None, None, None, False, None, None)
+        assert not step(x, model_out, rows, k, STATE, None, model_out, None, False, None, None), "no column for it"
     loss = op("diffusion_loss").impls[0].ready
     assert loss and loss(x, STATE, "l2", None, None, None, "mean")
     assert not loss(model_out, x, "l2", None, None, None, "mean"), "no gradient for noise"

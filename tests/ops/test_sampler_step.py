@@ -13,7 +13,7 @@ from ddpm_fast.reference import sampler_step as reference
 STATE = NoiseState.at(1, 2, 3)
 # one element; odd sizes; a vector (1-D data); a batch of none
 SHAPES = [(1, 1, 1, 1), (3, 3, 7, 5), (4, 6), (0, 3, 4, 4)]
-ROWS = torch.rand(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+ROWS = torch.rand(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 K = torch.tensor(2)
 
 
@@ -28,13 +28,15 @@ def arguments(shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
 def test_against_reference(backend, dtype, layout, shape, poison_empty) -> None:
     """The state is float32; the network's output has the tested dtype."""
     tensors = arguments(shape)
-    hist, z = torch.randn(2, *shape, dtype=torch.float64)
+    hist, z, v = torch.randn(3, *shape, dtype=torch.float64)
     options = {"backend": backend, "dtype": dtype, "layout": layout, "keep": ("x", "rows", "hist", "noise")}
     for more, static in (
         ({}, {}),
         ({"noise": z}, {"clip": 0.5}),
         ({"noise": z, "hist": hist}, {"return_x0": True}),
         ({"hist": hist}, {"noise": STATE, "clip": 1.0, "return_x0": True}),
+        ({"noise": z, "variance": v}, {}),
+        ({"hist": hist, "variance": v}, {"noise": STATE, "clip": 1.0, "return_x0": True}),
     ):
         wrt = ["x", "model_out", *more] if backend == "reference" else []  # kernels have no gradient
         check(ops.sampler_step, reference.sampler_step, tensors | more, static, wrt=wrt, **options)
@@ -43,7 +45,7 @@ def test_against_reference(backend, dtype, layout, shape, poison_empty) -> None:
 def test_formula() -> None:
     a = arguments((2, 3, 4, 4))
     hist, z = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64)
-    _, _, p_x, p_m, c_x, c_0, c_h, c_z = ROWS[2].tolist()
+    _, _, p_x, p_m, c_x, c_0, c_h, c_z, _ = ROWS[2].tolist()
     x0 = (p_x * a["x"] + p_m * a["model_out"]).clamp(-0.7, 0.7)
     x_next, x0_hat = ops.sampler_step(**a, hist=hist, noise=z, clip=0.7, return_x0=True)
     assert torch.allclose(x0_hat, x0, rtol=1e-14)
@@ -60,7 +62,11 @@ def same(got: Any, expected: Any) -> bool:
 
 
 @pytest.mark.parametrize("more", [{}, {"clip": 0.5}, {"noise": STATE}, {"noise": STATE, "clip": 0.5, "hist": True}])
-@pytest.mark.parametrize("rows", [ROWS, ROWS.float(), ROWS.t().contiguous().t()], ids=["float64", "float32", "columns"])
+@pytest.mark.parametrize(
+    "rows",
+    [ROWS, ROWS.float(), ROWS.t().contiguous().t(), ROWS[:, :8]],
+    ids=["float64", "float32", "columns", "without c_v"],
+)
 def test_float32_has_the_bits_of_the_reference(rows, more) -> None:
     """Also across pieces of a sample, for what is not finite, and with each operand in a layout of its own."""
     shape = (3, 3, 29, 23)
@@ -86,9 +92,10 @@ def test_a_low_precision_state(dtype: torch.dtype, layout: str) -> None:
     a = float32(shape) | {"rows": ROWS.float()}
     a["x"] = laid_out(a["x"].bfloat16(), layout)
     a["model_out"] = a["model_out"].to(dtype)
-    hist, out, x0_out = (laid_out(torch.randn(shape).bfloat16(), layout) for _ in range(3))
-    options = {"hist": hist, "noise": STATE, "clip": 1.0, "return_x0": True}
-    wide = {k: v.float() if v.is_floating_point() else v for k, v in (a | {"hist": hist}).items()}
+    hist, variance, out, x0_out = (laid_out(torch.randn(shape).bfloat16(), layout) for _ in range(4))
+    options = {"hist": hist, "variance": variance, "noise": STATE, "clip": 1.0, "return_x0": True}
+    wide = a | {"hist": hist, "variance": variance}
+    wide = {k: v.float() if v.is_floating_point() else v for k, v in wide.items()}
     expected = [v.bfloat16() for v in ops.sampler_step(**options | wide)]
     with ops.use_backend("native"):
         got = ops.sampler_step(**a, **options, out=out, x0_out=x0_out)
@@ -124,6 +131,7 @@ def test_results_may_overlap_what_is_read(backend: str) -> None:
         {"out": across},
         {"out": x, "x0_out": late, "return_x0": True},
         {"out": a["model_out"], "hist": late, "x0_out": across, "return_x0": True},
+        {"out": late, "variance": x, "x": a["model_out"], "noise": a["model_out"]},
         {"out": late[:, 1:2], "model_out": late[:, :1], "x": x[:, :1], "noise": late[:, 1:2]},
     ):
         with ops.use_backend(backend):
@@ -168,11 +176,13 @@ def test_autograd_sees_that_a_result_was_written(backend: str) -> None:
         {"model_out": torch.randn(2, 3, 4, 4).half()},
         {"noise": torch.randn(2, 3, 4, 4).double()},
         {"hist": torch.randn(2, 3, 4, 4).double()},
+        {"variance": torch.randn(2, 3, 4, 4).double(), "noise": torch.randn(2, 3, 4, 4)},
         {"rows": ROWS.half()},
         {"x": torch.randn(2, 3, 4, 4).requires_grad_()},
         {"model_out": torch.randn(2, 3, 4, 4).requires_grad_()},
         {"noise": torch.randn(2, 3, 4, 4).requires_grad_()},
         {"hist": torch.randn(2, 3, 4, 4).requires_grad_()},
+        {"variance": torch.randn(2, 3, 4, 4).requires_grad_(), "noise": torch.randn(2, 3, 4, 4)},
         {"rows": ROWS.float().requires_grad_()},
         {"model_out": torch.complex(*torch.randn(2, 2, 3, 4, 4)).conj().imag},
     ],
@@ -192,6 +202,7 @@ def test_what_no_kernel_takes_goes_to_the_reference(change: dict[str, torch.Tens
 def test_out_may_alias_the_inputs(backend: str) -> None:
     a = {k: v.float() if v.is_floating_point() else v for k, v in arguments((2, 3, 4, 4)).items()}
     hist = torch.randn(2, 3, 4, 4)
+    a |= {"variance": torch.randn(2, 3, 4, 4)}
     with ops.use_backend(backend):
         expected = ops.sampler_step(**a, hist=hist, noise=STATE, return_x0=True)
         again = ops.sampler_step(**a, hist=hist, noise=STATE, return_x0=True)
@@ -213,7 +224,7 @@ def test_noise_is_drawn_at_the_row() -> None:
 def test_the_first_sample_may_lie_on_the_device(backend: str) -> None:
     """As in a recorded step, which serves any part of a batch; beyond 32 bits, too."""
     a = float32((2, 3, 4, 4))
-    rest = (None, None, False, None, None)
+    rest = (None, None, None, False, None, None)
     with ops.use_backend(backend):
         for first in (0, 1, 2**33 + 5):
             state = STATE._replace(first_sample=first)
@@ -234,7 +245,10 @@ R = ROWS.float()
     [
         ((X.long(), X, R, K), {}, TypeError, "x must be a floating"),
         ((X, X[:1], R, K), {}, ValueError, "model_out must have shape"),
-        ((X, X, R[:, :7], K), {}, ValueError, "rows must have 8 columns"),
+        ((X, X, R[:, :7], K), {}, ValueError, "rows must have 8 or 9 columns"),
+        ((X, X, R[:, :8], K), {"variance": X}, ValueError, "rows must have 9 columns for variance"),
+        ((X, X, R, K), {"variance": X[:1]}, ValueError, "variance must have shape"),
+        ((X, X, R, K), {"variance": X.long()}, TypeError, "variance must be a floating"),
         ((X, X, R, K), {"out": X, "x0_out": X, "return_x0": True}, ValueError, "x0_out must be another tensor"),
         ((X, X, R[0], K), {}, ValueError, "rows must have 2 dim"),
         ((X, X, R, K[None]), {}, ValueError, "k must have shape"),

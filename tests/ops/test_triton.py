@@ -50,7 +50,7 @@ def test_noise_alone_takes_a_first_sample_that_the_host_knows() -> None:
     state = STATE._replace(first_sample=torch.tensor(2**33 + 1))
     step = step_op.unchecked
     a = (torch.ones(2, 3, dtype=torch.float64), torch.ones(2, 3), torch.rand(4, 8), torch.tensor(1))
-    rest = (None, None, False, None, None)
+    rest = (None, None, None, False, None, None)
     assert torch.equal(step(*a, state, *rest), step(*a, STATE, *rest))
     with ops.use_backend("triton"), pytest.raises(RuntimeError, match="takes a first sample that the host knows"):
         noise_op.unchecked((2, 3), state, REVERSE, torch.float32)
