@@ -73,7 +73,7 @@ def cases() -> Iterator[Case]:
 
 def _steps(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     from ddpm_fast.kernels import diffusion_loss, ema_update, noise, q_sample, sampler_step, timestep_embedding
-    from ddpm_fast.reference.philox import REVERSE, NoiseState
+    from ddpm_fast.reference.philox import REVERSE, TIMESTEPS, NoiseState
 
     state, shape, name, wide = NoiseState.at(1, 2, 3), (64, 3, 32, 32), _name(dtype), dtype.itemsize == 4
     x = torch.zeros(shape, dtype=dtype)
@@ -82,7 +82,7 @@ def _steps(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     if dtype is torch.float32:
         embedding = partial(timestep_embedding.timestep_embedding, t, 128, 1.0)
         yield Case("timestep_embedding", "[64] -> 128", embedding, False, True)
-        yield Case("noise", "timesteps", partial(noise.timesteps, 64, 1000, state), False, True)
+        yield Case("noise", "timesteps", partial(noise.timesteps, 64, 1000, state, TIMESTEPS), False, True)
         yield Case("noise", "dropout_mask", partial(noise.dropout_mask, (64, 128, 32, 32), 0.1, state, 33), True, True)
     averages, values = [torch.zeros(128, 128, 3, 3)], [torch.zeros(128, 128, 3, 3, dtype=dtype)]
     yield Case("ema_update", f"of {name}", partial(ema_update.ema_update, averages, values, 0.999), True, quick)

@@ -48,7 +48,7 @@ from ddpm_fast import commands, ops
         ("sample {c} --steps 21", "--steps must be an integer in [1, 20], got 21"),
         ("sample {c} --sampler eulerian", "--sampler eulerian: expected one of ddpm"),
         ("sample {c} --option eta=1", "sampler_options: 'ddpm' has no option 'eta'; it has variance"),
-        ("sample {c} --sampler ddim --option eta=2", "eta must be a finite number in [0, 1], got 2.0"),
+        ("sample {c} --sampler ddim --option eta=2", "eta must be a finite number in [0, 1], got 2 (int)"),
         ("demo --out {run}", "model.safetensors exists, and no demo wrote it"),
     ],
 )

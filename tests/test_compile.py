@@ -60,7 +60,7 @@ SAMPLES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
         ),
     ],
     "noise": [(((2, 3, 4), SEED, DRAW, 1, ops.PERTURB), {"dtype": torch.bfloat16})],
-    "timesteps": [((4, 1000, SEED, DRAW, 1), {})],
+    "timesteps": [((4, 1000, SEED, DRAW, 1, 2), {})],
     "dropout_mask": [(((2, 4, 3, 3), 0.2, SEED, DRAW, 1, ops.DROPOUT), {})],
     "timestep_embedding": [((T, 8, 1.0), {})],
     "ema_update": [(([torch.randn(3, 2), torch.randn(5)], [torch.randn(3, 2), torch.randn(5)], 0.9), {})],

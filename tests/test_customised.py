@@ -132,9 +132,9 @@ def test_an_activation_need_not_be_hashable() -> None:
     [
         (lambda x, t, y: torch.cat([x, x], 1), ValueError, r"model must return a tensor like x, \[2, 1, 8, 8\]; got"),
         (lambda x, t, y: x[:, :, :1], ValueError, "model must return a tensor like x"),
-        (lambda x, t, y: (x,), TypeError, "model must return a tensor like x.*got a tuple"),
+        (lambda x, t, y: {"x": x}, TypeError, "model must return a tensor like x.*got a dict"),
     ],
-    ids=["two outputs a pixel", "broadcastable", "tuple"],
+    ids=["two outputs a pixel", "broadcastable", "dictionary"],
 )
 def test_a_network_that_returns_something_else_is_told(rng, network, kind, text) -> None:
     model = nn.Identity()

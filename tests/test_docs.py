@@ -21,8 +21,26 @@ GIVEN: dict[str, Any] = {
     "loader": [torch.zeros(2, 3, 32, 32)],
     "diffusion": Diffusion(Pixelwise(), (4, 4), 1, None, generate_linear_schedule(1000, 1e-4, 0.02)),
 }
+GIVEN_THERE: dict[str, dict[str, Any]] = {
+    "training": {"loader": [torch.zeros(2, 1, 4, 4)], "images": torch.zeros(2, 1, 4, 4), "labels": None},
+    "conditions": {
+        "betas": generate_linear_schedule(20, 1e-2, 0.2),
+        "x": torch.zeros(16, 3, 32, 32),
+        "y": torch.arange(16) % 10,
+        "net": lambda x, t, *inputs: 0.5 * x,
+        "text": torch.ones(16, 4),
+        "mask": torch.ones(16),
+        "no_text": torch.zeros(1, 4),
+        "no_mask": torch.zeros(1),
+        "classifier": lambda x, t: x.flatten(2).mean(2) @ torch.ones(3, 10),
+    },
+}
 # A size that a test can wait for.
-SMALLER = {"UNet(3, 128, ": "UNet(3, 32, ", "schedule(1000, ": "schedule(3, "}
+SMALLER = {
+    "UNet(3, 128, ": "UNet(3, 32, ",
+    "UNet(3, 64, ": "UNet(3, 8, (1, 2), 1, num_groups=4, ",
+    "None, generate_linear_schedule(1000, ": "None, generate_linear_schedule(3, ",
+}
 
 
 def blocks(page: Path) -> list[str]:
@@ -31,11 +49,13 @@ def blocks(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
 def test_the_examples_run(page: Path) -> None:
-    names = copy.deepcopy(GIVEN) | ({"loader": [torch.zeros(2, 1, 4, 4)]} if page.stem == "training" else {})
+    names = copy.deepcopy(GIVEN | GIVEN_THERE.get(page.stem, {}))
     for block in blocks(page):
         for usual, small in SMALLER.items():
             block = block.replace(usual, small)
         exec(compile(block, page, "exec"), names)
+        if "bits" in names:
+            assert names["bits"].total.shape == (2,) and names["bits"].terms.shape == (2, 1000)
         if page.stem == "training":
             assert names["loss"].isfinite() and names["diffusion"].step == 1
         else:

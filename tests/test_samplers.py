@@ -244,7 +244,7 @@ ABAR = np.cumprod(1 - SCHEDULES["cosine"])
         (lambda: make_plan("ddim2", ABAR), ValueError, "sampler must be a Plan or one of " + ", ".join(SAMPLERS)),
         (lambda: make_plan("ddpm", ABAR, num_steps=0), ValueError, r"num_steps must be an integer in \[1, 40\]"),
         (
-            lambda: make_plan("ddpm", ABAR, options={"variance": "learned"}),
+            lambda: make_plan("ddpm", ABAR, options={"variance": "large"}),
             ValueError,
             "variance must be one of",
         ),
