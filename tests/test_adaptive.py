@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from toys import NormalData
+from toys import BETAS, NormalData, pixelwise
 
-from ddpm_fast import generate_cosine_schedule, generate_linear_schedule
+from ddpm_fast import Diffusion, UNet, generate_cosine_schedule, generate_linear_schedule, ops
 from ddpm_fast.adaptive import adaptive
 from ddpm_fast.reference.samplers import dpm_adaptive_loop
 from ddpm_fast.samplers.steps import time_at
@@ -195,3 +195,60 @@ X = torch.zeros(1, 2)
 def test_bad_input(options, kind, text) -> None:
     with pytest.raises(kind, match=text):
         adaptive(Network(), **{"x": X, "alphas_cumprod": ABAR} | options)
+
+
+def test_by_name() -> None:
+    """What `Diffusion.sample` draws: each image its own, in parts, guided, with noise levels."""
+    y = torch.tensor([0, 2, 1])
+    net = UNet(1, 8, (1, 2), 1, time_emb_dim=8, num_classes=4, num_groups=4).double()
+    diffusion = Diffusion(net, (8, 8), 1, 3, BETAS, label_dropout=0.1).double()
+    options = {"rtol": 0.1, "clip": True}
+    draw = lambda **more: diffusion.sample(  # noqa: E731
+        3, "cpu", y, seed=1, sampler="adaptive", **{"sampler_options": options} | more
+    )
+    images = draw()
+    x_T = ops.noise((3, 1, 8, 8), ops.NoiseState.at(1, 0), ops.X_T, dtype=torch.float64)
+    model = diffusion.ema_model.eval()
+    abar = np.cumprod(1 - BETAS)
+    expected = adaptive(lambda x, t, i: model(x, t, y[i]), x_T, abar, **options)
+    torch.testing.assert_close(images, expected)
+    one = diffusion.sample(1, "cpu", y[2:], seed=1, first_index=2, sampler="adaptive", sampler_options=options)
+    torch.testing.assert_close(one, images[2:])
+    null = torch.full((3,), 3)
+
+    def guided(x: Tensor, t: Tensor, i: Tensor) -> Tensor:
+        return 2 * model(x, t, y[i]) - model(x, t, null[i])
+
+    torch.testing.assert_close(draw(guidance=2.0), adaptive(guided, x_T, abar, **options))
+    steps: list[int] = []
+    sequence = diffusion.sample_diffusion_sequence(3, "cpu", y, seed=1, sampler="adaptive", sampler_options=options)
+    draw(callback=lambda k, x: steps.append(k))
+    assert torch.equal(sequence[-1], images) and steps == list(range(len(sequence) - 1))
+    told: list[Tensor] = []
+    levels = Diffusion(net, (8, 8), 1, 3, BETAS, time_input="noise_level").double()
+    levels.ema_model.register_forward_pre_hook(lambda module, args: told.append(args[1]))
+    levels.sample(3, "cpu", y, seed=1, sampler="adaptive")
+    for found, level in ((told[0], abar[-1]), (told[-1], abar[0])):
+        assert found.tolist() == pytest.approx([level**0.5] * 3)
+    )
+
+
+def test_progress_of_a_chain_without_a_number_of_steps(capsys) -> None:
+    pixelwise().sample(2, "cpu", seed=1, sampler="adaptive", progress=True)
+    assert "200/200" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "text"),
+    [
+        ({"num_steps": 5}, ValueError, "num_steps and corrections are for tables: 'adaptive' takes as many"),
+        ({"corrections": [lambda x0, now: x0]}, ValueError, "num_steps and corrections are for tables"),
+        ({"sampler_options": {"eta": 1}}, TypeError, "'adaptive' has no option 'eta'; it has rtol, atol"),
+        ({"sampler_options": {"time_input": "timestep"}}, TypeError, "'adaptive' has no option 'time_input'"),
+        ({"guidance": [1.0, 2.0]}, TypeError, "guidance must be a finite number"),
+        ({"guidance": 2.0}, ValueError, "guidance needs classes"),
+    ],
+)
+def test_bad_options_by_name(options, kind, text) -> None:
+    with pytest.raises(kind, match=text):
+        pixelwise().sample(1, "cpu", sampler="adaptive", **options)

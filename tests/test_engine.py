@@ -1,12 +1,15 @@
 """The denoising loop: no host reads, splitting, progress, callbacks, interruption."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from toys import BETAS, Pixelwise, pixelwise, small
+from toys import BETAS, TINY, Pixelwise, pixelwise, small
 
 from ddpm_fast import Diffusion, UNet, ops
 from ddpm_fast.chain import Chain, Predictor, told_by
@@ -59,6 +62,43 @@ def test_training_never_reads_the_device(prediction: str) -> None:
         state.draw.add_(1)
         diffusion.at(state, x, y).backward()
     assert all(p.grad is not None for p in diffusion.model.parameters())
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "weights": {"loss_weighting": "min_snr", "timestep_sampling": "log_normal", "loss_type": "huber"},
+    "their losses": {"timestep_sampling": "loss_second_moment"},
+    "learned variance": {"learned_variance": True},
+    "label dropout": {"label_dropout": 0.3},
+    "noise levels": {"time_input": "noise_level"},
+    "a condition": {"cond_channels": 2},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_no_objective_reads_the_device(option: str) -> None:
+    config = replace(TINY, num_classes=3, **OPTIONS[option])
+    diffusion = Diffusion.from_config(config).train().to("meta")
+    state = ops.NoiseState.at(1, 0, device="meta")
+    x, y = torch.zeros(2, 1, 8, 8, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
+    cond = torch.zeros(2, 2, 8, 8, device="meta") if config.cond_channels else None
+    with NoHostReads():
+        state.draw.add_(1)
+        diffusion.at(state, x, y, cond=cond).backward()
+
+
+@pytest.mark.parametrize("guidance", [None, 2.0])
+@pytest.mark.parametrize("learned", [False, True])
+def test_no_conditional_step_reads_the_device(learned: bool, guidance: float | None) -> None:
+    net = UNet(3, 8, (1, 2), 1, time_emb_dim=8, num_groups=4, num_classes=4, out_channels=1 + learned).to("meta").eval()
+    options = {"variance": "learned" if learned else "beta"}
+    plan = make_plan("ddpm", np.cumprod(1 - BETAS), options=options).guided(1.0 if guidance is None else guidance)
+    y, cond = torch.zeros(2, dtype=torch.int64, device="meta"), torch.zeros(2, 2, 8, 8, device="meta")
+    call = lambda x, t, y, cond: net(torch.cat([x, cond.to(x.dtype)], 1), t, y)  # noqa: E731
+    predictor = Predictor(net, call, [y, cond], None if guidance is None else [y + 3, cond])
+    x, state = torch.zeros(2, 1, 8, 8, device="meta"), ops.NoiseState.at(0, 0, device="meta")
+    chain = Chain(x, plan, state, told_by(predictor, plan.timesteps(x.device)))
+    with torch.no_grad(), NoHostReads():
+        chain.step(predictor)
 
 
 @pytest.mark.parametrize(

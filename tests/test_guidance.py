@@ -137,6 +137,19 @@ def test_recorded_steps_are_guided(tape: Tape, scale: Any) -> None:
     assert len(graph.graphs) == 2
 
 
+@pytest.mark.parametrize("scale", [None, 2.0])
+def test_recorded_steps_with_a_learned_variance_and_an_image(tape: Tape, scale: float | None) -> None:
+    net = UNet(3, 8, (1, 2), 1, time_emb_dim=8, num_classes=4, num_groups=4, out_channels=2)
+    options: dict[str, Any] = {"label_dropout": 0.1, "learned_variance": True, "cond_channels": 2}
+    make = lambda engine: Diffusion(net, (8, 8), 1, 3, BETAS, engine=engine, **options)  # noqa: E731
+    graph, eager = make("graph"), make("eager")
+    for k in range(2):
+        cond, y = torch.randn(2, 2, 8, 8), torch.tensor([k, 2])
+        same(graph, eager, y=y, cond=cond, seed=k, guidance=scale)
+        same(graph, eager, y=y, cond=cond, seed=k, guidance=scale, sampler="ddim", num_steps=9)
+    assert len(graph.graphs) == 2  # ddim leaves the variance out
+
+
 def test_label_dropout_in_training() -> None:
     """A share of the images, each by its own random number: in any batch, in a second run again, not in eval mode."""
     net = Labelled()

@@ -26,6 +26,11 @@ def network(x: Tensor, t: Tensor | int) -> Tensor:
     return torch.tanh(0.8 * x + 0.1 * torch.sin(time.to(x.dtype)))
 
 
+def with_variance(x: Tensor, t: Tensor | int) -> Tensor:
+    """And says where between its bounds the variance lies, beyond them, too."""
+    return torch.cat([network(x, t), 1.5 * torch.cos(3 * x)], dim=1)
+
+
 class Recorded:
     """Replays one list of normals to both loops, through torch.randn."""
 
@@ -42,6 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "ddpm beta": ("ddpm", {}, ()),
     "ddpm posterior": ("ddpm", {"variance": "posterior"}, ("variance",)),
     "ddpm between": ("ddpm", {"variance": 0.3}, ("variance",)),
+    "ddpm learned": ("ddpm", {"variance": "learned"}, ("variance",)),
     "ddim": ("ddim", {}, ()),
     "ddim eta": ("ddim", {"eta": 0.5}, ("eta",)),
     "euler": ("euler", {}, ()),
@@ -89,13 +95,13 @@ def both(
     if name == "heun":
         more["time_at"] = lambda sigma: float(time_at(abar, np.array(sigma)))
     levels = [*level.tolist(), after[-1]]
-    found = []
+    found, net = [], with_variance if options.get("variance") == "learned" else network
     for kind in (dtype, torch.float64):
         z = [v.to(kind) for v in numbers]
-        found.append(LOOPS[name](network, x_T.to(kind), t.tolist(), levels, z, **more))
+        found.append(LOOPS[name](net, x_T.to(kind), t.tolist(), levels, z, **more))
     with monkeypatch.context() as m:
         drawn.patch(m)
-        got = denoise(network, x_T.to(dtype).clone(), plan)
+        got = denoise(net, x_T.to(dtype).clone(), plan)
     return [got, *found]
 
 

@@ -227,3 +227,43 @@ def test_a_scale_goes_on_where_it_was() -> None:
     assert step.state_dict() == other.state_dict() == {"scale": 8.0, "growth": 3}
     assert TrainStep(d, adam(d)).state_dict() == {}
     assert not hasattr(step.optimizer, "found_inf"), "a step of the caller's own would be left out with the last one"
+
+
+OBJECTIVES = {
+    "weights": {"loss_weighting": "min_snr", "timestep_sampling": "log_normal", "loss_type": "huber"},
+    "their losses": {"timestep_sampling": "loss_second_moment", "num_timesteps": 3},
+    "learned variance": {"learned_variance": True},
+    "label dropout": {"label_dropout": 0.3},
+    "noise levels": {"time_input": "noise_level"},
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_is_recorded(tape: Tape, objective: str) -> None:
+    """The weights of the script, bit for bit, and what the objective remembers."""
+    a = diffusion(**OBJECTIVES[objective])
+    b = copy.deepcopy(a)
+    optimizer, step = adam(a), TrainStep(b, adam(b), engine="graph")
+    for k in range(16):
+        assert torch.equal(step(*batch(k)), script(a, optimizer, *batch(k))), k
+    same(b, a)
+    assert tape.replays == 16 - 2 * WARM_UPS and a.extra_state() == b.extra_state()
+    if objective == "their losses":
+        assert int(a.timestep_sampler.seen.min()) >= 10  # so that they were gone by
+
+
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+def test_with_an_image_condition(tape: Tape, engine: str) -> None:
+    a = diffusion(cond_channels=2)
+    b = copy.deepcopy(a)
+    optimizer, step = adam(a), TrainStep(b, adam(b), engine=engine, accumulate=2)
+    for k in range(12):
+        (x, y), cond = batch(k), torch.randn(4, 2, 8, 8)
+        optimizer.zero_grad()
+        for part in (slice(0, 2), slice(2, 4)):
+            (a(x[part], y[part], cond=cond[part]) / 2).backward()
+        optimizer.step()
+        a.update_ema()
+        step(x, y, cond=cond)
+        same(b, a)
+    assert tape.replays == (12 - 2 * WARM_UPS if engine == "graph" else 0)

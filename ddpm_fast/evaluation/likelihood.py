@@ -45,7 +45,7 @@ def bits_per_dimension(
         y, cond: as in training.
         use_ema: of `ema_model`, else of `model`.
         variance: of the reverse steps: "posterior", "beta" or "learned"; by default "learned" where it is, else
-            "posterior".
+            "beta", as for sampling.
         clip: bound x0_hat to [-1, 1].
         seed: of the noise; an image's depends on its place in x.
         batch_size: images at a time.
@@ -56,7 +56,7 @@ def bits_per_dimension(
     """
     checks.tensor("x", x)
     batch_size = checks.integer("batch_size", batch_size, 1)
-    variance = ("learned" if diffusion.learned_variance else "posterior") if variance is None else variance
+    variance = ("learned" if diffusion.learned_variance else "beta") if variance is None else variance
     checks.choice("variance", variance, tuple(VARIANCES))
     if variance == "learned" and not diffusion.learned_variance:
         raise ValueError("variance 'learned' needs a Diffusion made with learned_variance=True")

@@ -35,6 +35,8 @@ def ddpm_loop(
         alpha = now / after
         beta = 1 - alpha
         out = network(x, time)
+        if variance == "learned":
+            out, v = out.chunk(2, dim=1)
         if prediction == "eps" and not clip:
             mean = (x - beta / math.sqrt(1 - now) * out) / math.sqrt(alpha)
         else:
@@ -44,10 +46,13 @@ def ddpm_loop(
         x = mean
         if after < 1 and beta > 0:
             posterior = beta * (1 - after) / (1 - now)
-            if isinstance(variance, str):
+            logs = math.log(beta), math.log(posterior)
+            if variance == "learned":  # Nichol & Dhariwal 2021, equation 15
+                share = (v + 1) / 2
+                sigma = torch.exp((share * logs[0] + (1 - share) * logs[1]) / 2)
+            elif isinstance(variance, str):
                 sigma = math.sqrt(beta if variance == "beta" else posterior)
-            else:  # Nichol & Dhariwal 2021, equation 15
-                logs = math.log(beta), math.log(posterior)
+            else:
                 sigma = math.exp((variance * logs[0] + (1 - variance) * logs[1]) / 2)
             x = mean + sigma * noise[i]
     return x
