@@ -230,7 +230,6 @@ def test_by_name() -> None:
     levels.sample(3, "cpu", y, seed=1, sampler="adaptive")
     for found, level in ((told[0], abar[-1]), (told[-1], abar[0])):
         assert found.tolist() == pytest.approx([level**0.5] * 3)
-    )
 
 
 def test_progress_of_a_chain_without_a_number_of_steps(capsys) -> None:
