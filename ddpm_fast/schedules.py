@@ -1,5 +1,6 @@
 """Noise schedules, and the tables that follow from them. All arithmetic in float64."""
 
+import warnings
 from typing import Any, cast
 
 import numpy as np
@@ -14,7 +15,8 @@ Array = NDArray[np.float64]
 def generate_linear_schedule(T: int, low: float, high: float) -> Array:
     """T betas evenly spaced from `low` to `high` (Ho et al. 2020, section 4).
 
-    The paper's 1e-4 and 0.02 are for T = 1000; scale both by 1000 / T for another T.
+    The paper's 1e-4 and 0.02 are for T = 1000; scale both by 1000 / T for another T. Warns where a beta reaches 1, as
+    with ends scaled for few timesteps.
 
     Raises:
         ValueError, TypeError: T is not a positive integer, or an end is not a finite number.
@@ -23,6 +25,12 @@ def generate_linear_schedule(T: int, low: float, high: float) -> Array:
     low, high = checks.number("low", low), checks.number("high", high)
     if not np.isfinite(high - low):
         raise ValueError(f"low and high must be closer together, got {low} and {high}")
+    if max(low, high) >= 1:
+        warnings.warn(
+            f"{steps} linear betas reach {max(low, high):.3g}, and nothing is left of an image at 1: use more timesteps "
+            "(more than 20 for ends scaled by 1000 / T), lower ends or the cosine schedule",
+            stacklevel=2,
+        )
     return np.linspace(low, high, steps)
 
 

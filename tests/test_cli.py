@@ -13,7 +13,7 @@ import torch
 from command_line import DRAW, TRAIN, run
 from PIL import Image, ImageSequence
 
-from ddpm_fast import __version__, demo, ops
+from ddpm_fast import __version__, demo, dynamic_threshold, ops
 from ddpm_fast.commands.train import _ema
 from ddpm_fast.evaluation.classifier import judge
 from ddpm_fast.models.presets import PRESETS
@@ -116,11 +116,47 @@ def test_sample_options_reach_the_sampler(distinct: Path, tmp_path: Path) -> Non
         assert image == expected(distinct, [4, 4], **options).permute(0, 2, 3, 1).numpy().tobytes()
 
 
+def test_a_guided_model_of_its_own_objective(tmp_path: Path) -> None:
+    """Every option of the objective reaches the model, and those of guidance the sampler."""
+    objective = "--loss huber --loss-weighting min_snr --timestep-sampling loss_second_moment --learned-variance"
+    command = f"{TRAIN} --data digits --preset digits --steps 2 --label-dropout 0.5 {objective} --out {{out}}"
+    assert run(command, out=tmp_path) == 0
+    config = read_checkpoint(tmp_path / "model.safetensors").config
+    assert (config.loss_type, config.loss_weighting, config.timestep_sampling) == (
+        "huber", "min_snr", "loss_second_moment"
+    )  # fmt: skip
+    assert config.learned_variance and config.label_dropout == 0.5
+    diffusion, _ = load_diffusion(tmp_path / "model.safetensors")
+    assert diffusion.model.num_classes == 11 and diffusion.model.out_channels == 2
+    few = {"seed": 0, "num_steps": 5}
+    cases = {
+        " --steps 5": few,
+        " --steps 5 --guidance 3": few | {"guidance": 3.0},
+        " --steps 5 --guidance 3 --dynamic-threshold 0.9": {
+            **few, "guidance": 3.0, "corrections": [dynamic_threshold(0.9)],
+        },
+        " --steps 5 --option variance=beta": few | {"sampler_options": {"variance": "beta"}},
+        " --sampler adaptive --guidance 2 --option rtol=0.3 --option max_calls=300": {
+            "seed": 0, "sampler": "adaptive", "guidance": 2.0, "sampler_options": {"rtol": 0.3, "max_calls": 300},
+        },
+    }  # fmt: skip
+    seen = set()
+    for i, (option, options) in enumerate(cases.items()):
+        assert run(DRAW + " --class 4 --num 2" + option, c=tmp_path, out=tmp_path / f"{i}.npz") == 0
+        with np.load(tmp_path / f"{i}.npz") as file:
+            image = file["images"].tobytes()
+        assert (
+            image == expected(tmp_path / "model.safetensors", [4, 4], **options).permute(0, 2, 3, 1).numpy().tobytes()
+        )
+        seen.add(image)
+    assert len(seen) == 5
+
+
 def test_samplers_are_listed(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as end:
         run("sample --list-samplers")
     shown = capsys.readouterr().out
-    assert not end.value.code and all(f"{name}: " in shown for name in SAMPLERS)
+    assert not end.value.code and all(f"{name}: " in shown for name in (*SAMPLERS, "adaptive"))
     assert "    eta=0.0 spacing=linspace final=clean clip=false" in shown
 
 

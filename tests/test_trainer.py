@@ -5,6 +5,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from toys import TINY as FIVE_CLASSES
 
 from ddpm_fast import ops
 from ddpm_fast.models.presets import Config
+from ddpm_fast.objectives import LossSecondMoment
 from ddpm_fast.training import journal as journal_module
 from ddpm_fast.training import trainer as trainer_module
 from ddpm_fast.training.checkpoint import read_checkpoint
@@ -387,3 +389,16 @@ def test_first_batch_is_the_documented_one(tmp_path: Path) -> None:
     x, y = t.batches.take(0, 16)
     expected = Batches(digits(), seed=1, flip=True).take(0, 16)
     assert torch.equal(x, expected[0]) and torch.equal(y, expected[1])
+
+
+def test_a_resumed_run_goes_by_the_same_losses(tmp_path: Path) -> None:
+    """Timesteps drawn by their losses: what they were rides in the checkpoint."""
+    config = replace(TINY, num_timesteps=6, timestep_sampling="loss_second_moment", label_dropout=0.2)
+    whole, first = (trainer(tmp_path / name, config=config) for name in ("whole", "parts"))
+    whole.run(14)
+    sampler = cast(LossSecondMoment, whole.diffusion.timestep_sampler)
+    assert int(sampler.seen.min()) >= sampler.history and float(sampler.probabilities().max()) > 0.2
+    first.run(9)
+    second = Trainer.resume(digits(), tmp_path / "parts", progress=False, log_every=5, save_every=0)
+    second.run(14)
+    assert_same_state(second, whole)
