@@ -27,8 +27,8 @@ def generate_linear_schedule(T: int, low: float, high: float) -> Array:
         raise ValueError(f"low and high must be closer together, got {low} and {high}")
     if max(low, high) >= 1:
         warnings.warn(
-            f"{steps} linear betas reach {max(low, high):.3g}, and nothing is left of an image at 1: use more timesteps "
-            "(more than 20 for ends scaled by 1000 / T), lower ends or the cosine schedule",
+            f"{steps} linear betas reach {max(low, high):.3g}, and nothing is left of an image at 1: use more "
+            "timesteps (more than 20 for ends scaled by 1000 / T), lower ends or the cosine schedule",
             stacklevel=2,
         )
     return np.linspace(low, high, steps)

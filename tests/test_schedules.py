@@ -21,7 +21,7 @@ from ddpm_fast.schedules import (
 
 def test_few_linear_steps_are_warned_of() -> None:
     """Ends scaled by 1000 / T pass 1 from T = 20 down."""
-    with pytest.warns(UserWarning, match="20 linear betas reach 1, and nothing is left .* more than 20"):
+    with pytest.warns(UserWarning, match="20 linear betas reach 1, and nothing is left .*more than 20"):
         Config(num_timesteps=20).betas()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
