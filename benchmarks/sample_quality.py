@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import OURS, Row, header, markdown, markdown_header, progress, write_json
 from benchmarks.options import Parser, count, device, output_file, output_folder
+from benchmarks.peers import schedulers
 from ddpm_fast import Diffusion
 from ddpm_fast.adaptive import ADAPTIVE
 from ddpm_fast.evaluation.classifier import FEATURES, Classifier, judge, train_classifier
@@ -42,6 +43,7 @@ from ddpm_fast.training.trainer import CHECKPOINT, Trainer
 
 STEPS = (10, 20, 50, 100)  # and all
 TOLERANCES = (0.3, 0.1, 0.05, 0.02)  # of adaptive steps
+THEIRS = {f"diffusers {name}": name for name in schedulers.SCHEDULERS}
 LABEL_DROPOUT = 0.1  # of a model to be guided
 SEEN = 60_000  # training images that the classifier sees, with repetition, at least 3 times each
 TEST_IMAGES = "t10k-images*idx3-ubyte*"
@@ -59,6 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--sampler", nargs="+", choices=names, default=["ddpm"], help="samplers to compare")
     guided = "scales of guidance to compare; the demo's model is then one trained with label dropout"
     p.add_argument("--guidance", type=float, nargs="+", metavar="W", help=guided)
+    p.add_argument("--diffusers", action="store_true", help="beside each sampler, diffusers' under its own settings")
     p.add_argument("--num", type=count, default=500, help="images drawn each time, at most as many as are held out")
     p.add_argument("--batch", type=count, default=250, help="images at a time")
     p.add_argument("--seed", type=int, default=1, help="of the drawing")
@@ -66,6 +69,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--out", type=output_folder, default="runs/quality", help="folder of the plot and a trained model")
     p.add_argument("--json", type=output_file, metavar="FILE", help="also write the header and the rows there")
     args = p.parse_args(argv)
+    if args.diffusers and args.guidance:
+        p.error("--diffusers knows no --guidance")
     if args.data != "digits" and args.checkpoint is None:
         p.error("--data needs the --checkpoint of a model of these images: ddpm-fast train --data ... writes one")
     return args
@@ -148,7 +153,11 @@ def draw(diffusion: Diffusion, labels: Tensor, args: argparse.Namespace, **way: 
         y = labels[first : first + args.batch].to(args.device)
         known = None if diffusion.num_classes is None else y
         where = {"seed": args.seed, "first_index": first}
-        parts.append(diffusion.sample(len(y), args.device, known, progress=True, **where, **way))
+        if way["sampler"] in THEIRS:
+            name, steps = THEIRS[way["sampler"]], way["num_steps"]
+            parts.append(schedulers.draw(diffusion, known, name, steps, args.seed, first, len(y)).cpu())
+        else:
+            parts.append(diffusion.sample(len(y), args.device, known, progress=True, **where, **way))
     return torch.cat(parts).clamp(-1, 1)
 
 
@@ -187,8 +196,11 @@ def measure(diffusion: Diffusion, judged: Judge, args: argparse.Namespace) -> li
     labels, case = judged.held_out.classes, f"quality {Path(args.data).name}"
     row: Row = {"case": case, "precision": "float32", "batch": len(labels)}
     rows = []
-    for sampler, scale in itertools.product(args.sampler, args.guidance or [None]):
-        name = OURS if args.sampler == ["ddpm"] else f"{OURS} {sampler}"
+    samplers = list(args.sampler)
+    if args.diffusers:
+        samplers += [theirs for theirs, ours in THEIRS.items() if ours in args.sampler]
+    for sampler, scale in itertools.product(samplers, args.guidance or [None]):
+        name = OURS if samplers == ["ddpm"] else sampler if sampler in THEIRS else f"{OURS} {sampler}"
         name += "" if scale is None else f", guidance {scale:g}"
         for way in ways(sampler, args.steps):
             progress(f"{case}: {name}, {way}")

@@ -303,6 +303,11 @@ def test_sample_quality_of_an_untrained_model(tmp_path, monkeypatch, capsys):
     assert rows[-1]["frechet"] < rows[0]["frechet"]
     assert (tmp_path / "quality_digits.png").read_bytes().startswith(b"\x89PNG")
     assert "Frechet distance" in capsys.readouterr().out
+    assert sample_quality.main([*argv, "--steps", "4", "--sampler", "ddim", "heun", "adaptive", "--diffusers"]) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    names = [f"{OURS} ddim", f"{OURS} heun", *[f"{OURS} adaptive"] * 4, "diffusers ddim", "diffusers heun"]
+    assert [row["name"] for row in rows] == [*names, sample_quality.REAL]
+    assert rows[0]["num_steps"] == 4 and all(row["num_steps"] > 1 for row in rows[2:6])
     assert sample_quality.main([*argv, "--data", str(tmp_path / "nowhere")]) == 0
     assert "skipped: no t10k-images" in capsys.readouterr().out
 

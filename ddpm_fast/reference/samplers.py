@@ -47,6 +47,7 @@ def ddpm_loop(
         if after < 1 and beta > 0:
             posterior = beta * (1 - after) / (1 - now)
             logs = math.log(beta), math.log(posterior)
+            sigma: Tensor | float
             if variance == "learned":  # Nichol & Dhariwal 2021, equation 15
                 share = (v + 1) / 2
                 sigma = torch.exp((share * logs[0] + (1 - share) * logs[1]) / 2)
