@@ -29,11 +29,10 @@ from benchmarks.harness import OURS, Row, header, markdown, markdown_header, pro
 from benchmarks.options import Parser, count, device, output_file, output_folder
 from benchmarks.peers import schedulers
 from ddpm_fast import Diffusion
-from ddpm_fast.adaptive import ADAPTIVE
 from ddpm_fast.evaluation.classifier import FEATURES, Classifier, judge, train_classifier
 from ddpm_fast.evaluation.metrics import agreement, frechet_distance
 from ddpm_fast.models.presets import Config, preset
-from ddpm_fast.samplers import SAMPLERS
+from ddpm_fast.samplers import ADAPTIVE, SAMPLERS
 from ddpm_fast.training.checkpoint import read_checkpoint
 from ddpm_fast.training.data import Images, digits, load_images, to_float
 from ddpm_fast.training.extras import require

@@ -23,8 +23,6 @@ from .predictions import PREDICTIONS, TIME_INPUTS, x0_coefficients
 from .samplers.steps import FINALS, sigma_of, time_at
 from .schedules import Array
 
-ADAPTIVE = "adaptive"  # its name beside those of SAMPLERS
-
 Places = NDArray[np.int64]  # images by their place in the batch
 # (x [M, ...], t [M], places [M]) -> model_out [M, ...]
 PlacedNetwork = Callable[[Tensor, Tensor, Tensor], Tensor]

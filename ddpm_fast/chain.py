@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .graphs import Recorder
 from .ops import NoiseState
+from .ops import _checks as checks
 from .ops.sampler_step import OP as SAMPLER_STEP
 from .samplers import COLUMNS, Plan
 
@@ -161,7 +162,8 @@ class Chain:
                 f"this plan has a learned variance, but the network returns {list(model_out.shape)} for an x of "
                 f"{list(self.x.shape)}: it must return twice the channels"
             )
-        return prediction, variance[:images]
+        # As far as the bounds: where steps skip timesteps they lie far apart, and far beyond them there is only noise.
+        return prediction, variance[:images].clamp(-1, 1)
 
 
 class CorrectedChain(Chain):
@@ -191,6 +193,7 @@ class CorrectedChain(Chain):
         now = Now(x, self.told.index_select(0, row).repeat(x.shape[0]), self.inputs, a, s)
         for correct in self.corrections:
             x0_hat = correct(x0_hat, now)
+            checks.tensor("the result of a correction", x0_hat, shape=x.shape)
         return x0_hat, variance
 
 

@@ -40,6 +40,7 @@ def null_label_of(model: nn.Module, given: object, default: int | None) -> int |
     if isinstance(classes, int) and label >= classes:
         raise ValueError(
             f"null_label {label} is no class of the network, which has {classes}: build it with num_classes={label + 1}"
+            + (f", or give Diffusion num_classes={label - 1}" if given is None and label == classes else "")
         )
     return label
 
@@ -80,7 +81,7 @@ class Conditions(DiffusionState):
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
         more = {"noise_state": state} if state is not None and model.training and takes_noise_state(model) else {}
         model_in = x if cond is None else torch.cat([x, cond.to(x.dtype)], dim=1)
-        labels = (y,) if self._takes_labels or y is not None else ()
+        labels = (y,) if self._takes_labels else ()
         out = output_of(model(model_in.to(dtype), t, *labels, **more))
         channels = x.shape[1] * (2 if self.learned_variance else 1)
         if out.shape != (x.shape[0], channels, *x.shape[2:]):
@@ -99,14 +100,32 @@ class Conditions(DiffusionState):
         if x.device != self.betas.device:
             raise ValueError(f"x is on {x.device}, this Diffusion on {self.betas.device}: move one of them with .to()")
 
-    def _checked_y(self, y: Tensor | None, batch_size: int, device: torch.device) -> Tensor | None:
-        """y on the device, after a look at its shape and range."""
+    def _checked_place(self, batch_size: int, device: torch.device | str) -> tuple[int, torch.device]:
+        """batch_size as an int, and the device, which must be the network's."""
+        batch_size = checks.integer("batch_size", batch_size, 1)
+        device = checks.device("device", device)
+        home = next((p.device for p in self.model.parameters()), device)
+        if home.type != device.type or None not in (home.index, device.index) and home.index != device.index:
+            raise ValueError(f"device is {device}, the network is on {home}: call diffusion.to({str(device)!r}) first")
+        return batch_size, home
+
+    def _checked_y(
+        self, y: Tensor | None, batch_size: int, device: torch.device, others: bool = False
+    ) -> Tensor | None:
+        """y on the device, after a look at its shape and range; `others`: who knows of y beside the network."""
+        null = self.null_label
         if y is None:
+            if isinstance(null, Tensor):
+                raise ValueError(f"y is required: [{batch_size}, ...], the condition of each image")
             return None
         if not isinstance(y, Tensor):
             raise TypeError(f"y must be a tensor, got {checks.text(y)}: torch.as_tensor(y) makes one")
         if y.ndim == 0 or y.shape[0] != batch_size:
-            raise ValueError(f"y must have shape [{batch_size}], a class per image; got {checks.text(y)}")
+            rest = "".join(f", {n}" for n in null.shape) if isinstance(null, Tensor) else ""
+            what = "as null_label has it" if isinstance(null, Tensor) else "a class per image"
+            raise ValueError(f"y must have shape [{batch_size}{rest}], {what}; got {checks.text(y)}")
+        if isinstance(null, Tensor) and y.shape[1:] != null.shape:
+            raise ValueError(f"y must be like null_label, {list(null.shape)} for each image; got {checks.text(y)}")
         if y.is_meta and device.type != "meta":
             raise ValueError(f"y must hold numbers, got {checks.text(y)}")
         # A network that says nothing of classes may take any kind of condition.
@@ -119,7 +138,9 @@ class Conditions(DiffusionState):
             y = y.long()
             checks.tensor("y", y, shape=(batch_size,), dtype=torch.int64)
             checks.indices("y", y, num_classes)
-        elif hasattr(self.model, "num_classes"):
+        elif not others and not self._takes_labels:
+            self._warn("y", "y is ignored: the network takes no labels")
+        elif not others and hasattr(self.model, "num_classes"):
             self._warn("y", "y is ignored: the network was built without num_classes")
         return y.to(device)
 

@@ -48,7 +48,7 @@ def classifier_guidance(log_probability: Callable[..., Tensor], scale: float = 1
 
     Args:
         log_probability: (x, t, *inputs) -> [N], log p(y | x_t) of each image; x has gradients. `inputs` are what the
-            network is given beside t, such as the labels.
+            network is given beside t: y in a Diffusion, or y and cond where there is one.
         scale: of the gradient; 1 is Bayes' rule.
 
     Raises:
@@ -64,8 +64,12 @@ def classifier_guidance(log_probability: Callable[..., Tensor], scale: float = 1
             raise ValueError("classifier guidance needs the level of each row: a Plan with abar")
         with torch.inference_mode(False), torch.enable_grad():
             x = now.x.detach().clone().requires_grad_()
-            value: Any = log_probability(x, *(None if v is None else v.clone() for v in (now.t, *now.inputs)))
+            last = max((k for k, v in enumerate(now.inputs) if v is not None), default=-1)
+            given = now.t, *now.inputs[: last + 1]
+            value: Any = log_probability(x, *(None if v is None else v.clone() for v in given))
             checks.tensor("log_probability's result", value, shape=x.shape[:1])
+            if not value.requires_grad:
+                raise ValueError("log_probability's result must depend on x by operations that have gradients")
             (grad,) = torch.autograd.grad(value.sum(), x)
         return x0_hat + scale * now.s**2 / now.a * grad
 

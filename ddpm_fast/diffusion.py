@@ -1,6 +1,7 @@
 """Diffusion: the drop-in for the original DDPM code's class, over the ops and the engine."""
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,6 +118,10 @@ class Diffusion(SamplingDiffusion, TrainingLoss):
         # A subclass, a hook or a patch may take other data than the network inside.
         if type(model) is UNet and not model._forward_pre_hooks and "forward" not in model.__dict__:
             model.check_data(size, img_channels, img_channels * (1 + learned_variance), cond_channels)
+        if type(model) is UNet and time_input == "noise_level" and not model.tells_noise_levels_apart():
+            warnings.warn(
+                "this UNet can hardly tell noise levels, 0 to 1, apart: build it with time_emb_scale=1000", stacklevel=2
+            )
         super().__init__(betas, prediction, seed)
 
         self.model = model

@@ -57,19 +57,21 @@ def check_callback(callback: object) -> None:
 
 
 def check_corrections(corrections: object) -> tuple[Correction, ...]:
-    """As a tuple; raise TypeError unless they are functions."""
+    """As a tuple, also of a single one; raise TypeError unless they are functions."""
+    if callable(corrections):
+        return (corrections,)
     if not isinstance(corrections, Sequence) or not all(callable(c) for c in corrections):
         raise TypeError(f"corrections must be a list of functions of (x0_hat, now), got {checks.text(corrections)}")
     return tuple(corrections)
 
 
 @contextmanager
-def _bar(progress: bool, total: int) -> Iterator[Callable[[int], object]]:
+def _bar(progress: bool, total: int, unit: str) -> Iterator[Callable[[int], object]]:
     """A progress bar, told how much of the total is done; or nothing."""
     if not progress:
         yield lambda done: None
         return
-    with progress_bar(total, "sampling, images x steps") as bar:
+    with progress_bar(total, f"sampling, images x {unit}") as bar:
         yield lambda done: bar.update(done - bar.n)
 
 
@@ -80,6 +82,7 @@ class Way(NamedTuple):
     """How a chain gets from x_T to images."""
 
     steps: int  # of an image, for the progress bar
+    unit: str  # what they are
     t: Tensor  # [1], what the network is told at first
     go: Callable[[Predictor, Tensor, NoiseState | None, Watch | None], Tensor]  # (network, x_T, noise, watch) -> images
 
@@ -96,7 +99,7 @@ def by_plan(plan: Plan, device: torch.device, graphs: Graphs | None, **options: 
                 graphs.clear()
             raise
 
-    return Way(len(plan), plan.timesteps(device)[:1], go)
+    return Way(len(plan), "steps", plan.timesteps(device)[:1], go)
 
 
 def by_adaptive_steps(
@@ -114,7 +117,7 @@ def by_adaptive_steps(
         on_step = None if watch is None else lambda share, x: watch(next(count), share, x)
         return adaptive(predict, x, alphas_cumprod, prediction, on_step=on_step, **options)
 
-    return Way(100, torch.full((1,), len(alphas_cumprod) - 1.0, device=device), go)
+    return Way(100, "percent", torch.full((1,), len(alphas_cumprod) - 1.0, device=device), go)
 
 
 def run_chains(
@@ -136,7 +139,7 @@ def run_chains(
         whole: never split.
         place: where the images are collected; by default where they are made.
     """
-    with _bar(progress, batch_size * way.steps) as show:
+    with _bar(progress, batch_size * way.steps, way.unit) as show:
 
         def run(part: slice) -> Tensor:
             def watch(k: int, share: float, x: Tensor) -> None:
@@ -184,8 +187,8 @@ def sample(
         x: [N, ...], x_T; or its shape, to be drawn.
         plan: `make_plan` makes one.
         inputs: further arguments of `model_fn`, [N, ...] each, such as labels.
-        guidance: scale of classifier-free guidance, one or one a row; `without` are the inputs, [N, ...] or [1, ...]
-            each, that stand for none. Each step calls `model_fn` once, with 2 N images.
+        guidance: scale of classifier-free guidance, one or one a row; `without` are the inputs that stand for none, as
+            of one image, [1, ...] or [N, ...] each. A step calls `model_fn` once, with 2 N images.
         corrections: functions (x0_hat, now) -> x0_hat, such as `dynamic_threshold()`.
         seed, first_index: as in `Diffusion.sample`.
         device, dtype: of the chain; by default those of x, else of `model_fn`'s parameters, else the CPU and float32.
@@ -217,13 +220,16 @@ def sample(
         dtype = noise.dtype if noise is not None and noise.is_floating_point() else torch.float32
         dtype = torch.promote_types(dtype, torch.float32)
     conditions = _conditions("inputs", inputs, shape[0], place)
+    if not isinstance(without, (list, tuple, type(None))):
+        raise TypeError(f"without must be a list with a tensor for each of the inputs, got {checks.text(without)}")
     without_each = None
     if plan.guidance is not None:
         if without is None or not inputs:
             raise ValueError("guidance needs inputs, and without: what stands for them in images without condition")
         if len(without) != len(inputs):
             raise ValueError(f"without must hold an input for each of the {len(inputs)}, got {len(without)}")
-        without_each = _conditions("without", without, shape[0], place)
+        one = [_for_one(w, i) for w, i in zip(without, inputs, strict=True)]
+        without_each = _conditions("without", one, shape[0], place, 1)
     corrections = check_corrections(corrections)
     check_callback(callback)
     checks.flag("progress", progress)
@@ -241,9 +247,19 @@ def sample(
         return run_chains(way, predict, start, shape[0], progress=progress, callback=callback)
 
 
-def _conditions(name: str, values: Sequence[Tensor], images: int, device: torch.device) -> list[Tensor]:
-    """One for each image, on the device."""
+def _for_one(value: Any, like: Tensor) -> Any:
+    """What stands for no condition as [1, ...], where it came as that of one image."""
+    alone = not isinstance(value, Tensor) and isinstance(value, (int, float))
+    value = torch.tensor(value, dtype=like.dtype) if alone else value
+    return value[None] if isinstance(value, Tensor) and value.shape == like.shape[1:] else value
+
+
+def _conditions(
+    name: str, values: Sequence[Tensor], images: int, device: torch.device, least: int | None = None
+) -> list[Tensor]:
+    """One for each image, on the device; `least`: other sizes that stand for all."""
     for value in values:
-        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] not in (1, images):
-            raise ValueError(f"{name} must be tensors with a first dimension of {images}, got {checks.text(value)}")
+        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] not in (images, least):
+            sizes = f"{images}" if least is None else f"{images} or {least}"
+            raise ValueError(f"{name} must be tensors with a first dimension of {sizes}, got {checks.text(value)}")
     return [v.to(device).expand(images, *v.shape[1:]) for v in values]

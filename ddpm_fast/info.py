@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from . import __version__, ops
-from .adaptive import ADAPTIVE, adaptive
-from .samplers import SAMPLERS, option_defaults
+from .adaptive import adaptive
+from .samplers import ADAPTIVE, SAMPLERS, option_defaults
 from .samplers.steps import SPACINGS
 
 

@@ -47,6 +47,8 @@ def assignment(text: str) -> tuple[str, Any]:
         raise ArgumentTypeError(f"{text!r} is no NAME=VALUE")
     if value.lower() in ("true", "false"):
         return name, value.lower() == "true"
+    if "=" in value:
+        raise ArgumentTypeError(f"{text!r} holds several: one --option each")
     if "," in value:
         return name, integers(value.strip("[]()").replace(" ", ""))
     for kind in (int, float):

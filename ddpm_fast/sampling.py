@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .adaptive import ADAPTIVE, adaptive
+from .adaptive import adaptive
 from .chain import Correction, Predictor, halves
 from .conditions import Conditions, given
 from .engine import Start, eval_mode, philox_start, torch_start
@@ -17,7 +17,7 @@ from .graphs import ENGINES, Graphs
 from .models.state import fresh_seed
 from .ops import _checks as checks
 from .predictions import x0_coefficients
-from .samplers import COLUMNS, Plan, checked_options, make_plan
+from .samplers import ADAPTIVE, COLUMNS, Plan, checked_options, make_plan
 
 Guidance = float | Sequence[float] | Tensor | None
 # (network, conditions, part of the batch) -> what predicts for it
@@ -140,7 +140,7 @@ class SamplingDiffusion(Conditions):
         batch_size, device = self._checked_place(batch_size, device)
         checks.flag("progress", progress)
         check_callback(callback)
-        inputs, without = self._conditions(y, cond, batch_size, device)
+        inputs, without = self._conditions(y, cond, batch_size, device, guidance, corrections)
         way, call = self._way(sampler, num_steps, sampler_options, guidance, corrections, use_ema, without, device)
         start = self._start(batch_size, device, seed, first_index, noise)
         whole = self.rng == "torch"  # one generator for the whole batch: it can't be split
@@ -169,7 +169,7 @@ class SamplingDiffusion(Conditions):
     ) -> list[Tensor]:
         """All states of the chain, on the CPU: x_T, and x after each step. Arguments and errors as in `sample`."""
         batch_size, device = self._checked_place(batch_size, device)
-        inputs, without = self._conditions(y, cond, batch_size, device)
+        inputs, without = self._conditions(y, cond, batch_size, device, guidance, corrections)
         way, call = self._way(sampler, num_steps, sampler_options, guidance, corrections, use_ema, without, device)
         x, state = self._start(batch_size, device, seed, first_index, noise)(slice(0, batch_size))
         sequence = [x.cpu().clone()]
@@ -196,11 +196,19 @@ class SamplingDiffusion(Conditions):
         return torch_start(shape, dtype, device, noise)
 
     def _conditions(
-        self, y: Tensor | None, cond: Tensor | None, batch_size: int, device: torch.device
+        self,
+        y: Tensor | None,
+        cond: Tensor | None,
+        batch_size: int,
+        device: torch.device,
+        guidance: Guidance,
+        corrections: object,
     ) -> tuple[list[Tensor | None], list[Tensor | None] | None]:
         """What the network is given of each image, and the same without the condition, where there is such a thing."""
         null = self._null(batch_size, device)
-        y = null if y is None else self._checked_y(y, batch_size, device)
+        if y is None and guidance is not None and null is not None:
+            raise ValueError("guidance needs y: without it there is nothing to follow")
+        y = null if y is None else self._checked_y(y, batch_size, device, bool(corrections))
         cond = self._checked_cond(cond, batch_size, device)
         return [y, cond], None if null is None else [null, cond]
 
@@ -232,7 +240,7 @@ class SamplingDiffusion(Conditions):
             corrections, guides = check_corrections(corrections), plan.guidance is not None
             way = by_plan(plan, device, self.graphs, engine=self.engine, corrections=corrections)
         if guides and without is None:
-            raise ValueError("guidance needs classes y, and a network that was trained with label_dropout > 0")
+            raise ValueError("guidance needs y, and a network that was trained with label_dropout > 0")
         own_call = getattr(self._call, "__func__", None) is not SamplingDiffusion._call  # wants t, and isn't watched
         in_full = own_mean or own_call or self.rng == "torch"  # the last for parity: the time is embedded in each step
 
@@ -285,12 +293,3 @@ class SamplingDiffusion(Conditions):
                 "Call it after each optimizer step, or sample with use_ema=False.",
             )
         return self.ema_model if use_ema else self.model
-
-    def _checked_place(self, batch_size: int, device: torch.device | str) -> tuple[int, torch.device]:
-        """batch_size as an int, and the device, which must be the network's."""
-        batch_size = checks.integer("batch_size", batch_size, 1)
-        device = checks.device("device", device)
-        home = next((p.device for p in self.model.parameters()), device)
-        if home.type != device.type or None not in (home.index, device.index) and home.index != device.index:
-            raise ValueError(f"device is {device}, the network is on {home}: call diffusion.to({str(device)!r}) first")
-        return batch_size, home

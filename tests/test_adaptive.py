@@ -245,7 +245,7 @@ def test_progress_of_a_chain_without_a_number_of_steps(capsys) -> None:
         ({"sampler_options": {"eta": 1}}, TypeError, "'adaptive' has no option 'eta'; it has rtol, atol"),
         ({"sampler_options": {"time_input": "timestep"}}, TypeError, "'adaptive' has no option 'time_input'"),
         ({"guidance": [1.0, 2.0]}, TypeError, "guidance must be a finite number"),
-        ({"guidance": 2.0}, ValueError, "guidance needs classes"),
+        ({"guidance": 2.0}, ValueError, "guidance needs y, and"),
     ],
 )
 def test_bad_options_by_name(options, kind, text) -> None:

@@ -61,7 +61,10 @@ def test_train_on_a_folder_resumes_and_refuses_to_overwrite(tmp_path: Path, caps
     assert resumed["recipe"]["flip"] is True
     assert (tmp_path / "run" / "samples-0000004.png").exists()
     assert run(again + " --steps 5 --base-channels 16", **where) == 2
-    assert "drop the model options" in capsys.readouterr().err
+    assert "--base-channels 16: the checkpoint has 8, and --resume goes on with its model" in capsys.readouterr().err
+    assert run(command + " --steps 5 --resume", **where) == 0  # the same command
+    assert run(command + " --steps 6 --resume --unconditional", **where) == 2
+    assert "--unconditional: the checkpoint has 2, and --resume" in capsys.readouterr().err
     assert run(command + " --steps 1 --overwrite --unconditional", **where) == 0
     assert read_checkpoint(tmp_path / "run" / "model.safetensors").config.num_classes is None
 

@@ -50,11 +50,14 @@ from ddpm_fast import commands, ops
         ("sample {c} --option eta=1", "sampler_options: 'ddpm' has no option 'eta'; it has variance"),
         ("sample {c} --sampler ddim --option eta=2", "eta must be a finite number in [0, 1], got 2 (int)"),
         ("sample {c} --guidance 2", "--guidance: this model was trained without --label-dropout"),
-        ("sample {c} --sampler adaptive --steps 5", "--sampler adaptive takes no --steps, no --dynamic-threshold, and"),
-        ("sample {c} --sampler adaptive --out {tmp}/x.gif", "--sampler adaptive takes no --steps, no --dynamic-thresh"),
+        ("sample {c} --sampler adaptive --steps 5", "--sampler adaptive takes as many steps as it needs"),
+        ("sample {c} --sampler adaptive --out {tmp}/x.gif", "--sampler adaptive draws no .gif"),
         ("sample {c} --sampler adaptive --option eta=1", "--option: sampler_options: 'adaptive' has no option 'eta'"),
         ("sample {c} --option variance=learned", "this plan has a learned variance: the network must be one with"),
-        ("train --label-dropout 0.1 --unconditional --out {tmp}/o", "label_dropout needs num_classes"),
+        (
+            "train --label-dropout 0.1 --unconditional --out {tmp}/o",
+            "--label-dropout needs classes: drop it or --unc",
+        ),
         ("demo --out {run}", "model.safetensors exists, and no demo wrote it"),
     ],
 )
@@ -117,6 +120,7 @@ def test_no_traceback_unless_asked_for(
     [
         ("train --size 32x", "'32x' is no size: expected N or HxW, each from 1 to 8192"),
         ("train --lr 7", "'7' is no number between 0 and 1"),
+        ("sample x --option eta=1,spacing=logsnr", "'eta=1,spacing=logsnr' holds several: one --option each"),
         ("sample x --option eta", "'eta' is no NAME=VALUE"),
         ("train photos", "unrecognized arguments: photos; for the images, --data photos"),
         ("train --photos x", "unrecognized arguments: --photos x"),

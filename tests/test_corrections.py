@@ -1,12 +1,13 @@
 """What changes x0_hat outside of the table: dynamic thresholding and the gradient of a classifier."""
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from toys import BETAS, Pixelwise, pixelwise, small
 
 from ddpm_fast import Diffusion, Plan, classifier_guidance, dynamic_threshold, make_plan, sample
@@ -122,7 +123,7 @@ def test_of_a_diffusion() -> None:
     y = torch.tensor([0, 1, 2, 2, 0])
     asked: list[tuple[list[int], Tensor]] = []
 
-    def pull(x: Tensor, t: Tensor, y: Tensor, cond: None) -> Tensor:
+    def pull(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         asked.append((y.tolist(), t))
         return -((x - y.view(-1, 1, 1, 1)) ** 2).flatten(1).sum(1) / 2
 
@@ -142,6 +143,25 @@ def test_of_a_diffusion() -> None:
     assert asked[-1][0] == [1.0, 1.0] and both.isfinite().all()  # without the half that has no condition
 
 
+class NoLabels(nn.Module):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return 0.3 * x
+
+
+@pytest.mark.parametrize("net", [NoLabels(), None], ids=["own", "unet"])
+def test_the_labels_of_a_network_without_classes_are_the_classifier_s(net: nn.Module | None) -> None:
+    diffusion = small() if net is None else Diffusion(net, (8, 8), 1, None, BETAS)
+    guide = classifier_guidance(lambda x, t, y: -((x - y.view(-1, 1, 1, 1)) ** 2).flatten(1).sum(1))
+    y = torch.tensor([0, 3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guided = diffusion.sample(2, "cpu", y, seed=1, corrections=guide)
+        plain = diffusion.sample(2, "cpu", seed=1)
+    assert not torch.allclose(guided, plain)
+    with pytest.warns(UserWarning, match="y is ignored"):
+        assert torch.equal(diffusion.sample(2, "cpu", y, seed=1), plain)
+
+
 def test_a_graph_says_why_it_is_eager() -> None:
     diffusion = small(engine="graph")
     with pytest.warns(UserWarning, match="what corrects x0_hat is Python"):
@@ -153,8 +173,13 @@ ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
     "largest": (lambda: dynamic_threshold(0.9, 0.5), ValueError, "largest must be"),
     "scale": (lambda: classifier_guidance(log_classifier, math.inf), ValueError, "scale must be a finite number"),
     "no function": (lambda: classifier_guidance(3), TypeError, "log_probability must be a function"),
-    "no list": (
-        lambda: small().sample(1, "cpu", corrections=dynamic_threshold()), TypeError, "corrections must be a list"
+    "no list": (lambda: small().sample(1, "cpu", corrections=3), TypeError, "corrections must be a list"),
+    "its result": (
+        lambda: small().sample(1, "cpu", corrections=lambda x0, now: x0[0]), ValueError, "the result of a correction"
+    ),
+    "no gradient": (
+        lambda: small().sample(2, "cpu", corrections=classifier_guidance(lambda x, t: torch.zeros(2))),
+        ValueError, "log_probability's result must depend on x",
     ),
     "shape": (
         lambda: small().sample(2, "cpu", corrections=[classifier_guidance(lambda x, t, *_: x.sum())]),

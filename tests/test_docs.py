@@ -22,7 +22,7 @@ GIVEN: dict[str, Any] = {
     "diffusion": Diffusion(Pixelwise(), (4, 4), 1, None, generate_linear_schedule(1000, 1e-4, 0.02)),
 }
 GIVEN_THERE: dict[str, dict[str, Any]] = {
-    "training": {"loader": [torch.zeros(2, 1, 4, 4)], "images": torch.zeros(2, 1, 4, 4), "labels": None},
+    "training": {"loader": [torch.zeros(2, 1, 4, 4)], "images": -torch.ones(2, 1, 4, 4), "labels": None},
     "conditions": {
         "betas": generate_linear_schedule(20, 1e-2, 0.2),
         "x": torch.zeros(16, 3, 32, 32),

@@ -123,6 +123,9 @@ def test_inputs_and_guidance() -> None:
     guided = sample(conditional, (3, 2), NOISY, y, text, seed=1, guidance=3.0, without=[torch.zeros(1), null])
     assert calls == [6] * 12
     torch.testing.assert_close(guided, without + 3 * (plain - without))
+    for none in ([0.0, null], [torch.zeros(1), null[0]], [torch.zeros(3), null.expand(3, 5)]):
+        again = sample(conditional, (3, 2), NOISY, y, text, seed=1, guidance=3.0, without=none)
+        assert torch.equal(again, guided)
     rows = sample(conditional, (3, 2), NOISY, y, text, seed=1, guidance=[1.0] * 11 + [3.0], without=[0 * y, null])
     assert not torch.allclose(rows, plain) and not torch.allclose(rows, guided)
 
@@ -161,11 +164,15 @@ ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
     "a bad shape": (lambda: sample(function, (2, 0), PLAN), ValueError, "x"),
     "output": (lambda: sample(lambda x, t: x[:1], (2, 3), PLAN), ValueError, r"model must return .* like x, \[2, 3\]"),
     "no output": (lambda: sample(lambda x, t: None, (2, 3), PLAN), TypeError, "model must return .* a NoneType"),
-    "inputs": (lambda: sample(function, (2, 3), PLAN, torch.ones(3)), ValueError, "inputs must be tensors with .* 2"),
+    "inputs": (lambda: sample(function, (2, 3), PLAN, torch.ones(3)), ValueError, "inputs must be tensors .* 2"),
     "guidance alone": (lambda: sample(function, (2, 3), PLAN, guidance=2), ValueError, "guidance needs inputs, and"),
     "without": (
         lambda: sample(function, (2, 3), PLAN, torch.ones(2), guidance=2, without=[]), ValueError, "without must hold"
     ),
+    "without alone": (
+        lambda: sample(function, (2, 3), PLAN, torch.ones(2), guidance=2, without=torch.ones(1)), TypeError, "without m"
+    ),
+    "one for all": (lambda: sample(function, (2, 3), PLAN, torch.ones(1)), ValueError, "inputs must be tensors .* 2"),
     "callback": (lambda: sample(function, (2, 3), PLAN, callback=1), TypeError, "callback must be a function"),
     "learned": (
         lambda: sample(function, (2, 3), make_plan("ddpm", ABAR, options={"variance": "learned"})),
@@ -174,7 +181,7 @@ ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
     "guided plan": (
         lambda: sample(function, (2, 3), PLAN.guided(2.0)), ValueError, "guidance needs inputs, and"
     ),
-    "wrong network": (lambda: small().sample(1, "cpu", sampler=PLAN.guided(2.0)), ValueError, "guidance needs classes"),
+    "wrong network": (lambda: small().sample(1, "cpu", sampler=PLAN.guided(2.0)), ValueError, "guidance needs y, and"),
 }  # fmt: skip
 
 

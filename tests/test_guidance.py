@@ -191,15 +191,17 @@ def test_config() -> None:
     assert Config.from_dict(config.to_dict()) == config
 
 
+Y3 = torch.zeros(2, 3)
 PLAN = make_plan("ddim", np.cumprod(1 - BETAS), num_steps=4)
 ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
     "no null label": (
-        lambda: small(3).sample(2, "cpu", Y[:2], guidance=2.0), ValueError, "guidance needs classes y, .* label_d"
+        lambda: small(3).sample(2, "cpu", Y[:2], guidance=2.0), ValueError, "guidance needs y, and .* label_d"
     ),
     "no labels": (
-        lambda: pixelwise(null_label=torch.zeros(3)).sample(2, "cpu", guidance=[1.0]), ValueError, "guidance must be 12"
+        lambda: pixelwise(null_label=torch.zeros(3)).sample(2, "cpu", Y3, guidance=[1.0]),
+        ValueError, "guidance must be one .* 12 rows"
     ),
-    "wrong length": (lambda: PLAN.guided([1.0, 2.0]), ValueError, "guidance must be 4 finite numbers"),
+    "wrong length": (lambda: PLAN.guided([1.0, 2.0]), ValueError, "guidance must be one finite number for each of .* 4 rows"),
     "not finite": (lambda: PLAN.guided(float("nan")), ValueError, "guidance must be a finite number"),
     "words": (lambda: PLAN.guided("strong"), TypeError, "guidance must be"),
     "a class too few": (
@@ -208,8 +210,23 @@ ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
     "nothing to drop": (lambda: pixelwise(label_dropout=0.1), ValueError, "label_dropout needs num_classes, or"),
     "a share": (lambda: small(3, label_dropout=1.5), ValueError, r"label_dropout must be a finite number in \[0, 1\]"),
     "config": (lambda: Config(label_dropout=0.1), ValueError, "label_dropout needs num_classes"),
-    "a plan's": (lambda: Plan(PLAN.rows, guidance=torch.ones(3)), ValueError, "guidance must be 4 finite"),
-    "levels": (lambda: Plan(PLAN.rows, abar=torch.ones(3)), ValueError, "abar must be 4 finite"),
+    "a plan's": (lambda: Plan(PLAN.rows, guidance=torch.ones(3)), ValueError, "guidance must be one finite number"),
+    "y forgotten": (
+        lambda: pixelwise(null_label=torch.zeros(3)).sample(2, "cpu", guidance=2.0), ValueError, "guidance needs y: w"
+    ),
+    "y of another shape": (
+        lambda: pixelwise(null_label=torch.zeros(4)).sample(2, "cpu", Y3), ValueError, r"y must be like null_label"
+    ),
+    "too few": (
+        lambda: pixelwise(null_label=torch.zeros(3)).sample(3, "cpu", Y3), ValueError, r"y must have shape \[3, 3\]"
+    ),
+    "y in training": (
+        lambda: pixelwise(null_label=torch.zeros(3))(torch.zeros(2, 2, 5, 7)), ValueError, r"y is required: \[2, ...\]"
+    ),
+    "an own null class": (
+        lambda: Diffusion(Labelled(), (5, 3), 2, 4, BETAS, label_dropout=0.1), ValueError, "or give Diffusion num_cl.*=3"
+    ),
+    "levels": (lambda: Plan(PLAN.rows, abar=torch.ones(3)), ValueError, "abar must be one finite number"),
 }  # fmt: skip
 
 

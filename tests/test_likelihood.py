@@ -85,6 +85,7 @@ ERRORS: dict[str, tuple[Any, str]] = {
     "levels": (
         lambda: bits_per_dimension(pixelwise(time_input="noise_level"), IMAGES), "the bound is of integer timesteps"
     ),
+    "no bytes": (lambda: bits_per_dimension(pixelwise(), IMAGES + 0.001), "x must be images of bytes, k / 127.5 - 1"),
     "shape": (lambda: bits_per_dimension(pixelwise(), IMAGES), "x must have shape"),
     "batch": (lambda: bits_per_dimension(pixelwise(), IMAGES, batch_size=0), "batch_size must be"),
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """What training weighs: weights of timesteps, how often they are drawn, learned variance, noise levels."""
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -273,6 +274,15 @@ def test_noise_levels() -> None:
     assert images.isfinite().all()
     x0_hat, v = diffusion.pred_x_start(x[:2], torch.tensor([3, 4]))
     assert v is None and x0_hat.shape == (2, 2, 5, 7) and seen[-1][1].tolist() == pytest.approx(np.sqrt(ABAR[3:5]))
+
+
+def test_an_embedding_for_timesteps_is_warned_of() -> None:
+    build = lambda scale: UNet(1, 8, (1, 2), 1, time_emb_dim=8, num_groups=4, time_emb_scale=scale)  # noqa: E731
+    with pytest.warns(UserWarning, match="can hardly tell noise levels, 0 to 1, apart: .* time_emb_scale=1000"):
+        Diffusion(build(1.0), (8, 8), 1, None, BETAS, time_input="noise_level")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Diffusion(build(1000.0), (8, 8), 1, None, BETAS, time_input="noise_level")
 
 
 def test_an_image_condition() -> None:

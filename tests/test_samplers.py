@@ -1,6 +1,7 @@
 """Plans against textbook loops, and the plan itself."""
 
 import math
+import warnings
 from functools import partial
 from typing import Any
 
@@ -248,6 +249,14 @@ ABAR = np.cumprod(1 - SCHEDULES["cosine"])
         (lambda: Plan(torch.zeros(2, 8), clip="a"), TypeError, "clip must be a finite number"),
         (lambda: Plan(torch.zeros(2, 8)).column("sigma"), ValueError, "name must be one of t, c_in"),
         (lambda: make_plan("ddim2", ABAR), ValueError, "sampler must be a Plan or one of " + ", ".join(SAMPLERS)),
+        (lambda: make_plan("DPM++_2M", ABAR), ValueError, "adaptive; got .*: did you mean 'dpmpp_2m'"),
+        (lambda: make_plan("adaptive", ABAR), ValueError, "'adaptive' has no plan: only sample"),
+        (lambda: make_plan("ddim", 1 - ABAR), ValueError, "alphas_cumprod must fall .* np.cumprod"),
+        (
+            lambda: make_plan("ddim", ABAR[:, None]),
+            ValueError,
+            r"alphas_cumprod must fall from .*, \[T\]",
+        ),
         (lambda: make_plan("ddpm", ABAR, num_steps=0), ValueError, r"num_steps must be an integer in \[1, 40\]"),
         (
             lambda: make_plan("ddpm", ABAR, options={"variance": "large"}),
@@ -272,6 +281,20 @@ ABAR = np.cumprod(1 - SCHEDULES["cosine"])
 def test_bad_input(call, kind, text) -> None:
     with pytest.raises(kind, match=text):
         call()
+
+
+def test_heun_warns_of_steps_that_are_too_long() -> None:
+    with pytest.warns(UserWarning, match="heun: sigma falls to .* of itself in a step"):
+        make_plan("heun", ABAR, num_steps=5, options={"spacing": "linspace"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_plan("heun", ABAR, num_steps=20)
+        make_plan("heun", np.cumprod(1 - SCHEDULES["linear"]), num_steps=10, options={"spacing": "karras"})
+
+
+def test_a_plan_says_what_it_is() -> None:
+    plan = make_plan("ddpm", ABAR, options={"variance": "learned", "clip": True}).guided(2.0)
+    assert repr(plan) == "Plan(40 rows, t 39 to 0, clip=1, learned variance, guided)"
 
 
 def test_columns() -> None:

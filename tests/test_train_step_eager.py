@@ -146,6 +146,11 @@ def test_without_a_gpu_it_is_eager() -> None:
 
 D = diffusion()
 BAD = [
+    (
+        lambda: TrainStep(diffusion(), adam(diffusion())),
+        ValueError,
+        "optimizer must be one of diffusion.model.parameters",
+    ),
     (lambda: TrainStep(nn.Linear(1, 1), adam(D)), TypeError, "diffusion must be a Diffusion, got Linear"),
     (lambda: TrainStep(D, 3), TypeError, "optimizer must be a torch.optim.Optimizer, got 3"),
     (lambda: TrainStep(D, adam(D), clip=-1.0), ValueError, "clip must be"),

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..adaptive import ADAPTIVE, adaptive
+from ..adaptive import adaptive
 from ..corrections import dynamic_threshold
 from ..diffusion import Diffusion
 from ..models.presets import Config
 from ..ops import _checks as checks
-from ..samplers import SAMPLERS, checked_options
+from ..samplers import ADAPTIVE, SAMPLERS, checked_options
 from ..training.checkpoint import read_checkpoint
 from ..training.extras import require
 from ..training.files import check_writable
@@ -36,13 +36,19 @@ def sample(args: Namespace) -> int:
     num = (8 * len(classes) or 64) if args.num is None else args.num
     y = torch.tensor([classes[i * len(classes) // num] for i in range(num)]) if classes else None
     if args.guidance is not None and diffusion.null_label is None:
-        raise ValueError("--guidance: this model was trained without --label-dropout")
+        what = "classes" if saved.config.num_classes is None else "--label-dropout"
+        raise ValueError(f"--guidance: this model was trained without {what}: leave it out, or train another")
     frames = None
     try:
         if args.sampler == ADAPTIVE:
             checked_options(ADAPTIVE, adaptive, dict(args.option))
-            if suffix == ".gif" or args.steps is not None or args.dynamic_threshold is not None:
-                raise ValueError(f"--sampler {ADAPTIVE} takes no --steps, no --dynamic-threshold, and draws no .gif")
+            for given, what in (
+                (args.steps is not None, "takes as many steps as it needs: drop --steps"),
+                (args.dynamic_threshold is not None, "knows no --dynamic-threshold"),
+                (suffix == ".gif", "draws no .gif: its images take steps of their own"),
+            ):
+                if given:
+                    raise ValueError(f"--sampler {ADAPTIVE} {what}")
         else:
             plan = diffusion.plan(args.sampler, args.steps, dict(args.option))
             frames = Frames(len(plan)) if suffix == ".gif" else None

@@ -12,7 +12,7 @@ import torch
 
 from ..models.presets import Config, preset
 from ..training.cache import default_folder
-from ..training.checkpoint import CHECKPOINT
+from ..training.checkpoint import CHECKPOINT, read_checkpoint
 from ..training.data import Images, load_images, write_skipped
 from ..training.files import check_writable
 from ..training.guards import warn_where_busy
@@ -80,14 +80,27 @@ def _trainer(args: Namespace, out: Path, images: Images, device: torch.device) -
     options |= _given(args, "log_every", "save_every", "sample_every", "keep", "tensorboard")
     model = _given(args, *MODEL_OPTIONS)
     if args.resume:
-        if model or args.preset or args.unconditional:
-            raise ValueError("--resume goes on with the model of the checkpoint: drop the model options")
+        _check_same_model(out, model | ({"num_classes": None} if args.unconditional else {}))
         return Trainer.resume(images, out, changes=changes, **options)
     name = args.preset or ("digits" if args.data == "digits" else "cifar10")
     base = preset(name)
     recipe = replace(RECIPES[name], **changes)
+    if args.label_dropout and (args.unconditional or images.num_classes is None):
+        raise ValueError("--label-dropout needs classes: drop it" + " or --unconditional" * args.unconditional)
     config = replace(_fit(base, images, args), **(_ema(base, recipe.steps) | model))
     return Trainer(_checked(config, args), images, out, recipe=recipe, **options)
+
+
+def _check_same_model(out: Path, asked: dict[str, Any]) -> None:
+    """Raise ValueError, naming it, where an option isn't what the checkpoint has."""
+    config = read_checkpoint(out / CHECKPOINT).config
+    for name, value in asked.items():
+        if getattr(config, name) != value:
+            option = {"num_classes": "unconditional", "loss_type": "loss"}.get(name, name).replace("_", "-")
+            came = "" if value is None else f" {value}"
+            raise ValueError(
+                f"--{option}{came}: the checkpoint has {getattr(config, name)}, and --resume goes on with its model"
+            )
 
 
 def _fit(config: Config, images: Images, args: Namespace) -> Config:

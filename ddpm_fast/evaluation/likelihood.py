@@ -55,6 +55,9 @@ def bits_per_dimension(
         ValueError, TypeError: an argument is out of range or does not fit.
     """
     checks.tensor("x", x)
+    bytes_ = x * 127.5 + 127.5
+    if not ((bytes_ - bytes_.round()).abs() < 1e-3).all():
+        raise ValueError("x must be images of bytes, k / 127.5 - 1: ((x + 1) * 127.5).round() / 127.5 - 1 makes them")
     batch_size = checks.integer("batch_size", batch_size, 1)
     variance = ("learned" if diffusion.learned_variance else "beta") if variance is None else variance
     checks.choice("variance", variance, tuple(VARIANCES))
@@ -77,7 +80,7 @@ def bits_per_dimension(
                 x_t = diffusion.perturb_x(x_0, t, NoiseState.at(seed, k, first, x.device))
                 x0_hat, v = diffusion.pred_x_start(x_t, t, y_0, use_ema, cond=cond_0)
                 if variance == "learned" and v is not None:
-                    log_variance = diffusion.log_variance(t, v)
+                    log_variance = diffusion.log_variance(t, v.clamp(-1, 1))
                 else:
                     log_variance = (low if variance == "posterior" else high)[t]
                 row.append(reverse_term(x_0, t, x0_hat.clamp(-1, 1) if clip else x0_hat, log_variance, posterior))

@@ -244,6 +244,11 @@ class UNet(TakesNoiseState):
                 raise ValueError(f"y is required: this network was built with num_classes={self.num_classes}")
             check_labels(y, x.shape[0])
 
+    def tells_noise_levels_apart(self) -> bool:
+        """Whether its embedding is made for numbers in [0, 1]."""
+        embedding = None if self.time_mlp is None else self.time_mlp[0]
+        return not isinstance(embedding, PositionalEmbedding) or embedding.scale >= 100
+
     def check_data(
         self, img_size: Sequence[int], img_channels: int, out_channels: int | None = None, cond_channels: int = 0
     ) -> None:

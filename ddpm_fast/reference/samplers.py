@@ -49,7 +49,7 @@ def ddpm_loop(
             logs = math.log(beta), math.log(posterior)
             sigma: Tensor | float
             if variance == "learned":  # Nichol & Dhariwal 2021, equation 15
-                share = (v + 1) / 2
+                share = (v.clamp(-1, 1) + 1) / 2
                 sigma = torch.exp((share * logs[0] + (1 - share) * logs[1]) / 2)
             elif isinstance(variance, str):
                 sigma = math.sqrt(beta if variance == "beta" else posterior)

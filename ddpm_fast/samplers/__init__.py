@@ -1,5 +1,6 @@
 """Samplers: functions (alphas_cumprod, prediction, num_steps, options) -> Plan, one short file each."""
 
+import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +20,7 @@ SAMPLERS: dict[str, Callable[..., Plan]] = {
     build.__name__: build for build in (ddpm, ddim, euler, ancestral_euler, heun, dpmpp_2m, dpmpp_2m_sde)
 }
 
+ADAPTIVE = "adaptive"  # what no table holds (adaptive.py), by its name
 INNER = ("time_input", "on_step")  # keywords that are no options
 
 
@@ -45,11 +47,29 @@ def make_plan(
         if num_steps is not None or options:
             raise ValueError("num_steps and sampler_options are for samplers by name: a Plan holds its own")
         return sampler
+    if sampler == ADAPTIVE:
+        raise ValueError(f"{ADAPTIVE!r} has no plan: only sample(sampler={ADAPTIVE!r}) of a Diffusion takes such steps")
     if not isinstance(sampler, str) or sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be a Plan or one of {', '.join(SAMPLERS)}; got {checks.text(sampler)}")
+        names = ", ".join((*SAMPLERS, ADAPTIVE))
+        close = difflib.get_close_matches(str(sampler).lower().replace("-", "_"), SAMPLERS, 1)
+        hint = f": did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"sampler must be a Plan or one of {names}; got {checks.text(sampler)}{hint}")
+    alphas_cumprod = _checked(alphas_cumprod)
     build = SAMPLERS[sampler]
     options = checked_options(sampler, build, options)
-    return build(np.asarray(alphas_cumprod, dtype=np.float64), prediction, num_steps, **options)
+    return build(alphas_cumprod, prediction, num_steps, **options)
+
+
+def _checked(alphas_cumprod: Any) -> Array:
+    try:
+        levels = np.asarray(alphas_cumprod, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"alphas_cumprod must be numbers [T], got {checks.text(alphas_cumprod)}") from error
+    if levels.ndim != 1 or not len(levels) or not ((levels >= 0) & (levels < 1)).all() or (np.diff(levels) > 0).any():
+        text = "alphas_cumprod must fall from below 1 to 0 or more, [T]"
+        rising = levels.ndim == 1 and len(levels) > 1 and levels[-1] > levels[0]
+        raise ValueError(f"{text}; from betas, np.cumprod(1 - betas) makes it" if rising else text)
+    return levels
 
 
 def option_defaults(build: Callable[..., Any]) -> dict[str, Any]:
@@ -74,6 +94,7 @@ def checked_options(sampler: str, build: Callable[..., Any], options: Mapping[st
 
 
 __all__ = [
+    "ADAPTIVE",
     "COLUMNS",
     "SAMPLERS",
     "Plan",

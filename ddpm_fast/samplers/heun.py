@@ -4,6 +4,7 @@ In x / a, a step from sigma to sigma', r = sigma' / sigma, first goes to x' = r 
 then corrected with D' = x0_hat(x'). The mean of both slopes gives x' + (1 - r) / (2 r) (D' - D), without the old x.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,8 @@ from ..ops import _checks as checks
 from ..schedules import Array
 from .plan import Plan, plan_of
 from .steps import sigma_of, steps_of, time_at
+
+FAR = 0.03  # of sigma, left after a step
 
 
 def heun(
@@ -61,6 +64,12 @@ def heun(
     added = np.append(s_noise * np.sqrt(grown[1:] ** 2 - sigma[1:] ** 2), 0.0)
     r = after / grown
     corrected = r > 0
+    if (least := r[corrected].min(initial=1.0)) < FAR:
+        warnings.warn(
+            f"heun: sigma falls to {least:.2g} of itself in a step, where corrections go astray: take more steps or "
+            "spacing 'logsnr'",
+            stacklevel=4,
+        )
     with np.errstate(divide="ignore", invalid="ignore"):
         weight = np.where(corrected, a_start * (1 - r) / (2 * r), 0.0)
     first = np.stack([t, a_grown**2, s_next / s_grown, (1 - r) * a_next, 0 * r, 0 * r])

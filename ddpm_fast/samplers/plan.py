@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,8 +53,17 @@ class Plan:
             if getattr(self, name) is not None:
                 column = _table(name, getattr(self, name))
                 if column.shape != rows.shape[:1] or not column.isfinite().all():
-                    raise ValueError(f"{name} must be {len(rows)} finite numbers, got {checks.text(column)}")
+                    raise ValueError(
+                        f"{name} must be one finite number for each of the plan's {len(rows)} rows, got "
+                        f"{checks.text(column)}"
+                    )
                 object.__setattr__(self, name, column)
+
+    def __repr__(self) -> str:
+        t = self.column("t")
+        more = [] if self.clip is None else [f"clip={self.clip:g}"]
+        more += ["learned variance"] * self.learned + ["guided"] * (self.guidance is not None)
+        return ", ".join([f"Plan({len(self)} rows, t {t[0]:g} to {t[-1]:g}", *more]) + ")"
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -81,10 +91,13 @@ class Plan:
         Raises:
             ValueError, TypeError: `scale` is no finite number, nor one for each of the rows.
         """
-        if isinstance(scale, (Sequence, Tensor, np.ndarray)):
-            column = _table("guidance", scale)
+        one: Any = scale
+        if isinstance(one, (Tensor, np.ndarray)) and one.ndim == 0:
+            one = float(one)
+        if isinstance(one, (list, tuple, Tensor, np.ndarray)):
+            column = _table("guidance", one)
         else:
-            column = torch.full((len(self),), checks.number("guidance", scale), dtype=torch.float64)
+            column = torch.full((len(self),), checks.number("guidance", one), dtype=torch.float64)
         plan = replace(self, guidance=column)
         return plan if (column != 1).any() else replace(plan, guidance=None)
 

@@ -75,6 +75,9 @@ class TrainStep:
             raise TypeError(f"diffusion must be a Diffusion, got {checks.text(diffusion)}")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {checks.text(optimizer)}")
+        own = {id(p) for p in diffusion.model.parameters()}
+        if own.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError("optimizer must be one of diffusion.model.parameters(): it holds none of them")
         self.diffusion, self.optimizer, self.engine = diffusion, optimizer, engine
         self.clip = None if clip is None else checks.number("clip", clip, 0) or None
         self.accumulate = checks.integer("accumulate", accumulate, 1)
