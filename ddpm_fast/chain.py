@@ -137,13 +137,17 @@ class Chain:
         self.k = torch.zeros((), dtype=torch.int64, device=x.device)
         self.hist = torch.zeros_like(x) if self.kind.history else None
         self.noise = noise._replace(draw=self.k) if noise is not None and self.kind.noisy else None
+        self.plain = not (self.kind.learned or self.kind.guided)  # a prediction is what the network returns
 
     def step(self, network: Network, z: Tensor | None = None) -> None:
         """Row k, then k + 1. Nothing here depends on the host's idea of k: one recorded step serves all rows."""
         x, row = self.x, self.k.reshape(1)
         model_in = x * self.rows[:, 1].index_select(0, row) if self.kind.scaled else x
         told = self.told.index_select(0, row)
-        prediction, variance = self.predicted(network(model_in, told.repeat(x.shape[0]) if told.ndim == 1 else told))
+        prediction = network(model_in, told.repeat(x.shape[0]) if told.ndim == 1 else told)
+        variance = None
+        if not self.plain or prediction.shape != x.shape:
+            prediction, variance = self.predicted(prediction)
         noise, keeps = self.noise if z is None else z, self.hist is not None
         more = noise, self.hist, variance, self.kind.clip, keeps, x, self.hist
         SAMPLER_STEP.unchecked(x, prediction, self.rows, self.k, *more)  # right by construction
@@ -171,7 +175,7 @@ class CorrectedChain(Chain):
 
     def __init__(self, x: Tensor, plan: Plan, noise: NoiseState | None, corrections: Sequence[Correction]):
         super().__init__(x, plan, noise)
-        self.corrections = corrections
+        self.corrections, self.plain = corrections, False
         self.rows = self.rows.clone()  # which may be the plan's
         self.p_x, self.p_m = self.rows[:, 2].clone(), self.rows[:, 3].clone()
         self.rows[:, 2], self.rows[:, 3] = 0.0, 1.0  # the step is given x0_hat itself
@@ -193,7 +197,7 @@ class CorrectedChain(Chain):
         now = Now(x, self.told.index_select(0, row).repeat(x.shape[0]), self.inputs, a, s)
         for correct in self.corrections:
             x0_hat = correct(x0_hat, now)
-            checks.tensor("the result of a correction", x0_hat, shape=x.shape)
+            checks.tensor("the result of a correction", x0_hat, shape=x.shape, device=x.device)
         return x0_hat, variance
 
 

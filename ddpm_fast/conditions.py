@@ -126,6 +126,10 @@ class Conditions(DiffusionState):
             raise ValueError(f"y must have shape [{batch_size}{rest}], {what}; got {checks.text(y)}")
         if isinstance(null, Tensor) and y.shape[1:] != null.shape:
             raise ValueError(f"y must be like null_label, {list(null.shape)} for each image; got {checks.text(y)}")
+        if isinstance(null, Tensor) and y.is_floating_point() != null.is_floating_point():
+            raise TypeError(f"y must be like null_label, {checks.text(null)}; got {checks.text(y)}")
+        if isinstance(null, int) and y.ndim != 1:
+            raise ValueError(f"y must have shape [{batch_size}], or null_label be a tensor; got {checks.text(y)}")
         if y.is_meta and device.type != "meta":
             raise ValueError(f"y must hold numbers, got {checks.text(y)}")
         # A network that says nothing of classes may take any kind of condition.

@@ -71,6 +71,7 @@ def classifier_guidance(log_probability: Callable[..., Tensor], scale: float = 1
             if not value.requires_grad:
                 raise ValueError("log_probability's result must depend on x by operations that have gradients")
             (grad,) = torch.autograd.grad(value.sum(), x)
-        return x0_hat + scale * now.s**2 / now.a * grad
+        # Pure noise says nothing of y, and its gradient is 0.
+        return x0_hat + scale * torch.where(now.a > 0, now.s**2 / now.a, 0) * torch.where(now.a > 0, grad, 0)
 
     return correct

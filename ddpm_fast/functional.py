@@ -230,9 +230,14 @@ def sample(
             raise ValueError(f"without must hold an input for each of the {len(inputs)}, got {len(without)}")
         one = [_for_one(w, i) for w, i in zip(without, inputs, strict=True)]
         without_each = _conditions("without", one, shape[0], place, 1)
+        for none, given_input in zip(without_each, conditions, strict=True):
+            if none.shape != given_input.shape or none.is_floating_point() != given_input.is_floating_point():
+                raise ValueError(f"without must be like inputs, {checks.text(given_input)}; got {checks.text(none)}")
     corrections = check_corrections(corrections)
     check_callback(callback)
     checks.flag("progress", progress)
+    if not isinstance(graphs, (Graphs, type(None))):
+        raise TypeError(f"graphs must be a ddpm_fast.graphs.Graphs(), got {checks.text(graphs)}")
 
     def call(x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
         return check_output(output_of(model_fn(x if not weights else x.to(weights[0].dtype), t, *conditions)), x)

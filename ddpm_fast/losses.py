@@ -14,6 +14,7 @@ from .objectives import WORDS, LossSecondMoment, TimestepSampler, loss_weights, 
 from .ops import NoiseState
 from .predictions import target_coefficients, x0_coefficients
 from .reference.philox import LABELS, LEVELS
+from .schedules import Array
 from .variational import Posterior, log_variance_bounds, reverse_term
 
 BOUND = 0.001  # share of the variational bound in the loss that learns the variance (Nichol & Dhariwal 2021)
@@ -37,22 +38,43 @@ class TrainingLoss(Conditions):
         # Told t [N] and the loss of each image [N], without weights, by every forward call, if set.
         self.observer: Observer | None = None
         self.timestep_sampler: TimestepSampler | None = None
+        self._tables_of: tuple[Array, torch.dtype] | None = None  # what the tables here were made of
 
     def weigh(self, loss_weighting: object, timestep_sampling: object) -> None:
         """Choose the weights of the loss and how often timesteps are drawn; Diffusion documents the arguments."""
-        abar = self.exact_alphas_cumprod()
-        weights = loss_weights(loss_weighting, abar, self.prediction)
-        self.timestep_sampler = timestep_sampler(timestep_sampling, abar)
-        tables = {"loss_weights": weights, "posterior_c_0": None, "log_variances": None}
+        self.loss_weighting, self.timestep_sampling = loss_weighting, timestep_sampling
+        self._make_tables()
+
+    def _make_tables(self) -> None:
+        """All that follows from the schedule here, in the dtype of the other tables."""
+        abar, device, dtype = self.exact_alphas_cumprod(), self.betas.device, self.betas.dtype
+        tables = {"loss_weights": loss_weights(self.loss_weighting, abar, self.prediction)}
         if self.learned_variance:
-            tables["posterior_c_0"] = Posterior.of(abar).c_0.numpy()
+            tables["posterior_c_0"] = Posterior.of(abar, dtype=torch.float64).c_0.numpy()
             tables["log_variances"] = np.stack(log_variance_bounds(abar))
-        for name, table in tables.items():
-            value = None if table is None else torch.tensor(table, dtype=torch.float32, device=self.betas.device)
-            self.register_buffer(name, value, persistent=False)
+        for name in ("loss_weights", "posterior_c_0", "log_variances"):
+            table = tables.get(name)
+            self.register_buffer(
+                name, None if table is None else torch.tensor(table, dtype=dtype, device=device), persistent=False
+            )
+        sampler = self.timestep_sampler
+        if not (isinstance(sampler, LossSecondMoment) and len(sampler.seen) == len(abar)):  # it goes on as it was
+            made = timestep_sampler(self.timestep_sampling, abar)
+            self.timestep_sampler = None if made is None else made.to(device)
+        self._tables_of = self._betas, dtype
+
+    def _rebuild_tables(self) -> None:
+        super()._rebuild_tables()
+        if self._tables_of is None:  # not yet made
+            return
+        betas, dtype = self._tables_of
+        table = self.loss_weights if self.loss_weights is not None else self.log_variances
+        if betas is not self._betas or dtype != self.betas.dtype or table is not None and table.dtype != dtype:
+            self._make_tables()
 
     def perturb_x(self, x: Tensor, t: Tensor, noise: Tensor | NoiseState) -> Tensor:
-        """x_t for clean x [N, C, H, W], timesteps t [N] and noise like x, or where to draw it."""
+        """x_t for clean x [N, C, H, W], timesteps t [N] and noise like x, or where to draw it. Not for
+        networks that are told noise levels, which training draws between timesteps."""
         return ops.q_sample(x, t, self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod, noise)
 
     def forward(self, x: Tensor, y: Tensor | None = None, *, cond: Tensor | None = None) -> Tensor:
@@ -126,18 +148,18 @@ class TrainingLoss(Conditions):
         training: bool = False,
     ) -> Tensor:
         """`training`: at random timesteps, which are observed, and at levels between them."""
-        a, s = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
+        level: tuple[Tensor, Tensor] | None = None  # a and s of each image
         if self.time_input == "noise_level":
-            a, s = self._levels(t, state) if training else (a[t], s[t])
-            told, images = a, torch.arange(x.shape[0], device=x.device)
-            x_t = ops.q_sample(x, images, a, s, noise)
+            level = self._levels(t, state, training)
+            x_t = ops.q_sample(x, torch.arange(x.shape[0], device=x.device), *level, noise)
         else:
-            told, images = t, t
             x_t = self.perturb_x(x, t, noise)
+        told = t if level is None else level[0]
         model_out, v = halves(self._call(model, x_t, told, y, state, **given(cond)), x.shape[1])
         target: dict[str, Any] = {}
         if self.prediction != "eps":
-            noise_coef, x_coef = target_coefficients(self.prediction, a[images], s[images])
+            a, s = level or (self.sqrt_alphas_cumprod[t], self.sqrt_one_minus_alphas_cumprod[t])
+            noise_coef, x_coef = target_coefficients(self.prediction, a, s)
             target = {"noise_coef": noise_coef, "x_coef": x_coef, "x_start": x}
 
         def simple(out: Tensor, reduction: str = "mean") -> Tensor:
@@ -184,11 +206,13 @@ class TrainingLoss(Conditions):
             return torch.randint(0, self.num_timesteps, (x.shape[0],), device=x.device)
         return ops.timesteps(x.shape[0], self.num_timesteps, state)
 
-    def _levels(self, t: Tensor, state: NoiseState | None) -> tuple[Tensor, Tensor]:
-        """a and s [N] between timesteps t - 1 and t: abar is uniform between theirs."""
+    def _levels(self, t: Tensor, state: NoiseState | None, random: bool) -> tuple[Tensor, Tensor]:
+        """a and s [N] at t; `random`: between t - 1 and t, abar uniform between theirs."""
         a, s = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
+        if not random:
+            return a[t], s[t]
         first, before = t == 0, (t - 1).clamp(min=0)
-        u = _uniform(t, state, LEVELS)
+        u = _uniform(t, state, LEVELS).to(a.dtype)
         # Both as sums of positive numbers: 1 - a^2 would lose the digits of a small s.
         a_before, s_before = torch.where(first, 1.0, a[before]), torch.where(first, 0.0, s[before])
         return torch.lerp(a_before**2, a[t] ** 2, u).sqrt(), torch.lerp(s_before**2, s[t] ** 2, u).sqrt()

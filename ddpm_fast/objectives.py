@@ -21,6 +21,7 @@ from .schedules import Array
 LOSS_WEIGHTINGS = ("none", "min_snr", "p2")
 TIMESTEP_SAMPLINGS = ("uniform", "log_normal", "loss_second_moment")
 WORDS = 2**31  # what a drawn number is out of
+EXACT = 2**52
 
 
 def min_snr_weights(alphas_cumprod: Array, prediction: str, gamma: float = 5.0) -> Array:
@@ -109,6 +110,8 @@ def timestep_sampler(sampling: object, alphas_cumprod: Array) -> "TimestepSample
 
 def _own_table(name: str, values: object, size: int) -> Array:
     try:
+        if "complex" in str(getattr(values, "dtype", "")):
+            raise TypeError  # what numpy would make real, with a warning
         table = np.array(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be a name or {size} numbers, got {checks.text(values)}") from error
@@ -128,8 +131,8 @@ class TimestepSampler(nn.Module):
 
     def __init__(self, probabilities: Array):
         super().__init__()
-        below = torch.from_numpy(np.cumsum(probabilities / probabilities.sum()))
-        self.register_buffer("below", below, persistent=False)  # [T] float64, of this timestep and all before
+        shares = torch.from_numpy(probabilities / probabilities.sum())
+        self.register_buffer("below", _cumulated(shares), persistent=False)  # [T] of this timestep and all before
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         """Moves with the network, but stays as exact as it is."""
@@ -139,15 +142,16 @@ class TimestepSampler(nn.Module):
 
     def forward(self, num_samples: int, state: NoiseState | None) -> Tensor:
         """Timesteps, int64 [num_samples]; without a state from torch's generator."""
+        below = self.cumulated()
         if state is None:
-            place = torch.rand(num_samples, dtype=torch.float64, device=self.below.device)
+            word = torch.randint(0, WORDS, (num_samples,), device=below.device)
         else:
-            place = (ops.timesteps(num_samples, WORDS, state, TIMESTEPS).double() + 0.5) / WORDS
-        last = len(self.below) - 1
-        return torch.searchsorted(self.cumulated(), place, right=True).clamp(max=last)
+            word = ops.timesteps(num_samples, WORDS, state, TIMESTEPS)
+        place = ((word.double() + 0.5) / WORDS * below[-1]).long()
+        return torch.searchsorted(below, place, right=True).clamp(max=len(below) - 1)
 
     def cumulated(self) -> Tensor:
-        """[T], the probability of each timestep and all before."""
+        """[T], how many of EXACT draws are of each timestep and all before."""
         return self.below
 
     def weights(self, t: Tensor) -> Tensor | None:
@@ -155,13 +159,19 @@ class TimestepSampler(nn.Module):
         return None
 
     def observe(self, t: Tensor, losses: Tensor) -> None:
-        """Told the unweighted losses [N] at t [N] in each step."""
+        """Told the losses [N] at t [N] in each step, before these weights."""
+
+
+def _cumulated(probabilities: Tensor) -> Tensor:
+    """[T] in whole numbers: sums of them have the same bits in any order."""
+    return (probabilities * EXACT).round().long().cumsum(0)
 
 
 class LossSecondMoment(TimestepSampler):
     """Timesteps in proportion to sqrt(E[loss^2]) of their last losses, weighted so that the mean stays what it was
-    (Nichol & Dhariwal 2021, section 3.3); uniform until each has had `history` losses. In a distributed run each
-    process goes by its own losses.
+    (Nichol & Dhariwal 2021, section 3.3); uniform until each has had `history` losses. A batch with a loss that isn't
+    finite is not remembered. In a distributed run each process goes by its own losses, or by those of the first where
+    buffers are broadcast, as DistributedDataParallel does.
 
     Args:
         num_timesteps: T.
@@ -175,20 +185,23 @@ class LossSecondMoment(TimestepSampler):
     def __init__(self, num_timesteps: int, history: int = 10, uniform: float = 0.001):
         super().__init__(np.ones(num_timesteps))
         self.history, self.uniform = history, uniform
-        # One column more than is read: for losses of a batch that later ones of it overwrite.
+        # One column more than is read: for losses that are not remembered.
         self.register_buffer("losses", torch.zeros(num_timesteps, history + 1), persistent=False)
         self.register_buffer("seen", torch.zeros(num_timesteps, dtype=torch.int64), persistent=False)
+        # On the device of the losses: while it isn't 0, nothing is remembered.
+        self.held: Tensor | None = None
 
     def probabilities(self) -> Tensor:
         """[T] float64."""
         size = len(self.seen)
         moment = self.losses[:, : self.history].double().square().mean(1).sqrt()
-        learned = (1 - self.uniform) * moment / moment.sum() + self.uniform / size
-        known = (self.seen >= self.history).all() & (moment.sum() > 0)
+        total = moment.sum()
+        learned = (1 - self.uniform) * moment / total + self.uniform / size
+        known = (self.seen >= self.history).all() & (total > 0) & total.isfinite()
         return torch.where(known, learned, 1 / size)
 
     def cumulated(self) -> Tensor:
-        return self.probabilities().cumsum(0)
+        return _cumulated(self.probabilities())
 
     def weights(self, t: Tensor) -> Tensor | None:
         return (1 / (len(self.seen) * self.probabilities()[t])).float()
@@ -204,7 +217,10 @@ class LossSecondMoment(TimestepSampler):
         Raises:
             ValueError: it is of another number of timesteps, or no such text.
         """
-        numbers = np.frombuffer(base64.b64decode(state, validate=True), dtype="<f4")
+        try:
+            numbers = np.frombuffer(base64.b64decode(state, validate=True), dtype="<f4")
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"timestep_losses is no text that `state` gave: {checks.text(state)}") from error
         if numbers.size != self.losses.numel():
             raise ValueError(f"timestep_losses holds {numbers.size} numbers, expected {self.losses.numel()}")
         table = torch.from_numpy(numbers.reshape(self.losses.shape).copy()).to(self.losses.device)
@@ -213,11 +229,15 @@ class LossSecondMoment(TimestepSampler):
 
     @torch.no_grad()
     def observe(self, t: Tensor, losses: Tensor) -> None:
-        # Which loss of its timestep each one is, and how many follow it, all without a look at the numbers.
-        same = t[:, None] == t
-        before, after = same.tril(-1).sum(1), same.triu(1).sum(1)
-        place = torch.where(after < self.history, (self.seen[t] + before) % self.history, self.history)
-        self.losses[t, place] = losses.float()
-        self.seen.index_add_(0, t, torch.ones_like(t))
+        taken = losses.isfinite().all()
+        if self.held is not None:
+            taken = taken & (self.held == 0)
+        # Sorted by timestep: how many of each one's losses come before and after, all without a look at the numbers.
+        t, order = t.sort(stable=True)
+        index = torch.arange(len(t), device=t.device)
+        before, after = index - torch.searchsorted(t, t), torch.searchsorted(t, t, right=True) - 1 - index
+        place = torch.where(taken & (after < self.history), (self.seen[t] + before) % self.history, self.history)
+        self.losses[t, place] = losses[order].float()
+        self.seen.index_add_(0, t, taken.long().expand(len(t)))
         # Where the next one goes, and that there are enough: all that counts, and exact in a float32.
         self.seen.copy_(torch.where(self.seen >= 2 * self.history, self.seen % self.history + self.history, self.seen))

@@ -17,7 +17,7 @@ from .graphs import ENGINES, Graphs
 from .models.state import fresh_seed
 from .ops import _checks as checks
 from .predictions import x0_coefficients
-from .samplers import ADAPTIVE, COLUMNS, Plan, checked_options, make_plan
+from .samplers import ADAPTIVE, Plan, checked_options, make_plan, mean_plan
 
 Guidance = float | Sequence[float] | Tensor | None
 # (network, conditions, part of the batch) -> what predicts for it
@@ -210,7 +210,8 @@ class SamplingDiffusion(Conditions):
             raise ValueError("guidance needs y: without it there is nothing to follow")
         y = null if y is None else self._checked_y(y, batch_size, device, bool(corrections))
         cond = self._checked_cond(cond, batch_size, device)
-        return [y, cond], None if null is None else [null, cond]
+        rest = [] if cond is None else [cond]
+        return [y, *rest], None if null is None else [null, *rest]
 
     def _way(
         self,
@@ -231,11 +232,16 @@ class SamplingDiffusion(Conditions):
             self._warn(
                 "mean", "remove_noise was overridden, but only sample() with sampler='ddpm' and no options calls it"
             )
+        if own_mean and corrections:
+            raise ValueError("corrections need x0_hat: remove_noise was overridden, and gives the mean")
+        if own_mean and self.learned_variance:
+            self._warn("variance", "remove_noise was overridden: its chains draw with beta, not the learned variance")
         if isinstance(sampler, str) and sampler == ADAPTIVE:
-            scale = None if guidance is None else checks.number("guidance", guidance)
+            scale = None if guidance is None or guidance == 1 else checks.number("guidance", guidance)
             way, guides = self._adaptive_way(num_steps, options, scale, corrections, device), scale is not None
         else:
-            plan = self._mean_plan() if own_mean else self._checked_plan(self.plan(sampler, num_steps, options))
+            plan = mean_plan(self.sigma) if own_mean else self.plan(sampler, num_steps, options)
+            plan.check_told(self.num_timesteps, self.time_input == "noise_level")
             plan = plan if guidance is None else plan.guided(guidance)
             corrections, guides = check_corrections(corrections), plan.guidance is not None
             way = by_plan(plan, device, self.graphs, engine=self.engine, corrections=corrections)
@@ -244,32 +250,19 @@ class SamplingDiffusion(Conditions):
         own_call = getattr(self._call, "__func__", None) is not SamplingDiffusion._call  # wants t, and isn't watched
         in_full = own_mean or own_call or self.rng == "torch"  # the last for parity: the time is embedded in each step
 
-        def call(x: Tensor, t: Tensor, y: Tensor | None, cond: Tensor | None, *, model: nn.Module) -> Tensor:
+        def call(model: nn.Module, x: Tensor, t: Tensor, y: Tensor | None, cond: Tensor | None = None) -> Tensor:
             if own_mean:
                 return self.remove_noise(x, t, y, ema, **given(cond))
             return self._call(model, x, t, y, **given(cond))
 
+        plain = not own_mean and not self.cond_channels
+
         def predict(model: nn.Module, inputs: Sequence[Tensor | None], part: slice) -> Predictor:
             cut = [[None if v is None else v[part] for v in values] for values in (inputs, without or ())]
-            return Predictor(None if in_full else model, partial(call, model=model), cut[0], cut[1] if guides else None)
+            by = partial(self._call if plain else call, model)
+            return Predictor(None if in_full else model, by, cut[0], cut[1] if guides else None)
 
         return way, predict
-
-    def _mean_plan(self) -> Plan:
-        """For a remove_noise that predicts the mean itself: x' = mean + sigma z is a table, too."""
-        rows = torch.zeros(self.num_timesteps, len(COLUMNS), dtype=torch.float64)
-        rows[:, 0] = torch.arange(self.num_timesteps)
-        rows[:, [1, 3, 5]] = 1.0
-        rows[1:, 7] = self.sigma[1:].double().cpu()
-        return Plan(rows.flip(0))
-
-    def _checked_plan(self, plan: Plan) -> Plan:
-        t = plan.column("t")
-        wrong = (t < 0) | (t >= self.num_timesteps)
-        if not plan.timesteps("cpu").is_floating_point() and wrong.any():  # a noise level is no index
-            k = int(wrong.nonzero()[0])
-            raise ValueError(f"sampler: row {k} has t = {t[k]:.0f}, expected 0 to {self.num_timesteps - 1}")
-        return plan
 
     def _adaptive_way(
         self,

@@ -14,6 +14,7 @@ from ddpm_fast import Diffusion, Plan, classifier_guidance, dynamic_threshold, m
 from ddpm_fast.chain import Now
 from ddpm_fast.reference import samplers as loops
 from ddpm_fast.samplers.steps import steps_of
+from ddpm_fast.schedules import zero_terminal_snr
 
 ABAR = np.cumprod(1 - BETAS)
 NOWHERE = Now(torch.zeros(2, 3), torch.zeros(2), (), None, None)
@@ -162,6 +163,27 @@ def test_the_labels_of_a_network_without_classes_are_the_classifier_s(net: nn.Mo
         assert torch.equal(diffusion.sample(2, "cpu", y, seed=1), plain)
 
 
+def test_from_pure_noise() -> None:
+    """Where x_T holds nothing of the image, a classifier moves nothing."""
+    betas = zero_terminal_snr(BETAS)
+    pull = classifier_guidance(lambda x, t: -(x**2).flatten(1).sum(1))
+    for prediction in ("x0", "v"):
+        diffusion = Diffusion(Pixelwise(), (5, 7), 2, None, betas, prediction=prediction)
+        guided = diffusion.sample_diffusion_sequence(2, "cpu", seed=1, corrections=pull)
+        plain = diffusion.sample_diffusion_sequence(2, "cpu", seed=1)
+        assert torch.equal(guided[1], plain[1]) and guided[-1].isfinite().all()
+        assert not torch.equal(guided[-1], plain[-1])
+
+
+def test_what_predicts_a_mean_has_no_x0_hat() -> None:
+    class Own(Diffusion):
+        def remove_noise(self, x, t, y, use_ema=True):
+            return super().remove_noise(x, t, y, use_ema)
+
+    with pytest.raises(ValueError, match="corrections need x0_hat: remove_noise was overridden"):
+        Own(Pixelwise(), (5, 7), 2, None, BETAS).sample(1, "cpu", corrections=dynamic_threshold())
+
+
 def test_a_graph_says_why_it_is_eager() -> None:
     diffusion = small(engine="graph")
     with pytest.warns(UserWarning, match="what corrects x0_hat is Python"):
@@ -177,6 +199,7 @@ ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
     "its result": (
         lambda: small().sample(1, "cpu", corrections=lambda x0, now: x0[0]), ValueError, "the result of a correction"
     ),
+    "no result": (lambda: small().sample(1, "cpu", corrections=lambda x0, now: None), TypeError, "the result of a"),
     "no gradient": (
         lambda: small().sample(2, "cpu", corrections=classifier_guidance(lambda x, t: torch.zeros(2))),
         ValueError, "log_probability's result must depend on x",

@@ -172,6 +172,11 @@ ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
     "without alone": (
         lambda: sample(function, (2, 3), PLAN, torch.ones(2), guidance=2, without=torch.ones(1)), TypeError, "without m"
     ),
+    "without like": (
+        lambda: sample(function, (2, 3), PLAN, torch.ones(2), guidance=2, without=[torch.ones(1).long()]),
+        ValueError, "without must be like inputs",
+    ),
+    "graphs": (lambda: sample(function, (2, 3), PLAN, graphs=3), TypeError, "graphs must be a ddpm_fast.graphs.Graphs"),
     "one for all": (lambda: sample(function, (2, 3), PLAN, torch.ones(1)), ValueError, "inputs must be tensors .* 2"),
     "callback": (lambda: sample(function, (2, 3), PLAN, callback=1), TypeError, "callback must be a function"),
     "learned": (

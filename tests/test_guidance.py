@@ -201,7 +201,7 @@ ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: pixelwise(null_label=torch.zeros(3)).sample(2, "cpu", Y3, guidance=[1.0]),
         ValueError, "guidance must be one .* 12 rows"
     ),
-    "wrong length": (lambda: PLAN.guided([1.0, 2.0]), ValueError, "guidance must be one finite number for each of .* 4 rows"),
+    "wrong length": (lambda: PLAN.guided([1.0, 2.0]), ValueError, "guidance must be one finite .* 4 rows"),
     "not finite": (lambda: PLAN.guided(float("nan")), ValueError, "guidance must be a finite number"),
     "words": (lambda: PLAN.guided("strong"), TypeError, "guidance must be"),
     "a class too few": (
@@ -217,6 +217,12 @@ ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
     "y of another shape": (
         lambda: pixelwise(null_label=torch.zeros(4)).sample(2, "cpu", Y3), ValueError, r"y must be like null_label"
     ),
+    "y of another kind": (
+        lambda: pixelwise(null_label=torch.zeros(3)).sample(2, "cpu", Y3.long()), TypeError, "y must be like null_label"
+    ),
+    "y of more dimensions": (
+        lambda: pixelwise(null_label=0)(torch.zeros(2, 2, 5, 7), Y3), ValueError, "or null_label be a tensor"
+    ),
     "too few": (
         lambda: pixelwise(null_label=torch.zeros(3)).sample(3, "cpu", Y3), ValueError, r"y must have shape \[3, 3\]"
     ),
@@ -224,7 +230,7 @@ ERRORS: dict[str, tuple[Any, type[Exception], str]] = {
         lambda: pixelwise(null_label=torch.zeros(3))(torch.zeros(2, 2, 5, 7)), ValueError, r"y is required: \[2, ...\]"
     ),
     "an own null class": (
-        lambda: Diffusion(Labelled(), (5, 3), 2, 4, BETAS, label_dropout=0.1), ValueError, "or give Diffusion num_cl.*=3"
+        lambda: Diffusion(Labelled(), (5, 3), 2, 4, BETAS, label_dropout=0.1), ValueError, "or give Diffusion num_.*=3"
     ),
     "levels": (lambda: Plan(PLAN.rows, abar=torch.ones(3)), ValueError, "abar must be one finite number"),
 }  # fmt: skip

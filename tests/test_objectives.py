@@ -21,8 +21,10 @@ from ddpm_fast.objectives import (
 from ddpm_fast.ops import NoiseState
 from ddpm_fast.reference import noise as reference
 from ddpm_fast.reference.philox import LEVELS, PERTURB
+from ddpm_fast.samplers import make_plan
 from ddpm_fast.samplers.steps import sigma_of
 from ddpm_fast.schedules import zero_terminal_snr
+from ddpm_fast.variational import log_variance_bounds
 
 ABAR = np.cumprod(1 - BETAS)
 SNR = ABAR / (1 - ABAR)
@@ -106,7 +108,7 @@ def test_draws_follow_the_probabilities() -> None:
     torch.manual_seed(0)
     np.testing.assert_allclose(np.bincount(sampler(200_000, None), minlength=6) / 200_000, wanted, atol=5e-3)
     for move in (lambda m: m.half(), lambda m: m.to("meta"), lambda m: m.double()):
-        assert move(TimestepSampler(wanted)).below.dtype == torch.float64
+        assert move(TimestepSampler(wanted)).below.dtype == torch.int64
 
 
 class OneAtATime:
@@ -142,8 +144,14 @@ def test_loss_second_moment_against_lists() -> None:
             restored.load(sampler.state())
             sampler = restored
     np.testing.assert_allclose(sampler.weights(torch.arange(7)), 1 / (7 * plain.probabilities()), rtol=1e-6)
-    sampler.observe(torch.tensor([2]), torch.tensor([math.nan]))
-    np.testing.assert_allclose(sampler.probabilities(), 1 / 7)  # until it is forgotten
+    before = sampler.state()
+    for bad in (math.nan, math.inf):  # a step that changes no weights, either
+        sampler.observe(torch.tensor([2, 3]), torch.tensor([1.0, bad]))
+    sampler.held = torch.ones(())
+    sampler.observe(torch.tensor([2]), torch.tensor([1.0]))
+    assert sampler.state() == before
+    sampler.losses[2, 0] = math.inf  # of an older file
+    np.testing.assert_allclose(sampler.probabilities(), 1 / 7)
 
 
 def test_importance_sampling_keeps_the_mean() -> None:
@@ -276,6 +284,45 @@ def test_noise_levels() -> None:
     assert v is None and x0_hat.shape == (2, 2, 5, 7) and seen[-1][1].tolist() == pytest.approx(np.sqrt(ABAR[3:5]))
 
 
+def test_tables_follow_the_schedule_that_is_loaded() -> None:
+    """And are as exact as the others in any dtype of the network."""
+    options: dict[str, Any] = {"learned_variance": True, "loss_weighting": "min_snr", "timestep_sampling": "log_normal"}
+    other = generate_cosine_schedule(12)
+    source, target = (Diffusion(Halves(), (5, 7), 2, None, betas, seed=1, **options) for betas in (other, BETAS))
+    target.load_state_dict(source.state_dict())
+    x = torch.randn(6, 2, 5, 7)
+    assert float(target(x)) == pytest.approx(float(source(x)), rel=1e-5)
+    for move, dtype in ((source.half, torch.float32), (source.float, torch.float32), (source.double, torch.float64)):
+        moved = move()
+        exact = torch.from_numpy(np.stack(log_variance_bounds(np.cumprod(1 - other))))
+        assert moved.log_variances.dtype == moved.loss_weights.dtype == dtype
+        torch.testing.assert_close(moved.log_variances.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    remembers = pixelwise(timestep_sampling="loss_second_moment")
+    remembers.timestep_sampler.seen += 3
+    assert int(remembers.double().timestep_sampler.seen.sum()) == 36
+
+
+def test_a_refused_file_leaves_the_losses_as_they_were() -> None:
+    source, target = (small(timestep_sampling="loss_second_moment", seed=1).train() for _ in range(2))
+    source(torch.randn(16, 1, 8, 8))
+    before = target.extra_state()
+    state = source.state_dict()
+    del state["model.init_conv.weight"]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        target.load_state_dict(state)
+    assert target.extra_state() == before
+    with pytest.raises(ValueError, match="timestep_losses is no text that"):
+        target.load_extra_state({"timestep_losses": "?"})
+
+
+def test_noise_levels_in_float64() -> None:
+    diffusion = pixelwise(time_input="noise_level").double().train()
+    assert diffusion(torch.randn(3, 2, 5, 7, dtype=torch.float64)).dtype == torch.float64
+    ended = zero_terminal_snr(generate_linear_schedule(50, 1e-3, 0.2))
+    plan = make_plan("ddim", np.cumprod(1 - ended), "v", 1).told_noise_levels()
+    assert plan.timesteps("cpu").dtype == torch.float32 and plan.timesteps("cpu").tolist() == [0.0]
+
+
 def test_an_embedding_for_timesteps_is_warned_of() -> None:
     build = lambda scale: UNet(1, 8, (1, 2), 1, time_emb_dim=8, num_groups=4, time_emb_scale=scale)  # noqa: E731
     with pytest.warns(UserWarning, match="can hardly tell noise levels, 0 to 1, apart: .* time_emb_scale=1000"):
@@ -341,6 +388,10 @@ ERRORS: dict[str, tuple[Any, str]] = {
     "its shape": (
         lambda: pixelwise(cond_channels=1).sample(1, "cpu", cond=torch.zeros(1, 2, 5, 7)), "cond must have shape"
     ),
+    "told": (
+        lambda: pixelwise(time_input="noise_level").sample(1, "cpu", sampler=make_plan("ddim", ABAR)), "tells timesteps"
+    ),
+    "complex": (lambda: pixelwise(loss_weighting=torch.ones(12, dtype=torch.complex64)), "loss_weighting must"),
     "not learned": (
         lambda: pixelwise().sample(1, "cpu", sampler_options={"variance": "learned"}), "this plan has a learned var"
     ),
@@ -349,5 +400,5 @@ ERRORS: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize(("call", "text"), ERRORS.values(), ids=ERRORS)
 def test_bad_input(call: Any, text: str) -> None:
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((ValueError, TypeError), match=text):
         call()

@@ -391,6 +391,22 @@ def test_first_batch_is_the_documented_one(tmp_path: Path) -> None:
     assert torch.equal(x, expected[0]) and torch.equal(y, expected[1])
 
 
+def test_a_failure_is_explained_by_the_timesteps_it_had(tmp_path: Path) -> None:
+    """Also where timesteps go by losses, which then stay as they were before the step."""
+    config = replace(TINY, num_timesteps=6, timestep_sampling="loss_second_moment")
+    t = trainer(tmp_path, config=config, log_every=20)
+    for _ in range(14):
+        t.train_step()
+    before = cast(LossSecondMoment, t.diffusion.timestep_sampler).state()
+    with torch.no_grad():
+        t.diffusion.model.out_conv.bias[0] = torch.inf
+    for _ in range(3):
+        t.train_step()
+    assert cast(LossSecondMoment, t.diffusion.timestep_sampler).state() == before
+    with pytest.raises(FloatingPointError, match="the loss is inf at step 15 .*out_conv"):
+        t._check()
+
+
 def test_a_resumed_run_goes_by_the_same_losses(tmp_path: Path) -> None:
     """Timesteps drawn by their losses: what they were rides in the checkpoint."""
     config = replace(TINY, num_timesteps=6, timestep_sampling="loss_second_moment", label_dropout=0.2)

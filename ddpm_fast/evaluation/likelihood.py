@@ -55,6 +55,8 @@ def bits_per_dimension(
         ValueError, TypeError: an argument is out of range or does not fit.
     """
     checks.tensor("x", x)
+    if x.ndim == 0 or not x.shape[0]:
+        raise ValueError(f"x must hold images, got {checks.text(x)}")
     bytes_ = x * 127.5 + 127.5
     if not ((bytes_ - bytes_.round()).abs() < 1e-3).all():
         raise ValueError("x must be images of bytes, k / 127.5 - 1: ((x + 1) * 127.5).round() / 127.5 - 1 makes them")

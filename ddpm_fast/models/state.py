@@ -150,10 +150,11 @@ class DiffusionState(nn.Module):
             metadata[""] = {**own, "ddpm_fast": {**own.get("ddpm_fast", {}), "step": step}}
             state_dict = OrderedDict(state_dict)
             setattr(state_dict, "_metadata", metadata)  # noqa: B010 - not in the type
-        before = self.step, self.calls, self.seed
+        before, extra = (self.step, self.calls, self.seed), self.extra_state()
         try:
             keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
         except BaseException:
+            self.load_extra_state(extra)
             self.step, self.calls, self.seed = before
             raise
         self.loaded = True

@@ -14,7 +14,7 @@ from .ddpm import ddpm
 from .dpmpp import dpmpp_2m, dpmpp_2m_sde
 from .euler import ancestral_euler, euler
 from .heun import heun
-from .plan import COLUMNS, Plan
+from .plan import COLUMNS, Plan, mean_plan
 
 SAMPLERS: dict[str, Callable[..., Plan]] = {
     build.__name__: build for build in (ddpm, ddim, euler, ancestral_euler, heun, dpmpp_2m, dpmpp_2m_sde)
@@ -47,7 +47,7 @@ def make_plan(
         if num_steps is not None or options:
             raise ValueError("num_steps and sampler_options are for samplers by name: a Plan holds its own")
         return sampler
-    if sampler == ADAPTIVE:
+    if isinstance(sampler, str) and sampler == ADAPTIVE:
         raise ValueError(f"{ADAPTIVE!r} has no plan: only sample(sampler={ADAPTIVE!r}) of a Diffusion takes such steps")
     if not isinstance(sampler, str) or sampler not in SAMPLERS:
         names = ", ".join((*SAMPLERS, ADAPTIVE))
@@ -107,5 +107,6 @@ __all__ = [
     "euler",
     "heun",
     "make_plan",
+    "mean_plan",
     "option_defaults",
 ]

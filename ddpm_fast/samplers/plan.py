@@ -29,6 +29,7 @@ class Plan:
         guidance: [S], scale w of classifier-free guidance: model = without + w (with - without) the condition (Ho &
             Salimans 2022); None for none.
         abar: [S], the level at which each row starts: x = sqrt(abar) x_0 + sqrt(1 - abar) noise; None if unknown.
+        noise_levels: t are noise levels: the network is told them in float32, also where all are whole numbers.
 
     Raises:
         ValueError, TypeError: the rows are no finite table of this shape with S >= 1, or another argument doesn't fit.
@@ -38,6 +39,7 @@ class Plan:
     clip: float | None = None
     guidance: Tensor | None = None
     abar: Tensor | None = None
+    noise_levels: bool = False
 
     def __post_init__(self) -> None:
         rows = _table("rows", self.rows)
@@ -80,9 +82,9 @@ class Plan:
         return self.rows[:, names.index(name)]
 
     def timesteps(self, device: torch.device | str) -> Tensor:
-        """What the model is told, [S]: int64 where every t is an integer (and fits it), else float32."""
+        """What the model is told, [S]: int64 where every t is a timestep (and fits it), else float32."""
         t = self.column("t")
-        whole = bool((t == t.round()).all() and t.abs().max() < 2**63)
+        whole = not self.noise_levels and bool((t == t.round()).all() and t.abs().max() < 2**63)
         return t.to(checks.device("device", device), torch.int64 if whole else torch.float32)
 
     def guided(self, scale: float | Sequence[float] | Tensor) -> "Plan":
@@ -101,11 +103,22 @@ class Plan:
         plan = replace(self, guidance=column)
         return plan if (column != 1).any() else replace(plan, guidance=None)
 
+    def check_told(self, num_timesteps: int, noise_levels: bool) -> None:
+        """Raise ValueError where a row tells a network of `num_timesteps` or of noise levels something else."""
+        t = self.column("t")
+        if noise_levels and not self.noise_levels and (t > 1).any():
+            raise ValueError("sampler: this plan tells timesteps, the network takes noise levels: .told_noise_levels()")
+        wrong = (t < 0) | (t >= num_timesteps)
+        if not self.timesteps("cpu").is_floating_point() and wrong.any():  # a noise level is no index
+            k = int(wrong.nonzero()[0])
+            raise ValueError(f"sampler: row {k} has t = {t[k]:.0f}, expected 0 to {num_timesteps - 1}")
+
     def told_noise_levels(self) -> "Plan":
         """This plan for a network that is told sqrt(abar) and not the timestep (Chen et al. 2021; SR3)."""
         if self.abar is None:
             raise ValueError("this plan doesn't know its levels: make it with abar")
-        return replace(self, rows=torch.cat([self.abar.sqrt()[:, None], self.rows[:, 1:]], dim=1))
+        rows = torch.cat([self.abar.sqrt()[:, None], self.rows[:, 1:]], dim=1)
+        return replace(self, rows=rows, noise_levels=True)
 
 
 def _table(name: str, values: object) -> Tensor:
@@ -116,6 +129,15 @@ def _table(name: str, values: object) -> Tensor:
         return torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().clone()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(f"{name} must be a table of numbers, got {checks.text(values)}") from error
+
+
+def mean_plan(sigma: Tensor) -> Plan:
+    """For whoever predicts the mean of x_{t-1} itself: x' = mean + sigma z, noise [T] of each timestep but the last."""
+    rows = torch.zeros(len(sigma), len(COLUMNS), dtype=torch.float64)
+    rows[:, 0] = torch.arange(len(sigma))
+    rows[:, [1, 3, 5]] = 1.0
+    rows[1:, 7] = sigma[1:].double().cpu()
+    return Plan(rows.flip(0))
 
 
 def plan_of(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..diffusion import Diffusion
 from ..models.presets import Config
+from ..objectives import LossSecondMoment
 from ..ops import _checks as checks
 from ..progress import progress_bar
 from .checkpoint import CHECKPOINT, Checkpoint, named, read_checkpoint, save_checkpoint
@@ -103,6 +104,8 @@ class Trainer:
             observer=self.watch.observe,
             check=self.watch.add,
         )
+        if isinstance(self.diffusion.timestep_sampler, LossSecondMoment):
+            self.diffusion.timestep_sampler.held = self.watch.failed  # so that a failed step can be made again
         keep = checks.integer("keep", keep, 0)
         self.keeper = Keeper(self.out / CHECKPOINT, keep, best=keep > 0 or self.held_out is not None)
         self.journal = Journal(self.out, tensorboard=checks.flag("tensorboard", tensorboard))
