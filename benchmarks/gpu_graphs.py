@@ -19,10 +19,24 @@ REPLAYS = 10**5
 SAMPLERS: tuple[dict[str, Any], ...] = ({}, {"sampler_options": {"clip": True, "variance": "posterior"}})
 
 
-def _diffusion(device: torch.device, dry: bool, model: str, **options: Any) -> Diffusion:
+# Of the digits: what training weighs and networks are told, each with what it brings to a chain.
+OBJECTIVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "guided, learned variance": ({"label_dropout": 0.1, "learned_variance": True}, {"guidance": 3.0}),
+    "losses weighed": (
+        {"loss_weighting": "min_snr", "timestep_sampling": "loss_second_moment"},
+        {"sampler": "dpmpp_2m"},
+    ),
+    "noise levels, Huber": ({"time_input": "noise_level", "loss_type": "huber"}, {"sampler": "heun"}),
+}
+
+
+def _diffusion(
+    device: torch.device, dry: bool, model: str, changes: dict[str, Any] | None = None, **options: Any
+) -> Diffusion:
     torch.manual_seed(0)
-    config = replace(preset(model), base_channels=16, num_res_blocks=1) if dry else preset(model)
-    return Diffusion.from_config(replace(config, ema_start=6), seed=1, **options).to(device).train()
+    config = replace(preset(model), ema_start=6, **changes or {})
+    config = replace(config, base_channels=16, num_res_blocks=1) if dry else config
+    return Diffusion.from_config(config, seed=1, **options).to(device).train()
 
 
 def _labels(diffusion: Diffusion, images: int, device: torch.device) -> Tensor | None:
@@ -97,6 +111,30 @@ def iterations(device: torch.device, dry: bool) -> str:
     return f"{count} training steps leave the eager weights"
 
 
+def objectives(device: torch.device, dry: bool) -> str:
+    """Training steps and chains of both engines for each objective, whose own numbers are made on the device, too."""
+    steps = 3 if dry else 30
+    for name, (changes, options) in OBJECTIVES.items():
+        eager = _diffusion(device, dry, "digits", changes)
+        graph = copy.deepcopy(eager)
+        x, y = torch.rand(16, 1, 8, 8, device=device) * 2 - 1, _labels(eager, 16, device)
+        losses, images = [], []
+        with _repeatable():
+            for d, engine in ((graph, "graph"), (eager, "eager")):
+                d.engine = engine
+                optimizer = torch.optim.Adam(d.model.parameters(), lr=2**-12, fused=True)
+                step = TrainStep(d, optimizer, clip=1.0, engine=engine)
+                losses.append([float(step(x.roll(k, 0), y)) for k in range(steps)])
+                images.append(d.sample(16, device, y, seed=1, num_steps=3 if dry else 20, **options))
+                if engine == "graph":
+                    _recorded(step.graphs, device, 2)
+                    _recorded(d.graphs, device, 1)
+        assert losses[0] == losses[1], f"{name}: losses {losses[0]} and {losses[1]}"
+        assert graph.extra_state() == eager.extra_state(), f"{name}: what is remembered differs"
+        assert torch.equal(*images) and bool(images[0].isfinite().all()), f"{name}: images differ"
+    return f"{len(OBJECTIVES)} objectives train and sample as eagerly"
+
+
 def replays(device: torch.device, dry: bool) -> str:
     """The device's memory over many replays of one recorded step."""
     diffusion = _diffusion(device, dry, "digits", engine="graph")
@@ -125,5 +163,6 @@ def replays(device: torch.device, dry: bool) -> str:
 GRAPHS: dict[str, Callable[[torch.device, bool], str]] = {
     "recorded chains": chains,
     "recorded training steps": iterations,
+    "recorded objectives": objectives,
     "many replays": replays,
 }
