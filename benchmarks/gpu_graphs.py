@@ -22,7 +22,7 @@ SAMPLERS: tuple[dict[str, Any], ...] = ({}, {"sampler_options": {"clip": True, "
 # Of the digits: what training weighs and networks are told, each with what it brings to a chain.
 OBJECTIVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "guided, learned variance": ({"label_dropout": 0.1, "learned_variance": True}, {"guidance": 3.0}),
-    "losses weighed": (
+    "weighed by losses": (
         {"loss_weighting": "min_snr", "timestep_sampling": "loss_second_moment"},
         {"sampler": "dpmpp_2m"},
     ),

@@ -114,7 +114,10 @@ class Judge:
         self.features, self.logits = judge(self.classifier, to_float(self.held_out.pixels))
 
     def figures(self, x: Tensor, labels: Tensor) -> Row:
-        """Return what is known of images drawn for ``labels``."""
+        """Return what is known of images drawn for ``labels``; of some that aren't finite, how many."""
+        broken = int((~x.flatten(1).isfinite().all(1)).sum())
+        if broken:
+            return {"features": NAME_OF_FEATURES, "note": f"{broken} of {len(x)} images are not finite"}
         features, logits = judge(self.classifier, x)
         return {
             "frechet": frechet_distance(features, self.features),
@@ -170,7 +173,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     for line, (key, label) in zip(axes, names.items(), strict=True):
         for axis, x in zip(line, ("num_steps", "seconds"), strict=True):
             for name in dict.fromkeys(row["name"] for row in drawn):
-                of = [row for row in drawn if row["name"] == name]
+                of = [row for row in drawn if row["name"] == name and key in row]
                 axis.plot([row[x] for row in of], [row[key] for row in of], "o-", label=name)
             axis.axhline(real[key], color="grey", linestyle="--", label=REAL)
             axis.set_xscale("log")

@@ -85,3 +85,13 @@ def test_the_ddim_of_the_docs_is_the_papers(num_steps: int) -> None:
     plan = names["ddim"](abar, num_steps)
     assert plan.column("t").tolist() == times
     assert float((denoise(network, x_T.clone(), plan) - x).abs().max()) <= 1e-10 * max(1, float(x.abs().max()))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_shows_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"benchmarks/results/[\w/]+\.json", text):
+        if "/gpu/" not in name:  # those of a GPU are yet to come
+            assert (ROOT / name).is_file(), name
+    for name in re.findall(r"\]\(([^)#]+)\)", text):
+        assert "://" in name or (page.parent / name).exists(), name
