@@ -166,15 +166,19 @@ def draw(diffusion: Diffusion, labels: Tensor, args: argparse.Namespace, **way: 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Write the figures over steps and over seconds as a PNG, with the real images' as lines."""
     ticker = require("matplotlib.ticker")
-    figure = require("matplotlib.figure").Figure(figsize=(9, 7), layout="constrained")
+    figure = require("matplotlib.figure").Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharey="row", sharex="col")
     drawn, real = [row for row in rows if row["name"] != REAL], next(row for row in rows if row["name"] == REAL)
-    names = {"frechet": f"Frechet distance, {NAME_OF_FEATURES}", "agreement": "class agreement"}
+    names = {"frechet": f"Frechet distance,\n{NAME_OF_FEATURES}", "agreement": "class agreement"}
+    # One colour a sampler; what is not ours is dashed.
+    kinds = {row["name"]: row["name"].removeprefix("diffusers ").removeprefix(f"{OURS} ") for row in drawn}
+    colours = {kind: f"C{k}" for k, kind in enumerate(dict.fromkeys(kinds.values()))}
     for line, (key, label) in zip(axes, names.items(), strict=True):
         for axis, x in zip(line, ("num_steps", "seconds"), strict=True):
-            for name in dict.fromkeys(row["name"] for row in drawn):
+            for name, kind in kinds.items():
+                style = {"color": colours[kind], "linestyle": "-" if name.startswith(OURS) else ":", "marker": "."}
                 of = [row for row in drawn if row["name"] == name and key in row]
-                axis.plot([row[x] for row in of], [row[key] for row in of], "o-", label=name)
+                axis.plot([row[x] for row in of], [row[key] for row in of], label=name, **style)
             axis.axhline(real[key], color="grey", linestyle="--", label=REAL)
             axis.set_xscale("log")
             axis.grid(alpha=0.3, which="both")
@@ -187,7 +191,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         line[0].set_ylabel(label)
     axes[1][0].set_xlabel("steps")
     axes[1][1].set_xlabel(f"seconds for {drawn[0]['batch']} images")
-    axes[0][0].legend()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=120)
     write_atomically(path, data.getvalue())
