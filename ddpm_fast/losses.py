@@ -57,9 +57,12 @@ class TrainingLoss(Conditions):
             self.register_buffer(
                 name, None if table is None else torch.tensor(table, dtype=dtype, device=device), persistent=False
             )
-        sampler = self.timestep_sampler
-        if not (isinstance(sampler, LossSecondMoment) and len(sampler.seen) == len(abar)):  # it goes on as it was
-            made = timestep_sampler(self.timestep_sampling, abar)
+        made, before = timestep_sampler(self.timestep_sampling, abar), self.timestep_sampler
+        if not (
+            isinstance(made, LossSecondMoment)
+            and isinstance(before, LossSecondMoment)
+            and len(made.seen) == len(before.seen)
+        ):  # else what it remembers goes on
             self.timestep_sampler = None if made is None else made.to(device)
         self._tables_of = self._betas, dtype
 

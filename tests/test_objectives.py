@@ -300,6 +300,10 @@ def test_tables_follow_the_schedule_that_is_loaded() -> None:
     remembers = pixelwise(timestep_sampling="loss_second_moment")
     remembers.timestep_sampler.seen += 3
     assert int(remembers.double().timestep_sampler.seen.sum()) == 36
+    remembers.weigh("p2", "loss_second_moment")
+    assert int(remembers.timestep_sampler.seen.sum()) == 36 and remembers.loss_weights is not None
+    remembers.weigh("none", "uniform")
+    assert remembers.timestep_sampler is None and remembers.loss_weights is None
 
 
 def test_a_refused_file_leaves_the_losses_as_they_were() -> None:
