@@ -14,6 +14,7 @@ from .engine import Start, denoise, eval_mode, philox_start
 from .graphs import Graphs
 from .memory import batch_that_fits, in_parts, out_of_memory
 from .models.state import fresh_seed
+from .models.upsampling import fixed_weights
 from .ops import NoiseState
 from .ops import _checks as checks
 from .progress import progress_bar
@@ -22,6 +23,7 @@ from .schedules import Array
 
 # On the CPU larger batches gain nothing, so only beyond this size is it worth a look at what fits the memory.
 UNCHECKED_BATCH = 64
+STEPS_OF_FIXED_WEIGHTS = 8  # from which on it pays to make something of the weights first
 
 
 def output_of(result: Any) -> Tensor:
@@ -148,7 +150,9 @@ def run_chains(
                     callback(k, x)
 
             x, state = start(part)
-            images = way.go(predict(part), x, state, watch if progress or callback is not None else None)
+            watched = watch if progress or callback is not None else None
+            with fixed_weights() if way.steps >= STEPS_OF_FIXED_WEIGHTS else nullcontext():
+                images = way.go(predict(part), x, state, watched)
             return images if place is None else images.to(place)
 
         if whole:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ..ops import DROPOUT, Dropout, NoiseState, timestep_embedding
 from ..ops import _checks as checks
 from ..ops.conv3x3 import OP as CONV3X3
-from .fusing import Activation, TakesNoiseState, is_conv3x3, is_plain, norm_act
+from .fusing import Activation, TakesNoiseState, is_conv3x3, is_plain, is_untouched, norm_act
+from .upsampling import in_phases, phases_pay
 
 
 def get_norm(norm: str | None, num_channels: int, num_groups: int) -> nn.Module:
@@ -112,7 +113,14 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, time_emb: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         check_input(x, self.in_channels, self.upsample[-1])
-        return self.upsample(x)
+        if self._is_plain() and phases_pay(x, self.upsample[1]):
+            return in_phases(x, cast(nn.Conv2d, self.upsample[1]))
+        return cast(Tensor, self.upsample(x))
+
+    def _is_plain(self) -> bool:
+        """Whether nothing was put into or around the two steps."""
+        layers = [type(m) for m in self.upsample]
+        return layers == [NearestUpsample, nn.Conv2d] and is_untouched(self.upsample, self.upsample[0])
 
 
 class AttentionBlock(nn.Module):
