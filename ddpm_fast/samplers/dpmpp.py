@@ -59,9 +59,7 @@ def dpmpp_2m_sde(
 ) -> Plan:
     """SDE-DPM-Solver++(2M): the same with fresh noise; 20 to 50 steps.
 
-    Arguments as of `dpmpp_2m`.
-
-    Rows of x' = s'/s e^-(eta h) x + a' (1 - e^-(1 + eta) h) D + s' sqrt(1 - e^-2 eta h) z.
+    Rows of x' = s'/s e^-(eta h) x + a' (1 - e^-(1 + eta) h) D + s' sqrt(1 - e^-2 eta h) z. Arguments as of `dpmpp_2m`.
 
     Args:
         eta: how much of the noise is drawn anew; 1 is the paper's, 0 gives `dpmpp_2m`.
@@ -73,9 +71,7 @@ def dpmpp_2m_sde(
     fresh = np.exp(-2 * eta * h) if eta else np.ones_like(h)  # h may be infinite
     push = a_next * -np.expm1(-(1 + eta) * h)
     return plan_of(
-        steps.t,
-        steps.abar,
-        prediction,
+        *(steps.t, steps.abar, prediction),
         c_x=s_next / np.sqrt(1 - steps.abar) * np.sqrt(fresh),
         c_0=push * (1 + weight),
         c_h=-push * weight,
