@@ -49,12 +49,13 @@ def phase_weights(weight: Tensor) -> Tensor:
 
 def phases_pay(x: Tensor, conv: nn.Module) -> bool:
     """Whether `in_phases` takes x [N, C, H, W] and is faster: on CPUs, without gradients, in `fixed_weights`."""
+    if torch.compiler.is_compiling() or _MADE.get() is None:  # in this order: compilers know no ContextVar
+        return False
     n, c, h, w = x.shape
-    if _MADE.get() is None or not x.is_cpu or c < CHANNELS or h * w < PIXELS or n * h * w < ALL_PIXELS:
+    if not x.is_cpu or c < CHANNELS or h * w < PIXELS or n * h * w < ALL_PIXELS:
         return False
     return (
         not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
         and forced() in (None, "native")
         and x.dtype in (torch.float32, torch.bfloat16)
         and x.is_contiguous(memory_format=torch.channels_last)
