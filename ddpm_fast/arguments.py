@@ -1,4 +1,4 @@
-"""The options of each command, with their help."""
+"""The options of each command, with their help: a function a command, which adds them to its parser."""
 
 import argparse
 from argparse import ArgumentParser, BooleanOptionalAction
@@ -95,7 +95,7 @@ def _train_model(add: Callable[..., object]) -> None:
     add("--loss-weighting", choices=LOSS_WEIGHTINGS, help=weighed)
     drawn = "which timesteps are drawn more often: none, those of middling noise, or of large losses (uniform)"
     add("--timestep-sampling", choices=TIMESTEP_SAMPLINGS, help=drawn)
-    learned = "learn the variance of the reverse step, too: fewer steps of the ddpm sampler are then enough (no)"
+    learned = "learn the variance of the reverse step, too (no)"
     add("--learned-variance", action=BooleanOptionalAction, help=learned)
     dropped = "share of images trained without their class, so that sample --guidance works; 0.1 is usual (0)"
     add("--label-dropout", type=real(0, 1), metavar="P", help=dropped)
@@ -171,7 +171,7 @@ def sample(parser: ArgumentParser) -> None:
     add("--option", type=assignment, action="append", default=[], metavar="NAME=VALUE", help=listed)
     guided = "follow the classes more closely, at the price of variety: 1 is plain, 2 to 5 usual; twice the work"
     add("--guidance", type=real(0), metavar="W", help=f"{guided} (for a model trained with --label-dropout)")
-    thresholded = "dynamic thresholding at this quantile, such as 0.995: against burnt colours of strong guidance"
+    thresholded = "dynamic thresholding at this quantile, such as 0.995; for large images under strong guidance"
     add("--dynamic-threshold", type=real(0, 1), metavar="P", help=thresholded)
     add("--batch", type=whole(1), default=256, metavar="N", help="images at a time (%(default)s)")
     add("--no-ema", action="store_true", help="use the raw weights instead of the averaged ones")

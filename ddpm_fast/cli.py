@@ -1,6 +1,6 @@
 """The command line: `ddpm-fast` = `python -m ddpm_fast`, with train, sample, plot, demo and info.
 
-What the commands do is in `commands.py`, imported once the arguments are clear.
+Their options are in `arguments.py`; what they do in `commands/`, imported once the arguments are clear.
 """
 
 import argparse

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from .functional import output_of
 from .models.fusing import takes_noise_state
 from .models.state import DiffusionState
-from .ops import NoiseState
+from .ops import NoiseState, extract
 from .ops import _checks as checks
+from .predictions import x0_coefficients
 
 
 def takes_labels(model: nn.Module) -> bool:
@@ -90,6 +91,13 @@ class Conditions(DiffusionState):
                 expected = f"{channels} channels, the prediction and the learned variance of {expected}"
             raise ValueError(f"model must return {expected}; got {checks.text(out)}")
         return out
+
+    def _x0_hat(self, x: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
+        """The image that a prediction for x_t stands for, at least in float32."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        coefs = x0_coefficients(self.prediction, self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
+        p_x, p_m = (extract(coef.to(dtype), t, x.shape) for coef in coefs)
+        return p_x * x + p_m * prediction.to(dtype)
 
     def _check_x(self, x: Tensor) -> None:
         checks.tensor("x", x)

@@ -224,19 +224,7 @@ def sample(
         dtype = noise.dtype if noise is not None and noise.is_floating_point() else torch.float32
         dtype = torch.promote_types(dtype, torch.float32)
     conditions = _conditions("inputs", inputs, shape[0], place)
-    if not isinstance(without, (list, tuple, type(None))):
-        raise TypeError(f"without must be a list with a tensor for each of the inputs, got {checks.text(without)}")
-    without_each = None
-    if plan.guidance is not None:
-        if without is None or not inputs:
-            raise ValueError("guidance needs inputs, and without: what stands for them in images without condition")
-        if len(without) != len(inputs):
-            raise ValueError(f"without must hold an input for each of the {len(inputs)}, got {len(without)}")
-        one = [_for_one(w, i) for w, i in zip(without, inputs, strict=True)]
-        without_each = _conditions("without", one, shape[0], place, 1)
-        for none, given_input in zip(without_each, conditions, strict=True):
-            if none.shape != given_input.shape or none.is_floating_point() != given_input.is_floating_point():
-                raise ValueError(f"without must be like inputs, {checks.text(given_input)}; got {checks.text(none)}")
+    none_each = _without(without, conditions) if plan.guidance is not None else None
     corrections = check_corrections(corrections)
     check_callback(callback)
     checks.flag("progress", progress)
@@ -247,7 +235,7 @@ def sample(
         return check_output(output_of(model_fn(x if not weights else x.to(weights[0].dtype), t, *conditions)), x)
 
     def predict(part: slice) -> Predictor:
-        none = None if without_each is None else [w[part] for w in without_each]
+        none = None if none_each is None else [w[part] for w in none_each]
         return Predictor(module, call, [i[part] for i in conditions], none)
 
     start = philox_start(shape, dtype, place, fresh_seed() if seed is None else seed, first_index, noise)
@@ -256,11 +244,28 @@ def sample(
         return run_chains(way, predict, start, shape[0], progress=progress, callback=callback)
 
 
-def _for_one(value: Any, like: Tensor) -> Any:
-    """What stands for no condition as [1, ...], where it came as that of one image."""
-    alone = not isinstance(value, Tensor) and isinstance(value, (int, float))
-    value = torch.tensor(value, dtype=like.dtype) if alone else value
-    return value[None] if isinstance(value, Tensor) and value.shape == like.shape[1:] else value
+def _without(without: object, conditions: Sequence[Tensor]) -> list[Tensor]:
+    """What stands for no condition, like each of the conditions [N, ...].
+
+    Raises:
+        ValueError, TypeError: it is not, or missing.
+    """
+    if without is None or not conditions:
+        raise ValueError("guidance needs inputs, and without: what stands for them in images without condition")
+    if not isinstance(without, (list, tuple)):
+        raise TypeError(f"without must be a list with a tensor for each of the inputs, got {checks.text(without)}")
+    if len(without) != len(conditions):
+        raise ValueError(f"without must hold an input for each of the {len(conditions)}, got {len(without)}")
+    found = []
+    for none, condition in zip(without, conditions, strict=True):
+        value = torch.tensor(none, dtype=condition.dtype) if isinstance(none, (int, float)) else none
+        if isinstance(value, Tensor) and value.shape == condition.shape[1:]:  # as of one image
+            value = value[None]
+        (value,) = _conditions("without", [value], condition.shape[0], condition.device, 1)
+        if value.shape != condition.shape or value.is_floating_point() != condition.is_floating_point():
+            raise ValueError(f"without must be like inputs, {checks.text(condition)}; got {checks.text(value)}")
+        found.append(value)
+    return found
 
 
 def _conditions(

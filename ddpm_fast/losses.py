@@ -12,7 +12,7 @@ from .chain import halves
 from .conditions import Conditions, given
 from .objectives import WORDS, LossSecondMoment, TimestepSampler, loss_weights, timestep_sampler
 from .ops import NoiseState
-from .predictions import target_coefficients, x0_coefficients
+from .predictions import target_coefficients
 from .reference.philox import LABELS, LEVELS
 from .schedules import Array
 from .variational import Posterior, log_variance_bounds, reverse_term
@@ -187,11 +187,8 @@ class TrainingLoss(Conditions):
 
     def _bound(self, x: Tensor, x_t: Tensor, t: Tensor, model_out: Tensor, v: Tensor) -> Tensor:
         """The variational bound's term of each image, [N] in bits per dimension, for the learned variance v."""
-        dtype = torch.promote_types(x_t.dtype, torch.float32)
-        coefs = x0_coefficients(self.prediction, self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
-        p_x, p_m = (ops.extract(coef, t, x.shape) for coef in coefs)
-        x0_hat = p_x * x_t + p_m * model_out.to(dtype)
-        return reverse_term(x, t, x0_hat, self.log_variance(t, v.to(dtype)), self.posterior())
+        x0_hat = self._x0_hat(x_t, t, model_out)
+        return reverse_term(x, t, x0_hat, self.log_variance(t, v.to(x0_hat.dtype)), self.posterior())
 
     def log_variance(self, t: Tensor, v: Tensor) -> Tensor:
         """Log variance of the reverse step for what the network says of it, v [N, ...] (about -1 to 1)."""

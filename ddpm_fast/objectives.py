@@ -132,7 +132,8 @@ class TimestepSampler(nn.Module):
     def __init__(self, probabilities: Array):
         super().__init__()
         shares = torch.from_numpy(probabilities / probabilities.sum())
-        self.register_buffer("below", _cumulated(shares), persistent=False)  # [T] of this timestep and all before
+        # [T], how many of EXACT draws are of this timestep and all before.
+        self.register_buffer("below", _cumulated(shares), persistent=False)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         """Moves with the network, but stays as exact as it is."""
@@ -142,17 +143,13 @@ class TimestepSampler(nn.Module):
 
     def forward(self, num_samples: int, state: NoiseState | None) -> Tensor:
         """Timesteps, int64 [num_samples]; without a state from torch's generator."""
-        below = self.cumulated()
+        below = self.below
         if state is None:
             word = torch.randint(0, WORDS, (num_samples,), device=below.device)
         else:
             word = ops.timesteps(num_samples, WORDS, state, TIMESTEPS)
         place = ((word.double() + 0.5) / WORDS * below[-1]).long()
         return torch.searchsorted(below, place, right=True).clamp(max=len(below) - 1)
-
-    def cumulated(self) -> Tensor:
-        """[T], how many of EXACT draws are of each timestep and all before."""
-        return self.below
 
     def weights(self, t: Tensor) -> Tensor | None:
         """[N], for losses at t [N], so that their mean is as with uniform timesteps; None for no such weights."""
@@ -200,11 +197,9 @@ class LossSecondMoment(TimestepSampler):
         known = (self.seen >= self.history).all() & (total > 0) & total.isfinite()
         return torch.where(known, learned, 1 / size)
 
-    def cumulated(self) -> Tensor:
-        return _cumulated(self.probabilities())
-
     def weights(self, t: Tensor) -> Tensor | None:
-        return (1 / (len(self.seen) * self.probabilities()[t])).float()
+        draws = self.below.diff(prepend=self.below.new_zeros(1))
+        return (self.below[-1] / draws[t].double() / len(draws)).float()
 
     def state(self) -> str:
         """For a checkpoint: the losses so far, exact, as text."""
@@ -226,6 +221,7 @@ class LossSecondMoment(TimestepSampler):
         table = torch.from_numpy(numbers.reshape(self.losses.shape).copy()).to(self.losses.device)
         self.losses[:, : self.history] = table[:, : self.history]
         self.seen.copy_(table[:, self.history].long())
+        self.below.copy_(_cumulated(self.probabilities()))
 
     @torch.no_grad()
     def observe(self, t: Tensor, losses: Tensor) -> None:
@@ -241,3 +237,4 @@ class LossSecondMoment(TimestepSampler):
         self.seen.index_add_(0, t, taken.long().expand(len(t)))
         # Where the next one goes, and that there are enough: all that counts, and exact in a float32.
         self.seen.copy_(torch.where(self.seen >= 2 * self.history, self.seen % self.history + self.history, self.seen))
+        self.below.copy_(_cumulated(self.probabilities()))

@@ -16,7 +16,6 @@ from .functional import Way, by_adaptive_steps, by_plan, check_callback, check_c
 from .graphs import ENGINES, Graphs
 from .models.state import fresh_seed
 from .ops import _checks as checks
-from .predictions import x0_coefficients
 from .samplers import ADAPTIVE, Plan, checked_options, make_plan, mean_plan
 
 Guidance = float | Sequence[float] | Tensor | None
@@ -59,11 +58,9 @@ class SamplingDiffusion(Conditions):
         v is the learned variance (`log_variance`), None without."""
         self._check_x(x)
         y, cond = self._checked_y(y, x.shape[0], x.device), self._checked_cond(cond, x.shape[0], x.device)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        coefs = x0_coefficients(self.prediction, self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
-        p_x, p_m = (ops.extract(coef.to(dtype), t, x.shape) for coef in coefs)
         model_out, v = self._evaluated(x, t, y, use_ema, cond)
-        return p_x * x + p_m * model_out.to(dtype), None if v is None else v.to(dtype)
+        x0_hat = self._x0_hat(x, t, model_out)
+        return x0_hat, None if v is None else v.to(x0_hat.dtype)
 
     def _evaluated(
         self, x: Tensor, t: Tensor, y: Tensor | None, use_ema: bool, cond: Tensor | None
@@ -115,7 +112,7 @@ class SamplingDiffusion(Conditions):
             y: [batch_size] int64, the classes of a conditional network; without it, a network that was trained with
                 label dropout draws from all of them.
             use_ema: draw from `ema_model`, else from `model`.
-            sampler: name of a sampler ("ddpm") or a Plan.
+            sampler: name of a sampler, "adaptive", or a Plan.
             num_steps: how many steps to take, by default all T.
             sampler_options: keyword arguments of the sampler, such as {"variance": "posterior", "clip": True}.
             guidance: scale of classifier-free guidance, for a network that was trained with label dropout: 1 is none, 0

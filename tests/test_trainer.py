@@ -5,7 +5,6 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from toys import TINY as FIVE_CLASSES
 
 from ddpm_fast import ops
 from ddpm_fast.models.presets import Config
-from ddpm_fast.objectives import LossSecondMoment
 from ddpm_fast.training import journal as journal_module
 from ddpm_fast.training import trainer as trainer_module
 from ddpm_fast.training.checkpoint import read_checkpoint
@@ -389,32 +387,3 @@ def test_first_batch_is_the_documented_one(tmp_path: Path) -> None:
     x, y = t.batches.take(0, 16)
     expected = Batches(digits(), seed=1, flip=True).take(0, 16)
     assert torch.equal(x, expected[0]) and torch.equal(y, expected[1])
-
-
-def test_a_failure_is_explained_by_the_timesteps_it_had(tmp_path: Path) -> None:
-    """Also where timesteps go by losses, which then stay as they were before the step."""
-    config = replace(TINY, num_timesteps=6, timestep_sampling="loss_second_moment")
-    t = trainer(tmp_path, config=config, log_every=20)
-    for _ in range(14):
-        t.train_step()
-    before = cast(LossSecondMoment, t.diffusion.timestep_sampler).state()
-    with torch.no_grad():
-        t.diffusion.model.out_conv.bias[0] = torch.inf
-    for _ in range(3):
-        t.train_step()
-    assert cast(LossSecondMoment, t.diffusion.timestep_sampler).state() == before
-    with pytest.raises(FloatingPointError, match="the loss is inf at step 15 .*out_conv"):
-        t._check()
-
-
-def test_a_resumed_run_goes_by_the_same_losses(tmp_path: Path) -> None:
-    """Timesteps drawn by their losses: what they were rides in the checkpoint."""
-    config = replace(TINY, num_timesteps=6, timestep_sampling="loss_second_moment", label_dropout=0.2)
-    whole, first = (trainer(tmp_path / name, config=config) for name in ("whole", "parts"))
-    whole.run(14)
-    sampler = cast(LossSecondMoment, whole.diffusion.timestep_sampler)
-    assert int(sampler.seen.min()) >= sampler.history and float(sampler.probabilities().max()) > 0.2
-    first.run(9)
-    second = Trainer.resume(digits(), tmp_path / "parts", progress=False, log_every=5, save_every=0)
-    second.run(14)
-    assert_same_state(second, whole)
