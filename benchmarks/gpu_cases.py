@@ -9,7 +9,15 @@ from torch import Tensor
 
 from ddpm_fast import ops
 from ddpm_fast.ops import DROPOUT, Dropout, NoiseState
-from ddpm_fast.reference import diffusion_loss, ema_update, group_norm_silu, q_sample, sampler_step, timestep_embedding
+from ddpm_fast.reference import (
+    diffusion_loss,
+    ema_update,
+    group_norm_silu,
+    q_sample,
+    residual_sum,
+    sampler_step,
+    timestep_embedding,
+)
 
 STATE = NoiseState.at(-5, 7, 2**33 + 1)
 ALL = (torch.float32, torch.float16, torch.bfloat16)
@@ -168,6 +176,18 @@ def _group_norm_silu(dry: bool) -> list[Case]:
     return found
 
 
+def _residual_sum(dry: bool) -> list[Case]:
+    """One program and several, whose ends fill no vector; a bias in the images' precision and in float32."""
+    found = []
+    for shape in ((3, 5, 7, 5), (2, 40, 21, 19)) if dry else ((3, 5, 7, 5), (16, 128, 32, 32), (2, 3, 255, 253)):
+        tensors = {"x": normals(shape, 0), "residual": normals(shape, 1)}
+        of, biased = (ops.residual_sum, residual_sum.residual_sum), tensors | {"bias": normals(shape[1:2], 2)}
+        found.append(Case(f"no bias {shape}", *of, tensors, wrt=tuple(tensors)))
+        found.append(Case(f"bias {shape}", *of, biased, wrt=tuple(biased)))
+        found.append(Case(f"float32 bias {shape}", *of, biased, wrt=tuple(biased), keep=("bias",)))
+    return found
+
+
 CASES: dict[str, Callable[[bool], list[Case]]] = {
     "q_sample": _q_sample,
     "diffusion_loss": _diffusion_loss,
@@ -175,4 +195,5 @@ CASES: dict[str, Callable[[bool], list[Case]]] = {
     "timestep_embedding": _timestep_embedding,
     "ema_update": _ema_update,
     "group_norm_silu": _group_norm_silu,
+    "residual_sum": _residual_sum,
 }

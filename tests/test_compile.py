@@ -72,6 +72,10 @@ SAMPLES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
         ),
         ((leaf(2, 8, 3, 5), leaf(8), leaf(8), 4), {"mask": torch.ones(2, 8, 3, 5), "activation": "mish"}),
     ],
+    "residual_sum": [
+        ((leaf(2, 4, 5, 3), leaf(2, 4, 5, 3)), {}),
+        ((leaf(2, 4, 5, 3).detach().bfloat16().requires_grad_(), leaf(2, 4, 5, 3), leaf(4)), {}),
+    ],
     "conv3x3": [
         ((leaf(2, 4, 5, 3), leaf(6, 4, 3, 3), leaf(6)), {}),
         (

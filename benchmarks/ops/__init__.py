@@ -42,6 +42,7 @@ OPS = (
     "timestep_embedding",
     "ema_update",
     "group_norm_silu",
+    "residual_sum",
     "conv3x3",
     "overhead",
 )

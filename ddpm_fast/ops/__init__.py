@@ -10,6 +10,7 @@ from .ema_update import ema_update
 from .group_norm_silu import group_norm_silu
 from .noise import apply_dropout, dropout_mask, noise, timesteps
 from .q_sample import extract, q_sample
+from .residual_sum import residual_sum
 from .sampler_step import sampler_step
 from .timestep_embedding import timestep_embedding
 
@@ -49,6 +50,7 @@ __all__ = [
     "group_norm_silu",
     "noise",
     "q_sample",
+    "residual_sum",
     "sampler_step",
     "timestep_embedding",
     "timesteps",

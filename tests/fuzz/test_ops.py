@@ -172,6 +172,14 @@ def test_ema_update(draw: Draw) -> bool:
     return True
 
 
+@fuzz(300)
+def test_residual_sum(draw: Draw) -> bool:
+    shape = (draw(SIZES), draw(SIZES), draw(SIZES), draw(SIZES))
+    args = {"x": tensor(draw, shape), "residual": tensor(draw, shape)}
+    args |= {"bias": maybe(draw, lambda: tensor(draw, shape[1:2]))}
+    return held(draw, ops.residual_sum, reference.residual_sum.residual_sum, spoilt(draw, args))
+
+
 MODEST = tuple(v for v in SPECIAL if not abs(v) > 1e5)  # so that sums and products of a norm's arguments are numbers
 
 

@@ -1,6 +1,7 @@
 """What the Triton kernels promise beyond the rule of every op: under the interpreter, and compiled for GPUs."""
 
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from ddpm_fast.ops import DROPOUT, REVERSE, Dropout, NoiseState, _group_norm_gpu
 from ddpm_fast.ops.noise import OP as noise_op
 from ddpm_fast.ops.sampler_step import OP as step_op
 from ddpm_fast.reference import group_norm_silu as norm_reference
+from ddpm_fast.reference import residual_sum as sum_reference
 from ddpm_fast.reference import sampler_step as step_reference
 from ddpm_fast.reference.noise import box_muller
 
@@ -30,6 +32,7 @@ import triton
 import triton.language as tl
 
 from ddpm_fast.kernels import group_norm_silu as kernels
+from ddpm_fast.kernels import residual_sum as sums
 from ddpm_fast.kernels.noise import _cos_sin, _radius
 
 ROOT = Path(__file__).parents[2]
@@ -267,6 +270,44 @@ def test_the_loss_draws_its_noise_again_though_the_state_moved_on() -> None:
         state.draw.add_(1)
         got = torch.autograd.grad(loss, x)[0]
     assert torch.allclose(got, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice"])
+@pytest.mark.parametrize("of_residual", ["contiguous", "channels_last", "slice"])
+def test_residual_sum_has_the_bits_of_the_reference_and_the_layout_of_x(layout: str, of_residual: str) -> None:
+    x, residual, bias = torch.randn(2, 12, 9, 7), torch.randn(2, 12, 9, 7), torch.randn(24)[::2]
+    x[0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    expected = sum_reference.residual_sum(x, residual, bias)
+    with ops.use_backend("triton"):
+        got = ops.residual_sum(laid_out(x, layout), laid_out(residual, of_residual), bias)
+    assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
+    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    assert got.is_contiguous(memory_format=form)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is not there until it is touched")
+def test_residual_sum_counts_in_64_bits() -> None:
+    """Five rows of 2^30 + 16 elements, of which the first 16 count; in 32 bits the last one begins at 64."""
+    columns, each, before = 2**30 + 16, 16, 2**31
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    try:
+        memory = mmap.mmap(-1, (before + 5 * columns) * 2, flags=flags)
+    except OSError as error:
+        pytest.skip(f"13 GiB of address space: {error}")
+
+    def rows(operand: int) -> list[Tensor]:
+        starts = [before + row * columns + operand * each for row in range(5)]
+        return [torch.frombuffer(memory, dtype=torch.float16, count=each, offset=2 * start) for start in starts]
+
+    y, x, residual = map(rows, range(3))
+    bias = torch.randn(5).half()
+    for row in (*x, *residual):
+        row.copy_(torch.randn(each))
+    sums.residual_sum_kernel[(1,)](
+        y[0], x[0], residual[0], bias, 5, columns, 1, 5, BIAS=True, LAST=False, HEIGHT=8, WIDTH=each
+    )
+    for got, a, b, c in zip(y, x, residual, bias, strict=True):
+        assert torch.allclose(got.float(), a.float() + b.float() + c.float(), rtol=1e-3)
 
 
 def compiled(*options: str, folder: Path) -> list[dict[str, Any]]:
