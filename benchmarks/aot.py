@@ -32,7 +32,8 @@ from benchmarks.options import count
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 SEARCHED = "sm_90"  # here every configuration that a search may pick is compiled, else that of the rule
 QUICK_NORMS = ((128, 32, "last", False), (256, 16, "last", True), (384, 32, "last", True), (256, 8, "nchw", False))
-KERNELS = "noise", "q_sample", "sampler_step", "diffusion_loss", "timestep_embedding", "ema_update", "group_norm_silu"
+STEPS = "noise", "q_sample", "sampler_step", "diffusion_loss", "timestep_embedding", "ema_update"
+KERNELS = *STEPS, "group_norm_silu", "residual_sum"
 WIDE = re.compile(r"\.v4\.b32|\.v2\.b64|\.v8\.b16|_dwordx4")
 
 
@@ -69,6 +70,8 @@ def cases() -> Iterator[Case]:
                     yield from _norms(dtype, channels, size, layout, full, quick)
         yield from _norms(dtype, 512, 1, "last", True, dtype is torch.bfloat16)  # one pixel
         yield from _norms(dtype, 64, 256, "last", False, dtype is torch.bfloat16, images=1)  # many chunks
+    for dtype in (torch.bfloat16, torch.float32):
+        yield from _sums(dtype)
 
 
 def _steps(dtype: torch.dtype, quick: bool) -> Iterator[Case]:
@@ -136,6 +139,21 @@ def _norms(
         for i, name in enumerate(candidates(direction, *of.sizes)):
             few = quick and (i == 0 or i < 4 and full and (channels, size) == (256, 16))
             yield Case("group_norm_silu", f"{label} {direction}", call, wide and i == 0, few, name if i else "")
+
+
+def _sums(dtype: torch.dtype) -> Iterator[Case]:
+    from ddpm_fast.kernels.residual_sum import residual_sum
+
+    for layout, form in (("last", torch.channels_last), ("nchw", torch.contiguous_format)):
+        for channels, size in ((128, 32), (384, 16), (512, 4)):
+            x = torch.zeros(16, channels, size, size, dtype=dtype).contiguous(memory_format=form)
+            label = f"{_name(dtype)} [16, {channels}, {size}, {size}] {layout}"
+            bias = torch.zeros(channels, dtype=dtype)
+            yield Case("residual_sum", label, partial(residual_sum, x, x, bias), True, size == 32)
+            if size == 32:
+                yield Case("residual_sum", f"{label}, no bias", partial(residual_sum, x, x, None))
+                if dtype is not torch.float32:
+                    yield Case("residual_sum", f"{label}, float32 bias", partial(residual_sum, x, x, bias.float()))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -51,7 +51,7 @@ CLASSES = (
     ("reductions", r"reduce|reduction|aten::(sum|mean|norm|linalg_vector_norm|std|var|var_mean|amax|amin|max|min)\b"),
     (
         "pointwise",
-        r"elementwise|aten::_?(add|sub|rsub|mul|div|neg|pow|square|sqrt|rsqrt|exp|log|sin|cos|silu|mish|relu|gelu"
+        r"elementwise|residual_sum|aten::_?(add|sub|rsub|mul|div|neg|pow|square|sqrt|rsqrt|exp|log|sin|cos|silu|mish|relu|gelu"
         r"|sigmoid|tanh|threshold|clamp|clamp_min|clamp_max|where|reciprocal|ge|gt|le|lt|eq|ne)(_backward)?_?\b",
     ),
 )

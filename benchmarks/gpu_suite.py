@@ -34,7 +34,8 @@ from benchmarks.throughput import MODELS, NUM_TIMESTEPS
 from ddpm_fast.kernels import lookup
 from ddpm_fast.models.presets import preset
 
-OPS = ("group_norm_silu", "q_sample", "sampler_step", "diffusion_loss", "noise", "timestep_embedding", "ema_update")
+STEPS = ("q_sample", "sampler_step", "diffusion_loss", "noise", "timestep_embedding", "ema_update")
+OPS = ("group_norm_silu", "residual_sum", *STEPS)
 BATCHES = {"ops": [512], "sample": [1, 8, 64, 256, 512], "train": [64, 128, 256], "profile": [1, 64, 256]}
 UNROLL = 25
 

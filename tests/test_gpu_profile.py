@@ -104,6 +104,7 @@ KERNELS = {
     "pointwise": [
         f"{AT}vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>, std::array<char*, 3ul>>(int)",
         f"{AT}elementwise_kernel<128, 2, at::native::gpu_kernel_impl_nocast<at::native::silu_kernel>>(int)",
+        "residual_sum_kernel",
         "aten::silu_backward",
         "aten::add_",
     ],
