@@ -125,7 +125,7 @@ def _norms(
     second = min(128, channels // 2) if full else 0
     x, x2, y = image(channels - second), image(second) if full else None, image(channels)
     row, both = torch.zeros(channels), torch.zeros(images, channels)
-    scale, residual = (both, y) if full else (None, None)
+    scale, residual = (both, x) if full else (None, None)
     dropout = (*NoiseState.at(1, 2, 3), 33, 6554, 1.1) if full else None
     of = norm.Operands(x, x2, row, row, both, scale, scale, 32, "silu", dropout)
     statistics = torch.zeros(images, 32, 2, dtype=torch.float64)

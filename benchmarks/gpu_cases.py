@@ -167,7 +167,7 @@ def _group_norm_silu(dry: bool) -> list[Case]:
     for large, small, names, static in NORMS:
         n, c1, c2, h, w, groups = shape = small if dry else large
         c = c1 + c2
-        made = {"x": (n, c1, h, w), "x2": (n, c2, h, w), "residual": (n, c, h, w), "weight": (c,), "bias": (c,)}
+        made = {"x": (n, c1, h, w), "x2": (n, c2, h, w), "residual": (n, c1, h, w), "weight": (c,), "bias": (c,)}
         made |= {"row": (c,)} | dict.fromkeys(("add", "scale", "shift"), (n, c))
         tensors = {"add" if k == "row" else k: normals(made[k], i) for i, k in enumerate(names)}
         of = ops.group_norm_silu, group_norm_silu.group_norm_silu

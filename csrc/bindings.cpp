@@ -57,8 +57,8 @@ bool group_norm_silu(py::handle x, py::handle x2, py::handle residual, const py:
   const NormArguments of(Pixels(x, "x"), Pixels(x2, "x2"), parameters, statistics, groups, eps, activation, dropout);
   const auto& g = of.g;
   GroupNormForward f;
-  if (!of.fit || !Pixels(residual, "residual").placed(g, g.channels, f.residual) ||
-      !Pixels(y, "y").placed(g, g.channels, f.y) || !Pixels(h, "h").placed(g, g.channels, f.h)) {
+  if (!of.fit || !Pixels(residual, "residual").placed(g, g.channels_1, f.residual) ||
+      !Pixels(y, "y").placed(g, g.channels, f.y) || !Pixels(h, "h").placed(g, g.channels_1, f.h)) {
     return false;
   }
   if (g.images * g.pixels == 0) return true;
@@ -74,7 +74,7 @@ bool group_norm_silu_backward(py::handle x, py::handle x2, py::handle dy, py::ha
   const NormArguments of(Pixels(x, "x"), Pixels(x2, "x2"), parameters, statistics, groups, eps, activation, dropout);
   const auto& g = of.g;
   GroupNormBackward b;
-  if (!of.fit || !Pixels(dy, "dy").placed(g, g.channels, b.dy) || !Pixels(dh, "dh").placed(g, g.channels, b.dh) ||
+  if (!of.fit || !Pixels(dy, "dy").placed(g, g.channels, b.dy) || !Pixels(dh, "dh").placed(g, g.channels_1, b.dh) ||
       !Pixels(dx, "dx").placed(g, g.channels_1, b.dx) ||
       !Pixels(dx2, "dx2").placed(g, g.channels - g.channels_1, b.dx2)) {
     return false;

@@ -80,7 +80,7 @@ inline bool group_norm_silu_ready(py::handle x, py::handle weight, py::handle bi
                                   py::handle shift, py::handle activation, py::handle dropout) {
   if (!dropout.is_none() && !dropout_ready(dropout)) return false;
   if (!one_of(activation, {"silu", "none", "relu", "mish"})) return false;
-  const Tensor of(x), second(x2), sum(residual);
+  const Tensor of(x), second(x2), added(residual);
   if (!finite_above(eps, 0) || !fit(of) || of.dims != 4 || weight.is_none() != bias.is_none()) return false;
   const int64_t n = of.size[0], height = of.size[2], width = of.size[3];
   int64_t channels = of.size[1];
@@ -92,7 +92,7 @@ inline bool group_norm_silu_ready(py::handle x, py::handle weight, py::handle bi
     if (!second.plain() || second.dims != 4 || !image(second, second.size[1])) return false;
     channels += second.size[1];
   }
-  if (sum.given && !image(sum, channels)) return false;
+  if (added.given && !image(added, of.size[1])) return false;
   if (!integer_in(groups, 1, channels) || channels % PyLong_AsLongLong(groups.ptr()) != 0) return false;
   const auto parameter = [&](py::handle object, bool shared, bool each) {
     if (object.is_none()) return true;

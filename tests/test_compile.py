@@ -68,7 +68,7 @@ SAMPLES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
         ((leaf(2, 8, 3, 5), leaf(8), leaf(8), 4), {}),
         (
             (leaf(2, 8, 3, 5).detach().to(memory_format=torch.channels_last).requires_grad_(), None, None, 6),
-            {"x2": leaf(2, 4, 3, 5), "add": leaf(2, 12), "residual": leaf(2, 12, 3, 5), "scale": leaf(2, 12)},
+            {"x2": leaf(2, 4, 3, 5), "add": leaf(2, 12), "residual": leaf(2, 8, 3, 5), "scale": leaf(2, 12)},
         ),
         ((leaf(2, 8, 3, 5), leaf(8), leaf(8), 4), {"mask": torch.ones(2, 8, 3, 5), "activation": "mish"}),
     ],
@@ -99,7 +99,7 @@ if NATIVE:
         (
             (
                 *images,
-                leaf(2, 12, 3, 5),
+                leaf(2, 8, 3, 5),
                 None,
                 None,
                 leaf(12),

@@ -250,12 +250,11 @@ inline void fill_constants(float* constants, int64_t width) {
   for (int64_t c = 0; c < width; ++c) constants[width + c] = 1.0f;
 }
 
-// `added`: the sum has `add` in it already.
-inline Parameters parameters(const GroupNorm& g, const Cut& to, const Place& of, const float* constants, bool added) {
+inline Parameters parameters(const GroupNorm& g, const Cut& to, const Place& of, const float* constants) {
   const float *zeros = constants, *ones = constants + to.width;
   const int64_t both = of.n * g.channels + of.first;
   return {g.weight == nullptr ? ones : g.weight + of.first, g.bias == nullptr ? zeros : g.bias + of.first,
-          g.add == nullptr || added ? zeros : g.add + of.n * g.add_stride + of.first,
+          g.add == nullptr ? zeros : g.add + of.n * g.add_stride + of.first,
           g.scale == nullptr ? zeros : g.scale + both, g.shift == nullptr ? zeros : g.shift + both};
 }
 

@@ -96,19 +96,18 @@ void row_moments(const T* x, int64_t stride, int64_t pixels, int64_t channels, M
   }
 }
 
-// h = x + add + residual; `add` may be null.
+// h = x + residual
 template <class T>
-void sum_pixels(const T* x, int64_t stride, const T* residual, int64_t residual_stride, const float* add, T* h,
-                int64_t h_stride, int64_t pixels, int64_t channels) {
+void sum_pixels(const T* x, int64_t stride, const T* residual, int64_t residual_stride, T* h, int64_t h_stride,
+                int64_t pixels, int64_t channels) {
   blocks(pixels, [=](int64_t first, int64_t in_block) {
     tiles<4>(channels, [=](int64_t c, auto tile, int64_t last) DDPM_INLINED {
       constexpr int V = decltype(tile)::value;
-      Floats a[V] = {}, v[V], r[V];
-      if (add != nullptr) load_tile(a, add + c, last);
+      Floats v[V], r[V];
       for (int64_t p = first; p < first + in_block; ++p) {
         load_tile(v, x + p * stride + c, last);
         load_tile(r, residual + p * residual_stride + c, last);
-        for (int i = 0; i < V; ++i) v[i] = (v[i] + a[i]) + r[i];
+        for (int i = 0; i < V; ++i) v[i] += r[i];
         store_tile(h + p * h_stride + c, v, last);
       }
     });
@@ -116,14 +115,13 @@ void sum_pixels(const T* x, int64_t stride, const T* residual, int64_t residual_
 }
 
 template <class T>
-void sum_rows(const T* x, int64_t stride, const T* residual, int64_t residual_stride, const float* add, T* h,
-              int64_t h_stride, int64_t pixels, int64_t channels) {
+void sum_rows(const T* x, int64_t stride, const T* residual, int64_t residual_stride, T* h, int64_t h_stride,
+              int64_t pixels, int64_t channels) {
   for (int64_t c = 0; c < channels; ++c) {
-    const float a = add == nullptr ? 0.0f : add[c];
     const T *from = x + c * stride, *more = residual + c * residual_stride;
     T* to = h + c * h_stride;
     vectors(pixels, [=](int64_t p, int, int64_t last) {
-      store_some(to + p, (load_some(from + p, last) + a) + load_some(more + p, last), last);
+      store_some(to + p, load_some(from + p, last) + load_some(more + p, last), last);
     });
   }
 }
@@ -179,7 +177,7 @@ void merge(const Moments& into, int64_t pixels, const Moments& from, int64_t mor
   });
 }
 
-// From the moments of a slab's channels the statistics of its groups; of x with `add`, where that isn't in it already.
+// From the moments of a slab's channels the statistics of its groups, with `add`.
 void merge_groups(int64_t channels, int64_t per_group, const Moments& of, const float* add, double pixels, double eps,
                   double* statistics) {
   const double share = 1.0 / (double(per_group) * pixels);
@@ -202,20 +200,19 @@ void merge_groups(int64_t channels, int64_t per_group, const Moments& of, const 
   }
 }
 
-// The sum, where there is one, and the moments of a piece.
+// x's sum with the residual, where there is one, and the moments of a piece.
 template <class T>
 void measure(const GroupNorm& g, const GroupNormForward& f, const Place& of, const Moments& moments) {
   parts(g, of, [&](const Part& part, bool second) {
     Image image = second ? g.x2 : g.x;
     const T* x = at<T>(image, of, part.inside);
-    if (f.h.data != nullptr) {
-      const float* add = g.add == nullptr ? nullptr : g.add + of.n * g.add_stride + part.first;
-      const T* residual = at<T>(f.residual, of, part.first);
-      T* h = at<T>(f.h, of, part.first);
+    if (f.h.data != nullptr && !second) {
+      const T* residual = at<T>(f.residual, of, part.inside);
+      T* h = at<T>(f.h, of, part.inside);
       if (g.channels_last) {
-        sum_pixels(x, image.pixel, residual, f.residual.pixel, add, h, f.h.pixel, of.pixels, part.count);
+        sum_pixels(x, image.pixel, residual, f.residual.pixel, h, f.h.pixel, of.pixels, part.count);
       } else {
-        sum_rows(x, image.channel, residual, f.residual.channel, add, h, f.h.channel, of.pixels, part.count);
+        sum_rows(x, image.channel, residual, f.residual.channel, h, f.h.channel, of.pixels, part.count);
       }
       x = h;
       image = f.h;
@@ -231,10 +228,10 @@ void measure(const GroupNorm& g, const GroupNormForward& f, const Place& of, con
 
 template <Activation A, class T>
 void finish(const GroupNorm& g, const GroupNormForward& f, const Place& of, const Place& next, const Affine& map) {
-  const bool summed = f.h.data != nullptr;
   parts(g, of, [&](const Part& part, bool second) {
+    const bool summed = f.h.data != nullptr && !second;
     const Image& image = summed ? f.h : second ? g.x2 : g.x;
-    const T* x = at<T>(image, of, summed ? part.first : part.inside);
+    const T* x = at<T>(image, of, part.inside);
     const Affine to = {map.centre + part.begin, map.gain + part.begin, map.offset + part.begin};
     T* y = at<T>(f.y, of, part.first);
     if (g.channels_last) {
@@ -277,7 +274,7 @@ void forward(const GroupNorm& g, const GroupNormForward& f, int threads) {
         }
         const int64_t per_group = g.channels / g.groups, first_group = of.n * g.groups + of.first / per_group;
         double* statistics = g.statistics ? g.statistics + 2 * first_group : reinterpret_cast<double*>(room);
-        const Parameters with = parameters(g, to, of, constants, f.h.data != nullptr);
+        const Parameters with = parameters(g, to, of, constants);
         merge_groups(of.count, per_group, all, with.add, double(g.pixels), g.eps, statistics);
         affine(of.count, per_group, statistics, with, {all.pivot, all.mean, all.squares});
       },

@@ -21,7 +21,7 @@ struct GroupNorm {
   double eps;
   Activation activation;
   bool half, channels_last;    // bf16 storage, or float32
-  Image x, x2;                 // in the backward of a sum: that sum
+  Image x, x2;                 // in the backward x is h, where there is a residual
   const float *weight, *bias;  // [C]
   const float* add;            // [N, C] with add_stride = C, or [C] with add_stride = 0
   int64_t add_stride;
@@ -33,11 +33,11 @@ struct GroupNorm {
 };
 
 struct GroupNormForward {
-  Image residual, y, h;  // h, the sum, where there is a residual
+  Image residual, y, h;  // h = x + residual, where there is one; both have x's channels
 };
 
 struct GroupNormBackward {
-  Image dy, dh, dx, dx2;                                // dh: gradient of the sum, where that was an output
+  Image dy, dh, dx, dx2;                                // dh: gradient of h, where that was an output
   float *dweight, *dbias, *dadd, *dscale, *dshift;      // [C], [C], like add, [N, C], [N, C]; null where not wanted
 };
 

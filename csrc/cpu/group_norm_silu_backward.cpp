@@ -257,7 +257,8 @@ void finish(const GroupNorm& g, const GroupNormBackward& b, const Place& of, con
     const Image &image = second ? g.x2 : g.x, &target = second ? b.dx2 : b.dx;
     const Image dz = room_of(g, of, part, room);
     const float* from = static_cast<const float*>(dz.data);
-    const T *x = at<T>(image, of, part.inside), *dh = b.dh.data == nullptr ? nullptr : at<T>(b.dh, of, part.first);
+    const T* x = at<T>(image, of, part.inside);
+    const T* dh = second || b.dh.data == nullptr ? nullptr : at<T>(b.dh, of, part.inside);
     T* dx = at<T>(target, of, part.inside);
     // bf16 is bound by arithmetic.
     const bool whole = reinterpret_cast<uintptr_t>(dx) % kVecBytes == 0 && target.pixel % kVec == 0;
@@ -314,7 +315,7 @@ void backward(const GroupNorm& g, const GroupNormBackward& b, int threads) {
       to, g.images, each, scratch.get(),
       [&](int64_t task, float* room) {
         const Place of = place(g, to, task, 0);
-        const Parameters with = parameters(g, to, of, constants, false);
+        const Parameters with = parameters(g, to, of, constants);
         affine(of.count, per_group, statistics_of(of), with, slab_in(room, to.width, 0).map);
       },
       [&](int64_t task, int64_t piece, float* room) {
@@ -329,7 +330,7 @@ void backward(const GroupNorm& g, const GroupNormBackward& b, int threads) {
           add(slab.sums.product, more.product, of.count);
           add(slab.sums.x, more.x, of.count);
         }
-        const Parameters with = parameters(g, to, of, constants, false);
+        const Parameters with = parameters(g, to, of, constants);
         coefficients(of.count, per_group, double(g.pixels), statistics_of(of), with.add, slab);
         gradients(of.count, double(g.pixels), with, slab, rows + (of.n * g.channels + of.first));
       },

@@ -86,7 +86,7 @@ DDPM_DEVICE Lane<E> lane(const Image& image, int64_t n, int c) {
   return {static_cast<E*>(image.data) + n * image.image + c, image.pixel};
 }
 
-// Of two images that stand for their concatenation.
+// Of two images that stand for their concatenation; the second may be none.
 template <class E>
 DDPM_DEVICE Lane<E> lane(const Image& first, const Image& second, int channels_1, int64_t n, int c) {
   return c < channels_1 ? lane<E>(first, n, c) : lane<E>(second, n, c - channels_1);

@@ -110,12 +110,12 @@ DDPM_DEVICE void merge(const GroupNorm& g, const Place<S>& at, const Room& room,
 // From the channels' pivots, means and squares, in `channels`, to the pivots, gains and offsets of
 // y = (x - pivot) gain + offset, in their place; on the way, the groups' statistics.
 template <class S>
-DDPM_DEVICE void affine(const GroupNorm& g, const Place<S>& at, const Room& room, float* channels, const Row& add) {
+DDPM_DEVICE void affine(const GroupNorm& g, const Place<S>& at, const Room& room, float* channels) {
   const int slab = g.cut.slab, per_group = g.channels / g.groups;
   float *const origins = room.total, *const means = origins + slab, *const rstds = means + slab;
   const float *const pivot = channels, *const mean = channels + slab, *const squares = channels + 2 * slab;
   const auto from_origin = [&](int c, float origin) {
-    return (pivot[c] - origin) + value(add, at.n, at.slab + c, 0.0f) + mean[c];
+    return (pivot[c] - origin) + value(g.add, at.n, at.slab + c, 0.0f) + mean[c];
   };
   for (int group = thread() / kWarp; group * per_group < at.width; group += threads() / kWarp) {
     const int first = group * per_group, last = first + per_group, lane = thread() % kWarp;
@@ -145,7 +145,7 @@ DDPM_DEVICE void affine(const GroupNorm& g, const Place<S>& at, const Room& room
     const int group = c / per_group, channel = at.slab + c;
     const float factor = 1.0f + value(g.scale, at.n, channel, 0.0f);
     const float gain = rstds[group] * value(g.weight, 0, channel, 1.0f) * factor;
-    const float from_mean = (pivot[c] - origins[group]) + value(add, at.n, channel, 0.0f) - means[group];
+    const float from_mean = (pivot[c] - origins[group]) + value(g.add, at.n, channel, 0.0f) - means[group];
     const float base = fused(value(g.bias, 0, channel, 0.0f), factor, value(g.shift, at.n, channel, 0.0f));
     channels[slab + c] = gain;
     channels[2 * slab + c] = fused(from_mean, gain, base);
@@ -153,8 +153,8 @@ DDPM_DEVICE void affine(const GroupNorm& g, const Place<S>& at, const Room& room
   sync();
 }
 
-// What is normalised, of a thread's channels: x, or its sum with the residual, as that is stored.
-template <class S, bool Adds>
+// What is normalised, of a thread's channels: x, or its sum with the residual, as that is stored; or x2.
+template <class S>
 struct Source {
   static constexpr int V = S::kCount;
   using E = typename S::Element;
@@ -165,13 +165,10 @@ struct Source {
 
   DDPM_DEVICE Source(const Forward& f, const Place<S>& at)
       : x(lane<const E>(f.x, f.x2, f.channels_1, at.n, at.c())),
-        residual(lane<const E>(f.residual, at.n, at.c())),
-        h(lane<E>(f.h, at.n, at.c())),
+        residual(lane<const E>(f.residual, {}, f.channels_1, at.n, at.c())),
+        h(lane<E>(f.h, {}, f.channels_1, at.n, at.c())),
         pixel(at.pixel),
-        summed(f.residual.data != nullptr) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) add[i] = Adds && summed ? value(f.add, at.n, at.c() + i, 0.0f) : 0.0f;
-  }
+        summed(h.first != nullptr) {}
 
   DDPM_DEVICE Pair load_pair(int p) const {
     Pair pair{load<S>(x(pixel + p)), {}};
@@ -186,7 +183,7 @@ struct Source {
     float r[V];
     S::unpack(pair.residual, r);
 #pragma unroll
-    for (int i = 0; i < V; ++i) v[i] = v[i] + add[i] + r[i];
+    for (int i = 0; i < V; ++i) v[i] += r[i];
     const Raw raw = S::pack(v);
     S::unpack(raw, v);
     if (keep) store<S>(h(pixel + p), raw);
@@ -199,12 +196,11 @@ struct Source {
   Lane<E> h;
   int pixel;
   bool summed;
-  float add[V];
 };
 
 // Brings it to shared memory, where a thread reads again only what it has brought itself.
 template <class S>
-DDPM_DEVICE void hold(const Place<S>& at, const Source<S, true>& source, typename S::Element* held, int slab) {
+DDPM_DEVICE void hold(const Place<S>& at, const Source<S>& source, typename S::Element* held, int slab) {
   using E = typename S::Element;
   each<1>(at, at.pixels, [&](int p) { return source.x(at.pixel + p); },
           [&](int p, const E* from) { copy_16(held + p * slab, from); });
@@ -225,8 +221,7 @@ DDPM_KERNEL(kThreads, P == kWhole ? 3 : 2) group_norm_silu_fwd_kernel(DDPM_ARGUM
   const Cut& cut = f.cut;
   const Place<S> at(f);
   const Room room = cuda::room<S>(cut, sizeof(E), kSums);
-  using Images = Source<S, P != kApply>;
-  const Images source(f, at);
+  const Source<S> source(f, at);
   E* const held = reinterpret_cast<E*>(room.images) + at.channel;
   const auto load_held = [&](int p) { return load<S>(held + p * cut.slab); };
 
@@ -242,7 +237,7 @@ DDPM_KERNEL(kThreads, P == kWhole ? 3 : 2) group_norm_silu_fwd_kernel(DDPM_ARGUM
       cluster_wait();
     }
   } else if constexpr (P == kMoments) {
-    using Pair = typename Images::Pair;
+    using Pair = typename Source<S>::Pair;
     const auto numbers = [&](int p, const Pair& pair, float (&v)[V], bool keep) { source.numbers(p, pair, v, keep); };
     moments<kAhead>(cut, at, room, [&](int p) { return source.load_pair(p); }, numbers);
     leave(f, at, room.entry);  // a thread leaves what it has written itself, or what a barrier has let it see
@@ -251,7 +246,7 @@ DDPM_KERNEL(kThreads, P == kWhole ? 3 : 2) group_norm_silu_fwd_kernel(DDPM_ARGUM
   if (channels != room.entry) merge(f, at, room, Entries<P == kWhole>(f, at, room));
   if (P == kWhole && cut.chunks > 1) cluster_arrive();  // the peers' memory is read
 
-  affine(f, at, room, channels, source.summed ? Row{} : f.add);
+  affine(f, at, room, channels);
   float pivot[V], gain[V], offset[V];
   load_numbers(channels + at.channel, pivot);
   load_numbers(channels + cut.slab + at.channel, gain);

@@ -35,7 +35,7 @@ struct GroupNorm {
   float eps;
   Activation activation;
   Type type;
-  Image x, x2;  // in the backward of a sum: that sum
+  Image x, x2;  // in the backward x is h, where there is a residual
   Row weight, bias, add, scale, shift;
   double* statistics;  // [N, groups, 2], mean and 1 / deviation: a float32 mean would lose what an offset hides
   float* table;        // [N, chunks, 3, C], what blocks leave to each other where they are no cluster
@@ -46,11 +46,11 @@ struct GroupNorm {
 };
 
 struct Forward : GroupNorm {
-  Image residual, h, y;  // h, the sum, where there is a residual
+  Image residual, h, y;  // h = x + residual, where there is one; both have x's channels
 };
 
 struct Backward : GroupNorm {
-  Image dy, dh, dx, dx2;  // dh: gradient of the sum, where that was an output
+  Image dy, dh, dx, dx2;  // dh: gradient of h, where that was an output
   float* rows;            // [5, N, C]: each image's gradients of weight, bias, add, scale and shift
 };
 

@@ -176,7 +176,7 @@ DDPM_KERNEL(kThreads, 2) group_norm_silu_bwd_kernel(DDPM_ARGUMENT Backward b) {
   if (clustered) cluster_arrive();  // the peers' memory is read
   conclude(b, at, room);
 
-  const auto dh = lane<const E>(b.dh, at.n, at.c());
+  const auto dh = lane<const E>(b.dh, {}, b.channels_1, at.n, at.c());
   const auto dx = lane<E>(b.dx, b.dx2, b.channels_1, at.n, at.c());
   float k[V], m[V];
   load_numbers(room.more + cut.slab + at.channel, k);
@@ -187,7 +187,7 @@ DDPM_KERNEL(kThreads, 2) group_norm_silu_bwd_kernel(DDPM_ARGUMENT Backward b) {
     map.numbers(b, at, p, pair, d, g);
 #pragma unroll
     for (int i = 0; i < V; ++i) g[i] = fused(g[i], map.gain[i] * exact, fused(d[i], k[i], m[i]));
-    if (b.dh.data != nullptr) {
+    if (dh.first != nullptr) {
       float more[V];
       S::unpack(load<S>(dh(at.pixel + p)), more);
 #pragma unroll

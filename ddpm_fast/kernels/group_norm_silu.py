@@ -125,7 +125,7 @@ def group_norm_silu_fwd_kernel(
     SHIFT: tl.constexpr, DROPOUT: tl.constexpr, ACTIVATION: tl.constexpr, PART: tl.constexpr, PER_GROUP: tl.constexpr,
     SLAB: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr, CHUNKS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """PART 0: all of a slab in one pass. PART 1: a chunk's moments, and the sum h. PART 2: a chunk of y."""
+    """PART 0: all of a slab in one pass. PART 1: a chunk's moments, and h = x + residual. PART 2: a chunk of y."""
     slabs = tl.cdiv(channels, SLAB)
     n = (tl.program_id(0) // (slabs * CHUNKS)).to(tl.int64)
     slab = tl.program_id(0) // CHUNKS % slabs * SLAB
@@ -136,15 +136,15 @@ def group_norm_silu_fwd_kernel(
     p = chunk * PIXELS + tl.arange(0, PIXELS)
     mask = (p < pixels)[:, None] & inside[None, :]
     if RESIDUAL and PART == 2:
-        v = tl.load(h + n * h_n + p[:, None] * h_p + c[None, :] * h_c, mask=mask, other=0.0).to(tl.float32)
+        v = _tile(h, x2, n, p, c, mask, h_n, h_c, h_p, x2_n, x2_c, x2_p, channels_1, X2)
     else:
         v = _tile(x, x2, n, p, c, mask, x_n, x_c, x_p, x2_n, x2_c, x2_p, channels_1, X2)
         if RESIDUAL:
-            r = tl.load(residual + n * r_n + p[:, None] * r_p + c[None, :] * r_c, mask=mask, other=0.0)
-            total = v + _parameter(add, n * add_n + c, inside, ADD, 0.0)[None, :] + r.to(tl.float32)
-            total = total.to(h.dtype.element_ty)
-            tl.store(h + n * h_n + p[:, None] * h_p + c[None, :] * h_c, total, mask=mask)
-            v = tl.where(mask, total.to(tl.float32), 0.0)
+            first = mask & (c < channels_1)[None, :] if X2 else mask
+            r = tl.load(residual + n * r_n + p[:, None] * r_p + c[None, :] * r_c, mask=first, other=0.0)
+            total = (v + r.to(tl.float32)).to(h.dtype.element_ty)  # x2's channels stay as they are
+            tl.store(h + n * h_n + p[:, None] * h_p + c[None, :] * h_c, total, mask=first)
+            v = total.to(tl.float32)
     if PART == 2:
         pivot, mean, squares = merged_moments(moments, n, 0, entries, c, inside, channels, pixels, each, ENTRIES)
         d = v - pivot[None, :]
@@ -159,7 +159,7 @@ def group_norm_silu_fwd_kernel(
     else:
         gain, offset = _affine(
             pivot, mean, squares, weight, bias, add, add_n, scale, shift, statistics, n, c, inside & (chunk == 0),
-            inside, channels, pixels, eps, AFFINE, ADD and not RESIDUAL, SCALE, SHIFT, PER_GROUP, SLAB, WIDTH,
+            inside, channels, pixels, eps, AFFINE, ADD, SCALE, SHIFT, PER_GROUP, SLAB, WIDTH,
         )  # fmt: skip
         out = activate(d * gain[None, :] + offset[None, :], ACTIVATION)
         if DROPOUT != 0:
@@ -237,17 +237,15 @@ def group_norm_silu_bwd_kernel(
             tl.store(row + 3 * step, w * (rstd * of_product) + b * of_g, mask=inside)
             tl.store(row + 4 * step, of_g, mask=inside)
         out = g * gain[None, :] + d * k[None, :] + m[None, :]
+        first = mask & (c < channels_1)[None, :] if X2 else mask
         if DH:
             more = dh + n * dh_n + p[:, None] * dh_p + c[None, :] * dh_c
-            out += tl.load(more, mask=mask, other=0.0).to(tl.float32)
+            out += tl.load(more, mask=first, other=0.0).to(tl.float32)
         out = out.to(dx.dtype.element_ty)
-        to = dx + n * dx_n + p[:, None] * dx_p + c[None, :] * dx_c
+        tl.store(dx + n * dx_n + p[:, None] * dx_p + c[None, :] * dx_c, out, mask=first)
         if X2:
-            tl.store(to, out, mask=mask & (c < channels_1)[None, :])
             to = dx2 + n * dx2_n + p[:, None] * dx2_p + (c - channels_1)[None, :] * dx2_c
             tl.store(to, out, mask=mask & (c >= channels_1)[None, :])
-        else:
-            tl.store(to, out, mask=mask)
 
 
 def key(direction: str, of: Operands) -> str:

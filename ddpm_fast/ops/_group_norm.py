@@ -1,7 +1,7 @@
 """group_norm_silu on the native module: its arguments, its gradient, and its node in compiled graphs."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ def forward(
             return y, h
     x, x2, layout = _placed(x, x2)
     y = _empty(x, x2, layout)
-    residual, h = (None, None) if residual is None else (_image(residual, layout), _like(y, layout))
+    residual, h = (None, None) if residual is None else (_image(residual, layout), _like(x, layout))
     _must(kernel(x, x2, residual, tuple(map(_vector, parameters)), statistics, y, h, *rest, _native.threads()))
     return y, h
 
@@ -98,7 +98,6 @@ def backward(
     x2: Tensor | None,
     parameters: Parameters,
     statistics: Tensor,
-    summed: bool,
     needed: Sequence[bool],
     groups: int,
     eps: float,
@@ -109,24 +108,21 @@ def backward(
 
     Args:
         dy, dh: gradients of the outputs, None where there is none.
-        x, x2: the forward's; if `summed` the sum with the residual, whose gradient is x's too, and None.
+        x, x2: the forward's; with a residual, h in place of x: its gradient is that of both.
     """
-    weight, bias, add, scale, shift = parameters
-    given = weight, bias, None if summed else add, scale, shift  # the sum has `add` in it
+    parameters = tuple(parameters)
     kernel, rest = _native.load().group_norm_silu_backward, (groups, eps, _CODES[activation], _dropout(dropout))
-    rooms = tuple([None if v is None or not need else _room(v) for v, need in zip(given, needed, strict=True)])
+    rooms = tuple([None if v is None or not need else _room(v) for v, need in zip(parameters, needed, strict=True)])
     dx, dx2 = torch.empty_like(x), None if x2 is None else torch.empty_like(x2)
     dy, dh = dy if dy is None else dy.resolve_neg(), dh if dh is None else dh.resolve_neg()
-    if dy is None or not kernel(x, x2, dy, dh, given, statistics, dx, dx2, rooms, *rest, _native.threads()):
+    if dy is None or not kernel(x, x2, dy, dh, parameters, statistics, dx, dx2, rooms, *rest, _native.threads()):
         x, x2, layout = _placed(x, x2)
         dx, dx2 = _like(x, layout), None if x2 is None else _like(x2, layout)
         dy = _empty(x, x2, layout).zero_() if dy is None else _image(dy, layout)
         dh = dh if dh is None else _image(dh, layout)
-        vectors = tuple(map(_vector, given))
+        vectors = tuple(map(_vector, parameters))
         _must(kernel(x, x2, dy, dh, vectors, statistics, dx, dx2, rooms, *rest, _native.threads()))
     found = list(rooms)
-    if summed and add is not None and needed[2]:
-        found[2] = dx.sum((0, 2, 3) if add.ndim == 1 else (2, 3), dtype=torch.float32)
     for i, (g, v) in enumerate(zip(found, parameters, strict=True)):
         if g is not None and v is not None and g.dtype is not v.dtype:
             found[i] = g.to(v.dtype)
@@ -136,15 +132,6 @@ def backward(
 def _room(parameter: Tensor) -> Tensor:
     as_it_is = parameter.dtype in _native.ARRAY_DTYPES and parameter.is_contiguous()
     return torch.empty_like(parameter) if as_it_is else torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-
-
-def _spread(parts: int | None, dx: Tensor, dx2: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
-    """From the gradients of `backward` those of x, x2, the residual and the parameters; `parts` are x's channels."""
-    if parts is None:
-        return dx, dx2, None, *rest
-    if parts == dx.shape[1]:
-        return dx, None, dx, *rest
-    return dx[:, :parts].clone(), dx[:, parts:].clone(), dx, *rest  # slices would share memory with the whole
 
 
 class Differentiable(torch.autograd.Function):
@@ -161,8 +148,8 @@ class Differentiable(torch.autograd.Function):
             seed, draw, first = dropout.state
             rest = *rest[:-1], dropout._replace(state=NoiseState(seed.clone(), draw.clone(), first))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*((x, x2) if h is None else (h, None)), *parameters, statistics)
-        ctx.rest, ctx.parts = rest, None if h is None else x.shape[1]
+        ctx.save_for_backward(x if h is None else h, x2, *parameters, statistics)
+        ctx.rest = rest
         return y if h is None else (y, h)
 
     @staticmethod
@@ -171,9 +158,9 @@ class Differentiable(torch.autograd.Function):
         if dy is None and dh is None:
             return (None,) * 9
         x, x2, *parameters, statistics = ctx.saved_tensors
-        needed = ctx.needs_input_grad[4:]
-        found = backward(dy, dh, x, x2, parameters, statistics, ctx.parts is not None, needed, *ctx.rest)
-        return None, *_spread(ctx.parts, *cast(list[Any], found))
+        _, _, _, of_residual, *needed = ctx.needs_input_grad
+        dx, dx2, *rows = backward(dy, dh, x, x2, parameters, statistics, needed, *ctx.rest)
+        return None, dx, dx2, dx if of_residual else None, *rows
 
 
 # Without Function.apply's own look at torch.func's wrappers: `unfit` and `in_the_way` have looked.
@@ -232,19 +219,19 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     y = _empty(x, x2, layout)
     statistics = x.new_empty((x.shape[0], arguments[8], 2), dtype=torch.float64)
     state = x.new_empty(0 if seed is None else 2, dtype=torch.int64)
-    return y, y.new_empty(0) if residual is None else _like(y, layout), statistics, state
+    return y, y.new_empty(0) if residual is None else _like(x, layout), statistics, state
 
 
 def _node_backward(*arguments: Any) -> list[Tensor]:
-    dy, dh, x, x2, *parameters, statistics, state, summed, needed, groups, eps, activation, p, first, stream = arguments
+    dy, dh, x, x2, *parameters, statistics, state, needed, groups, eps, activation, p, first, stream = arguments
     dropout = _source(p, first, stream, *state) if state.numel() else None
-    found = backward(dy, dh, x, x2, parameters, statistics, summed, needed, groups, eps, activation, dropout)
+    found = backward(dy, dh, x, x2, parameters, statistics, needed, groups, eps, activation, dropout)
     return [g for g in found if g is not None]
 
 
 def _fake_backward(*arguments: Any) -> list[Tensor]:
     _, _, x, x2, *parameters = arguments[:9]
-    needed = arguments[12]
+    needed = arguments[11]
     x, x2, layout = _placed(x, x2)
     images = [_like(v, layout) for v in (x, x2) if v is not None]
     return images + [v.new_empty(v.shape) for v, need in zip(parameters, needed, strict=True) if v is not None and need]
@@ -252,7 +239,7 @@ def _fake_backward(*arguments: Any) -> list[Tensor]:
 
 _BACKWARD = opaque(
     f"group_norm_silu_fused_backward(Tensor? dy, Tensor? dh, Tensor x, Tensor? x2, {_PARAMETERS}, Tensor statistics, "
-    f"Tensor state, bool summed, bool[] needed, {_REST}) -> Tensor[]",
+    f"Tensor state, bool[] needed, {_REST}) -> Tensor[]",
     _node_backward,
     _fake_backward,
 )
@@ -260,22 +247,22 @@ _BACKWARD = opaque(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, x2, residual, *parameters = inputs[:8]
-    _, h, statistics, state = output
+    h, statistics, state = output[1:]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(statistics, state)
-    ctx.save_for_backward(*((x, x2) if residual is None else (h, None)), *parameters, statistics, state)
-    ctx.rest, ctx.parts = inputs[8:14], None if residual is None else x.shape[1]
+    ctx.mark_non_differentiable(*(output[2:] if residual is not None else output[1:]))
+    ctx.save_for_backward(x if residual is None else h, x2, *parameters, statistics, state)
+    ctx.rest = inputs[8:14]
 
 
 def _formula(ctx: Any, dy: Tensor | None, dh: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None and dh is None:
         return (None,) * 16
     saved = ctx.saved_tensors
-    summed, needed = ctx.parts is not None, list(ctx.needs_input_grad[3:8])
-    found = iter(_BACKWARD(dy, dh if summed else None, *saved, summed, needed, *ctx.rest))
+    _, _, of_residual, *needed = ctx.needs_input_grad[:8]
+    found = iter(_BACKWARD(dy, dh, *saved, needed, *ctx.rest))
     dx, dx2 = next(found), None if saved[1] is None else next(found)
     typed = [next(found) if v is not None and need else None for v, need in zip(saved[2:7], needed, strict=True)]
-    return *_spread(ctx.parts, dx, dx2, *typed), *[None] * 8
+    return dx, dx2, dx if of_residual else None, *typed, *[None] * 8
 
 
 NODE = differentiable(

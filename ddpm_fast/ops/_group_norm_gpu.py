@@ -9,7 +9,7 @@ from torch import Tensor
 from ..reference.noise import dropout_threshold
 from ..reference.philox import Dropout, NoiseState
 from . import _native, _triton
-from ._group_norm import _empty, _image, _like, _placed, _spread
+from ._group_norm import _empty, _image, _like, _placed
 
 _MOST = 2**31 - 1  # within an image kernels count in 32 bits
 
@@ -66,8 +66,8 @@ class Differentiable(torch.autograd.Function):
             seed, draw, first = dropout.state
             dropout = dropout._replace(state=NoiseState(seed.clone(), draw.clone(), first))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*((x, x2) if h is None else (h, None)), *parameters, statistics)
-        ctx.kernels, ctx.rest, ctx.parts = kernels, (groups, activation, dropout), None if h is None else x.shape[1]
+        ctx.save_for_backward(x if h is None else h, x2, *parameters, statistics)
+        ctx.kernels, ctx.rest = kernels, (groups, activation, dropout)
         return y if h is None else (y, h)
 
     @staticmethod
@@ -77,10 +77,10 @@ class Differentiable(torch.autograd.Function):
             return (None,) * 10
         saved = ctx.saved_tensors  # once: checkpointing unpacks no tensor twice
         with _triton.on(saved[0]):
-            found = _backward(ctx.kernels, dy, dh, saved, ctx.parts is not None, *ctx.rest)
-        needed = ctx.needs_input_grad[5:]
-        rows = [g if need else None for g, need in zip(found[2:], needed, strict=True)]
-        return None, None, *_spread(ctx.parts, found[0], found[1], *rows)
+            dx, dx2, *rows = _backward(ctx.kernels, dy, dh, saved, *ctx.rest)
+        _, _, _, _, of_residual, *needed = ctx.needs_input_grad
+        rows = [g if need else None for g, need in zip(rows, needed, strict=True)]
+        return None, None, dx, dx2, dx if of_residual else None, *rows
 
 
 def _backward(
@@ -88,22 +88,17 @@ def _backward(
     dy: Tensor | None,
     dh: Tensor | None,
     saved: Any,
-    summed: bool,
     groups: int,
     activation: str,
     dropout: Any,
 ) -> list[Any]:
     x, x2, *given, statistics = saved
-    weight, bias, add, scale, shift = given
     x, x2, layout = _placed(x, x2)
     dx, dx2 = _like(x, layout), None if x2 is None else _like(x2, layout)
     dy = _empty(x, x2, layout).zero_() if dy is None else _near(dy, layout)
     dh = None if dh is None else _near(dh, layout)
-    parameters = [_vector(v) for v in (weight, bias, None if summed else add, scale, shift)]
-    of = kernels.Operands(x, x2, *parameters, groups, activation, _dropout(dropout))
-    rows = list(kernels.backward(of, dy, dh, dx, dx2, statistics))
-    if summed and add is not None:  # the sum's gradient, which dh is part of
-        rows[2] = dx.sum((2, 3), dtype=torch.float32)
+    of = kernels.Operands(x, x2, *map(_vector, given), groups, activation, _dropout(dropout))
+    rows = kernels.backward(of, dy, dh, dx, dx2, statistics)
     found: list[Any] = [dx, dx2]
     for v, row in zip(given, rows, strict=True):
         found.append(None if v is None else (row.sum(0) if v.ndim == 1 else row).to(v.dtype))
@@ -124,7 +119,7 @@ def forward(
     """y, h where there is a residual, and the groups' statistics."""
     x, x2, layout = _placed(x, x2)
     y = _empty(x, x2, layout)
-    residual, h = (None, None) if residual is None else (_image(residual, layout), _like(y, layout))
+    residual, h = (None, None) if residual is None else (_image(residual, layout), _like(x, layout))
     statistics = torch.empty((x.shape[0], groups, 2), dtype=torch.float64, device=x.device)
     of = kernels.Operands(x, x2, *map(_vector, parameters), groups, activation, _dropout(dropout))
     with _triton.on(x):

@@ -114,7 +114,7 @@ def _check(
     for name, value, shape in (
         ("weight", weight, (channels,)),
         ("bias", bias, (channels,)),
-        ("residual", residual, (n, channels, height, width)),
+        ("residual", residual, (n, x.shape[1], height, width)),
         ("scale", scale, (n, channels)),
         ("shift", shift, (n, channels)),
     ):
@@ -156,23 +156,23 @@ def group_norm_silu(
     activation: str = "silu",
     dropout: Dropout | None = None,
 ) -> Any:
-    """dropout(activation(group_norm(h) (1 + scale) + shift)) of h = cat(x, x2) + add + residual (Wu & He 2018).
+    """dropout(activation(group_norm(cat(h, x2) + add) (1 + scale) + shift)) of h = x + residual (Wu & He 2018).
 
     Args:
         x: [N, C1, H, W].
         weight, bias: [C] with C = C1 + C2, both or neither; may be float32 beside half-precision `x`.
         groups: number of groups, divides C; groups may straddle x and x2.
         eps: added to the variance.
-        x2: [N, C2, H, W], as if concatenated to x.
-        add: [C] or [N, C], added before the norm: convolution, time and class biases.
-        residual: [N, C, H, W], added before the norm; then h is returned too.
+        x2: [N, C2, H, W], as if concatenated to h.
+        add: [C] or [N, C], added before the norm, but not to h: convolution, time and class biases.
+        residual: [N, C1, H, W], added to x and not to x2; then h is returned too.
         scale, shift: [N, C], applied after the norm (FiLM). Fast backends form weight (1 + scale) / deviation first;
             where that leaves float32, so does y.
         activation: "none", "silu", "relu" or "mish".
         dropout: probability and source of the mask; only for training.
 
     Returns:
-        y, like h; or (y, h) where `residual` is given.
+        y: [N, C, H, W]; or (y, h), h like x, where `residual` is given.
 
     Raises:
         ValueError, TypeError: an argument has the wrong type, shape, device or value.

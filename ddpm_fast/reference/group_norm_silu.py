@@ -33,19 +33,18 @@ def group_norm_silu(
     eps: float = 1e-5,
     x2: Tensor | None = None,  # [N, C2, H, W]
     add: Tensor | None = None,  # [C] or [N, C]
-    residual: Tensor | None = None,  # [N, C, H, W]
+    residual: Tensor | None = None,  # [N, C1, H, W]
     scale: Tensor | None = None,  # [N, C]
     shift: Tensor | None = None,  # [N, C]
     activation: str = "silu",
     dropout: Dropout | Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """dropout(activation(norm(h) (1 + scale) + shift)) of h = cat(x, x2) + add + residual; with a residual, also h."""
-    h = x if x2 is None else torch.cat([x, x2], dim=1)
+    """dropout(activation(norm(cat(h, x2) + add) (1 + scale) + shift)) of h = x + residual; with a residual, also h."""
+    h = x if residual is None else x + residual.to(x.dtype)
+    y = h if x2 is None else torch.cat([h, x2], dim=1)
     if add is not None:
-        h = h + add.to(h.dtype)[..., None, None]
-    if residual is not None:
-        h = h + residual.to(h.dtype)
-    y = _group_norm(h, weight, bias, groups, eps)
+        y = y + add.to(y.dtype)[..., None, None]
+    y = _group_norm(y, weight, bias, groups, eps)
     if scale is not None:
         y = y * (1 + scale.to(y.dtype)[..., None, None])
     if shift is not None:

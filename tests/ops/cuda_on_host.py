@@ -63,7 +63,7 @@ def cut_as(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def made(shape: tuple[int, ...], add_of_all: bool = False) -> dict[str, Tensor]:
     n, c1, c2, height, width, _ = shape
     c = c1 + c2
-    sizes = {"x": (n, c1, height, width), "x2": (n, c2, height, width), "residual": (n, c, height, width)}
+    sizes = {"x": (n, c1, height, width), "x2": (n, c2, height, width), "residual": (n, c1, height, width)}
     sizes |= {"weight": (c,), "bias": (c,), "add": (c,) if add_of_all else (n, c), "scale": (n, c), "shift": (n, c)}
     return {k: torch.randn(s, dtype=torch.float64) for k, s in sizes.items() if k != "x2" or c2}
 

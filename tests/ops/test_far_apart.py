@@ -69,9 +69,10 @@ def test_group_norm_silu(shape: tuple[int, ...], dim: int, dtype: torch.dtype, j
     def run(x: Tensor, x2: Tensor, dy: Tensor, dh: Tensor) -> list[Tensor]:
         leaves = [x.detach().requires_grad_(), x2.detach().requires_grad_()]
         x, x2 = leaves
-        if joined:  # dy and dh would have the channels of both
-            y = ops.group_norm_silu(x, None, None, 2, x2=x2)
-            return [y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)]
+        if joined:  # dy would have the channels of both
+            y, h = ops.group_norm_silu(x, None, None, 2, x2=x2, residual=dy)
+            grads = torch.autograd.grad((y.float().square().sum(), h), leaves, (None, dh))
+            return [y.detach(), h.detach(), *grads]
         outs = ops.group_norm_silu(x, None, None, 2, residual=x2)
         return [*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, [dy, dh])]
 

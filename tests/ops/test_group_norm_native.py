@@ -32,7 +32,7 @@ def restored() -> Iterator[None]:
 
 
 def arguments(n: int, c1: int, c2: int, size: int, dtype: torch.dtype, layout: torch.memory_format) -> Tensors:
-    shapes = {"x": (n, c1, size, size), "x2": (n, c2, size, size), "residual": (n, c1 + c2, size, size)}
+    shapes = {"x": (n, c1, size, size), "x2": (n, c2, size, size), "residual": (n, c1, size, size)}
     images = {k: torch.randn(s).to(dtype).contiguous(memory_format=layout) for k, s in shapes.items()}
     c = c1 + c2
     rows = {"weight": (c,), "bias": (c,), "add": (n, c), "scale": (n, c), "shift": (n, c)}
@@ -158,17 +158,54 @@ def test_a_gradient_that_is_expanded_or_in_another_layout() -> None:
         assert torch.allclose(*grads, atol=1e-6)
 
 
-def test_each_output_may_be_used_alone() -> None:
-    x, residual = torch.randn(2, 8, 4, 4), torch.randn(2, 8, 4, 4)
-    add = torch.randn(8)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_each_output_may_be_used_alone(compiled: bool) -> None:
+    x, residual, x2 = torch.randn(2, 8, 4, 4), torch.randn(2, 8, 4, 4), torch.randn(2, 4, 4, 4)
+    add = torch.randn(12)
+
+    def run(x: Tensor, residual: Tensor, add: Tensor, x2: Tensor) -> Any:
+        return ops.group_norm_silu(x, None, None, 2, residual=residual, add=add, x2=x2)
+
     for used in (0, 1):
         grads = []
         for backend in ("native", "reference"):
-            leaves = [v.detach().requires_grad_() for v in (x, residual, add)]
+            leaves = [v.detach().requires_grad_() for v in (x, residual, add, x2)]
             with ops.use_backend(backend):
-                out = ops.group_norm_silu(leaves[0], None, None, 2, residual=leaves[1], add=leaves[2])
-                grads.append(torch.autograd.grad(out[used].square().sum(), leaves))
+                of = torch.compile(run, backend="aot_eager", fullgraph=True) if compiled else run
+                loss = of(*leaves)[used].square().sum()
+                grads.append(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+            torch._dynamo.reset()
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("isa", _C.isas())
+@pytest.mark.parametrize("layout", [CHANNELS_LAST, NCHW], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_residual_is_as_if_it_had_been_added_before(
+    isa: str, dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    """The same bits, of all but the gradient of h; a group straddles h and x2."""
+    _C.force_isa(isa)
+    tensors = arguments(2, 20, 12, 7, dtype, layout)
+    h = tensors["x"] + tensors["residual"]
+    without = {k: v for k, v in tensors.items() if k != "residual"} | {"x": h}
+
+    def outs(of: Tensors, place: int) -> list[Tensor]:
+        leaves = {k: v.detach().requires_grad_() for k, v in of.items()}
+        with ops.use_backend("native"):
+            out = ops.group_norm_silu(**leaves, groups=4)
+            found = out if isinstance(out, tuple) else (out,)
+            cotangent = torch.sin(torch.arange(found[place].numel())).view(found[place].shape).to(dtype)
+            grads = torch.autograd.grad(found[place], leaves.values(), cotangent)
+        return [*(v.detach() for v in found), *grads]
+
+    y, summed, dx, dx2, dresidual, *rest = outs(tensors, 0)
+    y_again, dx_again, dx2_again, *rest_again = outs(without, 0)
+    assert torch.equal(summed, h) and torch.equal(dresidual, dx)
+    pairs = zip([y, dx, dx2, *rest], [y_again, dx_again, dx2_again, *rest_again], strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    _, _, dx, dx2, dresidual, *rest = outs(tensors, 1)
+    assert dx.any() and torch.equal(dresidual, dx) and not any(v.any() for v in (dx2, *rest))
 
 
 def test_dropout_is_drawn_again_from_where_it_was() -> None:
@@ -247,7 +284,7 @@ def test_no_gradient_at_all() -> None:
 
 def test_gradients_share_no_memory() -> None:
     """Where they are kept and added to, one would change the other."""
-    leaves = [torch.randn(1, c, 4, 4, requires_grad=True) for c in (8, 4, 12)]
+    leaves = [torch.randn(1, c, 4, 4, requires_grad=True) for c in (8, 4, 8)]
     after = []
     for _ in range(2):
         y, h = ops.group_norm_silu(leaves[0], None, None, 4, x2=leaves[1], residual=leaves[2])
@@ -324,9 +361,12 @@ def test_autocast_keeps_bf16() -> None:
 def test_the_native_boundary_refuses_what_it_can_not_address() -> None:
     x, y = torch.randn(2, 8, 4, 4), torch.empty(2, 8, 4, 4)
 
-    def call(x: Tensor = x, y: Tensor = y, groups: int = 2, weight: Tensor | None = None) -> bool:
+    def call(
+        x: Tensor = x, y: Tensor = y, groups: int = 2, weight: Tensor | None = None, x2: Tensor | None = None,
+        residual: Tensor | None = None, h: Tensor | None = None,
+    ) -> bool:  # fmt: skip
         rows = (weight, weight, None, None, None)
-        return _C.group_norm_silu(x, None, None, rows, None, y, None, groups, 1e-5, 1, None, 1)
+        return _C.group_norm_silu(x, x2, residual, rows, None, y, h, groups, 1e-5, 1, None, 1)
 
     assert call()
     apart = torch.randn(2, 8, 4, 5)[..., :4]  # rows that aren't adjacent
@@ -340,6 +380,21 @@ def test_the_native_boundary_refuses_what_it_can_not_address() -> None:
         call(y=y.bfloat16())
     with pytest.raises(ValueError, match="y: not a plain tensor"):
         call(y=y.to("meta"))
+    both = torch.empty(2, 16, 4, 4)
+    assert call(x2=x, y=both, residual=x, h=y)
+    with pytest.raises(ValueError, match="residual: another shape"):
+        call(x2=x, y=both, residual=both, h=y)
+    with pytest.raises(ValueError, match="h: another shape"):
+        call(x2=x, y=both, residual=x, h=both)
+    rows = (None,) * 5
+    statistics = torch.zeros(2, 2, 2, dtype=torch.float64)
+
+    def back(dh: Tensor) -> bool:
+        return _C.group_norm_silu_backward(x, x, both, dh, rows, statistics, y, y, rows, 2, 1e-5, 1, None, 1)
+
+    assert back(x)
+    with pytest.raises(ValueError, match="dh: another shape"):
+        back(both)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

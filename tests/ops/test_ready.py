@@ -192,6 +192,13 @@ def test_both_ways_of_reading_see_the_same() -> None:
             assert ops.q_sample(x, torch.arange(len(x)), torch.ones(4), torch.ones(4), STATE).shape == noisy.shape
 
 
+def test_a_residual_has_the_channels_of_x_alone() -> None:
+    x, x2, both = image(), image(N, 4, H, W), image(N, C + 4, H, W)
+    for residual, fits in ((x, True), (both, False), (x2, False)):
+        arguments = [x, None, None, 2, 1e-5, x2, None, residual, None, None, "silu", None]
+        assert agreed("group_norm_silu", arguments) == fits
+
+
 @pytest.mark.parametrize("mode", ["dispatch", "functorch", "forward_ad"])
 def test_nothing_is_ready_where_torch_wants_to_see_its_operators(mode: str) -> None:
     x, row = image(), torch.rand(C)

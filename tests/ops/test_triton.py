@@ -165,7 +165,7 @@ def test_norm_in_one_pass_and_in_chunks(
         return cut if chunks == 1 else cut._replace(pixels=some, chunks=-(-pixels // some))
 
     monkeypatch.setattr(kernels, "config", config)
-    made = {"x": (n, c1, height, width), "x2": (n, c2, height, width), "residual": (n, c, height, width)}
+    made = {"x": (n, c1, height, width), "x2": (n, c2, height, width), "residual": (n, c1, height, width)}
     made |= {"weight": (c,), "bias": (c,), "add": (n, c), "scale": (n, c), "shift": (n, c)}
     tensors = {k: torch.randn(s, dtype=torch.float64) for k, s in made.items() if k != "x2" or c2}
     some = {k: v for k, v in tensors.items() if k not in ("residual", "scale", "shift")}
@@ -240,15 +240,17 @@ def test_images_of_one_pixel(groups: int) -> None:
 
 
 def test_checkpointing_and_a_gradient_of_the_sum_alone() -> None:
-    x, residual = torch.randn(2, 2, 4, 3, 3)
+    x, residual, x2 = torch.randn(3, 2, 4, 3, 3)
     with ops.use_backend("triton"):
         leaf = x.clone().requires_grad_()
         out = checkpoint(lambda v: ops.group_norm_silu(v, None, None, 2), leaf, use_reentrant=False)
         out.sum().backward()
         assert leaf.grad is not None and leaf.grad.isfinite().all()
         leaf = x.clone().requires_grad_()
-        _, h = ops.group_norm_silu(leaf, None, None, 2, residual=residual)
-        assert torch.equal(torch.autograd.grad(h.sum(), leaf)[0], torch.ones_like(x))
+        leaves = [leaf, x2.requires_grad_(), residual.requires_grad_()]
+        _, h = ops.group_norm_silu(leaf, None, None, 1, x2=x2, residual=residual)
+        dx, dx2, dresidual = torch.autograd.grad(h.sum(), leaves)
+        assert torch.equal(dx, torch.ones_like(x)) and torch.equal(dresidual, dx) and not dx2.any()
 
 
 def test_images_that_reach_too_far_are_refused() -> None:
