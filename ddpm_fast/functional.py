@@ -14,7 +14,7 @@ from .engine import Start, denoise, eval_mode, philox_start
 from .graphs import Graphs
 from .memory import batch_that_fits, in_parts, out_of_memory
 from .models.state import fresh_seed
-from .models.upsampling import fixed_weights
+from .models.weights import fixed_weights
 from .ops import NoiseState
 from .ops import _checks as checks
 from .progress import progress_bar

@@ -1,27 +1,13 @@
-"""When ops stand in for modules, and what they stand in for: norm, activation and dropout in one op.
+"""When ops may stand in for modules.
 
 Where a submodule was hooked, parametrized or replaced, the modules themselves are called: nothing of it is skipped.
 """
 
 import inspect
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from ..ops import Dropout, apply_dropout
-from ..ops.group_norm_silu import OP as GROUP_NORM_SILU
-
-Activation = Callable[[Tensor], Tensor]
-
-_FUSED: tuple[tuple[Activation, str], ...] = (
-    (F.silu, "silu"),
-    (F.relu, "relu"),
-    (torch.relu, "relu"),
-    (F.mish, "mish"),
-)
 _STOCK = {nn.GroupNorm, nn.InstanceNorm2d, nn.BatchNorm2d, nn.Identity, nn.Conv2d, nn.Dropout, nn.Sequential}
 
 
@@ -71,33 +57,3 @@ def is_conv3x3(conv: nn.Module) -> bool:
         and conv.padding_mode == "zeros"
         and conv.bias is not None
     )
-
-
-def norm_act(
-    norm: nn.Module,
-    activation: Activation | None,
-    x: Tensor,
-    *,
-    add: Tensor | None = None,
-    dropout: Dropout | None = None,
-) -> Tensor:
-    """dropout(activation(norm(x + add))); one op where the norm is over groups and the activation a known one."""
-    # By identity: a callable need not be hashable.
-    fused = "none" if activation is None else next((name for f, name in _FUSED if f is activation), None)
-    if type(norm) is nn.InstanceNorm2d and not norm.track_running_stats:
-        groups = norm.num_features  # a group a channel
-    else:
-        groups = norm.num_groups if type(norm) is nn.GroupNorm else 0
-    if groups and is_plain(norm):
-        inside = (fused, dropout) if fused else ("none", None)
-        norm = cast(nn.GroupNorm, norm)
-        # Unchecked: the module's own arguments are right.
-        y: Tensor = GROUP_NORM_SILU.unchecked(
-            x, norm.weight, norm.bias, groups, norm.eps, None, add, None, None, None, *inside
-        )
-        if fused:
-            return y
-    else:
-        y = norm(x if add is None else x + add.to(x.dtype)[..., None, None])
-    y = y if activation is None else activation(y)
-    return y if dropout is None else apply_dropout(y, dropout)

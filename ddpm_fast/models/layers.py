@@ -1,5 +1,7 @@
 """The layers of the UNet. Modules hold the parameters under the original DDPM code's names; ops do the work."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
@@ -8,54 +10,14 @@ from torch import Tensor, nn
 
 from ..ops import DROPOUT, Dropout, NoiseState, timestep_embedding
 from ..ops import _checks as checks
-from ..ops.conv3x3 import OP as CONV3X3
-from .fusing import Activation, TakesNoiseState, is_conv3x3, is_plain, is_untouched, norm_act
+from .attention import AttentionBlock
+from .fusing import TakesNoiseState, is_conv3x3, is_plain, is_untouched
+from .inputs import check_input, check_labels
+from .norms import Activation, checked_activation, get_norm, norm_act, reads_sums
+from .recomputing import frozen, frozen_state, kept, whole
+from .sums import Sum
 from .upsampling import in_phases, phases_pay
-
-
-def get_norm(norm: str | None, num_channels: int, num_groups: int) -> nn.Module:
-    """The normalisation "gn" (group), "in" (instance, affine), "bn" (batch) or None.
-
-    Raises:
-        ValueError: another name, or a number of groups that does not divide the channels.
-    """
-    if norm is not None and not (isinstance(norm, str) and norm in ("gn", "in", "bn")):
-        raise ValueError(f"norm must be 'gn', 'in', 'bn' or None, got {checks.text(norm)}")
-    num_channels = checks.integer("num_channels", num_channels, 1)
-    if norm == "gn":
-        if num_channels % checks.integer("num_groups", num_groups, 1):
-            raise ValueError(f"num_groups must divide the number of channels, {num_channels}; got {num_groups}")
-        return nn.GroupNorm(num_groups, num_channels)
-    if norm == "in":
-        return nn.InstanceNorm2d(num_channels, affine=True)
-    if norm == "bn":
-        return nn.BatchNorm2d(num_channels)
-    return nn.Identity()
-
-
-def checked_activation(activation: Activation) -> Activation:
-    """The activation; raise TypeError unless it is a function of tensors."""
-    if isinstance(activation, type) or not callable(activation):
-        raise TypeError(f"activation must be a function such as F.silu, got {checks.text(activation)}")
-    return activation
-
-
-def check_input(x: Tensor, channels: int, conv: nn.Module | None = None) -> None:
-    """Raise unless x is [N, channels, H, W], and of the dtype of `conv`, which is what takes it."""
-    checks.tensor("x", x, ndim=4)
-    if x.shape[1] != channels:
-        raise ValueError(f"x must have {channels} channels, got {checks.text(x)}")
-    for name, size in zip(("height", "width"), x.shape[2:], strict=True):
-        if size < 1:
-            raise ValueError(f"x: {name} must be at least 1, got 0")
-    if type(conv) is nn.Conv2d and x.dtype != conv.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"x must have the dtype of the layer, {conv.weight.dtype}; got {checks.text(x)}")
-
-
-def check_labels(y: Tensor, num_images: int) -> None:
-    """Raise unless y is [N], int64 or int32."""
-    dtype = torch.int32 if isinstance(y, Tensor) and y.dtype == torch.int32 else torch.int64
-    checks.tensor("y", y, shape=(num_images,), dtype=dtype)
+from .weights import convolve3x3
 
 
 class PositionalEmbedding(nn.Module):
@@ -89,7 +51,11 @@ class Downsample(nn.Module):
         check_input(x, self.in_channels, self.downsample)
         if x.shape[2] % 2 or x.shape[3] % 2:
             raise ValueError(f"x must have even height and width to be halved, got {list(x.shape)}")
-        return self.downsample(x)
+        return self.summed(Sum(x)).tensor()
+
+    def summed(self, x: Sum) -> Sum:
+        """As forward, of and to a sum that need not be made yet."""
+        return x.convolved(x.tensor(), self.downsample)
 
 
 class NearestUpsample(nn.Module):
@@ -113,33 +79,22 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, time_emb: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         check_input(x, self.in_channels, self.upsample[-1])
-        if self._is_plain() and phases_pay(x, self.upsample[1]):
-            return in_phases(x, cast(nn.Conv2d, self.upsample[1]))
-        return cast(Tensor, self.upsample(x))
+        return self.summed(Sum(x)).tensor()
+
+    def summed(self, x: Sum) -> Sum:
+        """As forward, of and to a sum that need not be made yet."""
+        if not self._is_plain():
+            return Sum(self.upsample(x.tensor()), later=x.later)
+        nearest, conv = self.upsample
+        small = x.tensor()
+        if phases_pay(small, conv, x.later):
+            return x.convolved(small, conv, in_phases)
+        return x.convolved(nearest(small), conv)
 
     def _is_plain(self) -> bool:
         """Whether nothing was put into or around the two steps."""
         layers = [type(m) for m in self.upsample]
         return layers == [NearestUpsample, nn.Conv2d] and is_untouched(self.upsample, self.upsample[0])
-
-
-class AttentionBlock(nn.Module):
-    """Self-attention over the pixels with one head, scaled by C^-0.5, and a residual connection."""
-
-    def __init__(self, in_channels: int, norm: str | None = "gn", num_groups: int = 32):
-        super().__init__()
-        self.in_channels = in_channels = checks.integer("in_channels", in_channels, 1)
-        self.norm = get_norm(norm, in_channels, num_groups)
-        self.to_qkv = nn.Conv2d(in_channels, in_channels * 3, 1)
-        self.to_out = nn.Conv2d(in_channels, in_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        check_input(x, self.in_channels, self.to_qkv)
-        qkv = self.to_qkv(norm_act(self.norm, None, x))
-        # One head, [N, 1, H W, 3 C] with dense rows: other forms miss the fused kernels. No copy in channels_last.
-        tokens = qkv.flatten(2).transpose(1, 2).contiguous().unsqueeze(1)
-        out = F.scaled_dot_product_attention(*tokens.chunk(3, dim=-1)).transpose(2, 3).reshape(x.shape)
-        return self.to_out(out.contiguous() if x.is_contiguous() else out) + x
 
 
 class ResidualBlock(TakesNoiseState):
@@ -195,16 +150,16 @@ class ResidualBlock(TakesNoiseState):
         noise_state: NoiseState | None = None,  # where dropout draws from; torch's generator without it
     ) -> Tensor:  # [N, out_channels, H, W]
         check_input(x, self.in_channels, self.conv_1)
-        time = self._time(x.shape[0], time_emb)
         if self.is_fusible():
-            return self.fused(x, self._with_time(time), y, noise_state)
+            return self.summed(Sum(x), self.bias(x.shape[0], time_emb), y, noise_state).tensor()
+        time = self._time(x.shape[0], time_emb)
         h = self.conv_1(self.activation(self.norm_1(x)))
         bias = self._with_class(time, x.shape[0], y)
         h = h if bias is None else h + bias[..., None, None]
         return self.attention(self.conv_2(self.activation(self.norm_2(h))) + self.residual_connection(x))
 
     def is_fusible(self) -> bool:
-        """Whether `fused` computes what the modules would."""
+        """Whether `summed` computes what the modules would."""
         layers = list(self.conv_2.children())
         return (
             is_plain(self.norm_1, self.norm_2, self.conv_2, *layers)
@@ -213,21 +168,75 @@ class ResidualBlock(TakesNoiseState):
             and is_conv3x3(layers[1])
         )
 
-    def fused(self, x: Tensor, bias: Tensor, y: Tensor | None, noise_state: NoiseState | None = None) -> Tensor:
-        """As forward, given the bias [C] or [N, C] of conv_1 and the time; the class's joins them in norm_2: one pass
-        less over the activations. The ops unchecked: the modules' own arguments are right."""
-        drop, last_conv = cast(tuple[nn.Dropout, nn.Conv2d], tuple(self.conv_2.children()))
-        x_1 = norm_act(self.norm_1, self.activation, x)
-        h = CONV3X3.unchecked(x_1, self.conv_1.weight, None, None, None, None, False)
-        add = self._with_class(bias, x.shape[0], y)
+    def summed(
+        self,
+        x: Sum,
+        bias: Tensor,
+        y: Tensor | None,
+        noise_state: NoiseState | None = None,
+        skip: Sum | None = None,
+        keep: bool = True,
+    ) -> Sum:
+        """As forward, of and to a sum that need not be made yet, if `is_fusible`. The ops unchecked: the modules' own
+        arguments are right.
+
+        Args:
+            bias: [C] or [N, C], of conv_1 and the time; the class's joins it, and norm_2 adds both in its own pass.
+            skip: what else goes in, as if concatenated.
+            keep: for the backward, what goes into the convolutions; else the norms run again in it.
+        """
+        drop, conv_2 = cast(tuple[nn.Dropout, nn.Conv2d], tuple(self.conv_2.children()))
+        if skip is not None and not x.later:
+            x, skip = x.joined(skip), None
+        norm_1, norm_2, activation = self.norm_1, self.norm_2, self.activation
+
+        def first() -> Callable[[], Tensor]:
+            return partial(x.as_it_is().normed, norm_1, activation, skip and skip.as_it_is())
+
+        def second() -> Callable[[], Tensor]:
+            return partial(norm_act, norm_2, activation, raw, add=add, dropout=frozen(dropout))
+
+        h_1 = x.normed(norm_1, activation, skip)
+        with kept(h_1, keep or not reads_sums(norm_1), first):
+            raw = convolve3x3(h_1, self.conv_1, False)
+        add = self._with_class(bias, raw.shape[0], y)
         dropout = Dropout(drop.p, noise_state, self.dropout_stream) if drop.training and drop.p > 0 else None
-        h = norm_act(self.norm_2, self.activation, h, add=add, dropout=dropout)
-        residual = self.residual_connection(x)
-        return self.attention(CONV3X3.unchecked(h, last_conv.weight, last_conv.bias, None, None, residual, False))
+        h_2 = norm_act(norm_2, activation, raw, add=add, dropout=dropout)
+        again = reads_sums(norm_2) and not (dropout and dropout.state is None)
+        with kept(h_2, keep or not again, second):
+            out = x.convolved(h_2, conv_2, convolve3x3)
+        if type(self.residual_connection) is nn.Identity and is_plain(self.residual_connection):
+            out = out.plus(x if skip is None else x.joined(skip))
+        else:
+            out = out.plus(x.through(self.residual_connection, skip))
+        if type(self.attention) is nn.Identity and is_plain(self.attention):
+            return out
+        if type(self.attention) is AttentionBlock and is_untouched(self.attention):
+            return self.attention.summed(out)
+        return Sum(self.attention(out.tensor()), later=x.later)
+
+    def recomputed(
+        self, x: Sum, bias: Tensor, y: Tensor | None, noise_state: NoiseState | None = None, skip: Sum | None = None
+    ) -> Sum:
+        """As `summed`, keeping for the backward nothing but what goes in."""
+        given, other, state = x.as_it_is(), skip and skip.as_it_is(), frozen_state(noise_state)
+
+        def run() -> tuple[Sum, Sum]:
+            read = given.as_it_is()
+            return self.summed(read, bias, y, state, other and other.as_it_is()), read
+
+        drop = cast(nn.Dropout, self.conv_2[0])
+        out, read = whole(run, draws=drop.training and drop.p > 0 and state is None)
+        x.x, x.bias, x.residual = read.x, read.bias, read.residual
+        return out
+
+    def bias(self, num_images: int, time_emb: Tensor | None) -> Tensor:
+        """The bias for `summed`, of a time embedding [N, time_emb_dim]: [N, out_channels], or [out_channels]."""
+        return self._with_time(self._time(num_images, time_emb))
 
     def embed(self, time_emb: Tensor) -> Tensor:
-        """The biases for `fused` of time embeddings: [S, time_emb_dim] -> [S, out_channels]."""
-        bias = self._with_time(self._time(time_emb.shape[0], time_emb))
+        """The biases for `summed` of time embeddings: [S, time_emb_dim] -> [S, out_channels]."""
+        bias = self.bias(time_emb.shape[0], time_emb)
         return bias if bias.ndim == 2 else bias.expand(time_emb.shape[0], -1)
 
     def _with_time(self, time: Tensor | None) -> Tensor:

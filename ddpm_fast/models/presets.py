@@ -21,7 +21,7 @@ from ..schedules import (
     generate_warmup_schedule,
     zero_terminal_snr,
 )
-from .fusing import Activation
+from .norms import Activation
 from .unet import UNet
 
 ACTIVATIONS: dict[str, Activation] = {"relu": F.relu, "mish": F.mish, "silu": F.silu}

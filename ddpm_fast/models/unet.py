@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -10,18 +11,16 @@ from torch import _C, Tensor, nn
 
 from ..ops import DROPOUT, NoiseState
 from ..ops import _checks as checks
+from ..ops._dispatch import forced
 from ..reference.philox import MAX_STREAM
-from .fusing import Activation, TakesNoiseState, is_untouched, norm_act, takes_noise_state
-from .layers import (
-    Downsample,
-    PositionalEmbedding,
-    ResidualBlock,
-    Upsample,
-    check_input,
-    check_labels,
-    checked_activation,
-    get_norm,
-)
+from .fusing import TakesNoiseState, is_untouched
+from .inputs import check_input, check_labels, check_size
+from .layers import Downsample, PositionalEmbedding, ResidualBlock, Upsample
+from .norms import Activation, checked_activation, get_norm
+from .passes import Pass
+from .recomputing import RECOMPUTE
+from .sums import Sum
+from .weights import convolve, fixed_weights
 
 
 class UNet(TakesNoiseState):
@@ -43,6 +42,11 @@ class UNet(TakesNoiseState):
         initial_pad: pixels of zero padding on every side, cropped again at the end.
         out_channels: channels of the result, `img_channels` by default: twice as many with a learned variance, fewer
             where the network is also given an image condition.
+        recompute: what the backward computes again instead of keeping it: "none", "norm" (what goes into the residual
+            blocks' convolutions), or "block" (all inside of residual blocks). Also an attribute, to be set at any time.
+        fused: whether sums are left to their readers (docs/fused.md): None for where that pays, on GPUs; True
+            everywhere; False for the plain path, layer by layer, which nothing is prepared for either. An attribute,
+            too.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type.
@@ -65,8 +69,13 @@ class UNet(TakesNoiseState):
         initial_pad: int = 0,
         *,
         out_channels: int | None = None,
+        recompute: str = "none",
+        fused: bool | None = None,
     ):
         super().__init__()
+        checks.choice("recompute", recompute, RECOMPUTE)
+        self.recompute = recompute
+        self.fused = fused if fused is None else checks.flag("fused", fused)
         self.img_channels = img_channels = checks.integer("img_channels", img_channels, 1)
         self.out_channels = img_channels if out_channels is None else checks.integer("out_channels", out_channels, 1)
         base_channels = checks.integer("base_channels", base_channels, 1)
@@ -158,41 +167,46 @@ class UNet(TakesNoiseState):
             ValueError, TypeError: a size that cannot be halved often enough; a wrong shape; bad `time` or `y`.
         """
         self._check(x, time, y)
+        eager = not torch.compiler.is_compiling()
+        with fixed_weights(False) if eager and self.fused is False else nullcontext():
+            return self._forward(x, time, y, noise_state, eager)
+
+    def _forward(
+        self, x: Tensor, time: Tensor | None, y: Tensor | None, noise_state: NoiseState | None, eager: bool
+    ) -> Tensor:
         # Transforms of torch.func know no layouts.
-        plain = torch.compiler.is_compiling() or _C._functorch.maybe_current_level() is None
-        nchw = plain and x.is_contiguous()
+        known = not eager or _C._functorch.maybe_current_level() is None
+        nchw, later = known and x.is_contiguous(), eager and known and self._adds_later(x)
+        last = known and (x.is_cpu or later)  # where channels_last is faster
+        recompute = self.recompute if eager and known and torch.is_grad_enabled() else "none"
         if self.initial_pad:
             x = F.pad(x, (self.initial_pad,) * 4)
-        embedded = self.time_mlp is not None and cast(Tensor, time).ndim == 2
-        time_emb = time if embedded or self.time_mlp is None else self.time_mlp(time)
-        x = self.init_conv(x)
-        if plain and x.is_cpu:  # where convolutions and kernels are faster in it, and torch.cat of two layouts is slow
+        if self.time_mlp is None or cast(Tensor, time).ndim == 1:
+            now = Pass(time if self.time_mlp is None else self.time_mlp(time), None, y, noise_state, recompute)
+        else:
+            now = Pass(time, cast(Tensor, time)[0].split(self._bias_sizes()), y, noise_state, recompute)
+        if last:
             x = x.contiguous(memory_format=torch.channels_last)
-        biases = iter(cast(Tensor, time)[0].split(self._bias_sizes())) if embedded else None
-
-        def run(layer: nn.Module, x: Tensor) -> Tensor:
-            if biases is not None and isinstance(layer, ResidualBlock):
-                return layer.fused(x, next(biases), y)
-            # Only residual blocks know of a noise state, unless they were replaced or wrapped.
-            if noise_state is not None and takes_noise_state(layer):
-                return cast(Tensor, layer(x, time_emb, y, noise_state=noise_state))
-            return cast(Tensor, layer(x, time_emb, y))
-
-        skips = [x]
+        h = Sum(x, later=later).convolved(x, self.init_conv)
+        if last:  # an image of one channel doesn't show its layout
+            h.x = h.x.contiguous(memory_format=torch.channels_last)
+        skips = [h]
         for layer in self.downs:
-            x = run(layer, x)
-            skips.append(x)
+            h = now.through(layer, h)
+            skips.append(h)
         for layer in self.mid:
-            x = run(layer, x)
+            h = now.through(layer, h)
         for layer, takes_skip in zip(self.ups, self._ups_take_skip, strict=True):
-            if takes_skip:
-                x = torch.cat([x, skips.pop()], dim=1)
-            x = run(layer, x)
-        x = self.out_conv(norm_act(self.out_norm, self.activation, x))
+            h = now.through(layer, h, skips.pop() if takes_skip else None)
+        x = convolve(h.normed(self.out_norm, self.activation), self.out_conv)
         if nchw:  # as it came
             x = x.contiguous()
         p = self.initial_pad
         return x[:, :, p : x.shape[2] - p, p : x.shape[3] - p] if p else x
+
+    def _adds_later(self, x: Tensor) -> bool:
+        """Whether sums are left to their readers."""
+        return self.fused is True or self.fused is None and x.is_cuda and forced() != "reference"
 
     def embed_steps(self, t: Tensor) -> Tensor | None:
         """All that this network computes from timesteps alone, so that a sampler does it once for all of its steps.
@@ -230,7 +244,7 @@ class UNet(TakesNoiseState):
         dtype = next(self.parameters()).dtype
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"x must have the dtype of the network, {dtype}; got {checks.text(x)}")
-        self._check_size("x", x.shape[2], x.shape[3])
+        check_size("x", x.shape[2], x.shape[3], self.multiple, self.initial_pad)
         if self.time_mlp is not None:
             if time is None:
                 raise ValueError("time is required: this network was built with time_emb_dim")
@@ -268,18 +282,4 @@ class UNet(TakesNoiseState):
             )
         if len(img_size) != 2:
             raise ValueError(f"img_size must be (height, width) for a UNet, got {tuple(img_size)}")
-        self._check_size("img_size", *img_size)
-
-    def _check_size(self, owner: str, height: int, width: int) -> None:
-        m, p = self.multiple, self.initial_pad
-        for name, size in (("height", height), ("width", width)):
-            if size < 1:
-                raise ValueError(f"{owner}: {name} must be at least 1, got 0")
-            if (size + 2 * p) % m:
-                enough = [q for q in range(m) if (height + 2 * q) % m == 0 and (width + 2 * q) % m == 0]
-                advice = f" or build the network with initial_pad={enough[0]}" if enough else ""
-                padded = f" + 2 * initial_pad = {size + 2 * p}" if p else ""
-                raise ValueError(
-                    f"{owner}: {name} {size}{padded} is not divisible by {m}: "
-                    f"resize or pad to {-(-(size + 2 * p) // m) * m - 2 * p}{advice}"
-                )
+        check_size("img_size", img_size[0], img_size[1], self.multiple, self.initial_pad)

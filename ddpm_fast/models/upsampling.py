@@ -8,9 +8,7 @@ In one dimension, with weights w of three taps, the doubled row is x_0 x_0 x_1 x
 are two convolutions of two taps, over x padded by one pixel on each side; in two dimensions four.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,22 +16,10 @@ from torch import Tensor, nn
 
 from ..ops._dispatch import forced
 from .fusing import is_conv3x3
+from .weights import Prepared, are_fixed, computed_in, made
 
-# What was made of weights that stay as they are for the time of a chain, by convolution and dtype.
-_MADE: ContextVar[dict[tuple[int, torch.dtype], Tensor] | None] = ContextVar("ddpm_fast_made_of_weights", default=None)
-
-# Where it is faster (docs/performance.md): channels, pixels of an image, and of the batch.
+# Where it is faster on CPUs (docs/performance.md): channels, pixels of an image, and of the batch.
 CHANNELS, PIXELS, ALL_PIXELS = 128, 64, 256
-
-
-@contextmanager
-def fixed_weights() -> Iterator[None]:
-    """In here no weight changes: what follows from weights alone is made once."""
-    token = _MADE.set({})
-    try:
-        yield
-    finally:
-        _MADE.reset(token)
 
 
 def phase_weights(weight: Tensor) -> Tensor:
@@ -47,38 +33,70 @@ def phase_weights(weight: Tensor) -> Tensor:
     return torch.cat([phase for rows in pair(weight, 2) for phase in pair(rows, 3)])
 
 
-def phases_pay(x: Tensor, conv: nn.Module) -> bool:
-    """Whether `in_phases` takes x [N, C, H, W] and is faster: on CPUs, without gradients, in `fixed_weights`."""
-    if torch.compiler.is_compiling() or _MADE.get() is None:  # in this order: compilers know no ContextVar
+def phases_pay(x: Tensor, conv: nn.Module, later: bool = False) -> bool:
+    """Whether `in_phases` takes x [N, C, H, W] and is faster: where sums are made later, on GPUs, or, on CPUs, while
+    weights are fixed."""
+    if torch.compiler.is_compiling() or not (later or _pay_on_cpus(x)):
         return False
+    return x.is_contiguous(memory_format=torch.channels_last) and is_conv3x3(conv)
+
+
+def _pay_on_cpus(x: Tensor) -> bool:
     n, c, h, w = x.shape
     if not x.is_cpu or c < CHANNELS or h * w < PIXELS or n * h * w < ALL_PIXELS:
         return False
-    return (
-        not torch.is_grad_enabled()
-        and forced() in (None, "native")
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and is_conv3x3(conv)
-    )
+    return are_fixed() and forced() in (None, "native") and x.dtype in (torch.float32, torch.bfloat16)
 
 
-def in_phases(x: Tensor, conv: nn.Conv2d) -> Tensor:
+def in_phases(x: Tensor, conv: nn.Conv2d, with_bias: bool = True) -> Tensor:
     """conv(upsampled x): [N, C, H, W] -> [N, O, 2 H, 2 W] in channels_last."""
-    made, kind = _MADE.get(), conv.weight.dtype
-    if torch.is_autocast_enabled("cpu"):
-        kind = torch.get_autocast_dtype("cpu")
-    key = id(conv), kind
-    weight = None if made is None else made.get(key)
-    if weight is None:
-        weight = phase_weights(conv.weight.float()).to(kind).contiguous(memory_format=torch.channels_last)
-        if made is not None:
-            made[key] = weight
-    n, _, h, w = x.shape
-    out = F.conv2d(x, weight, None if conv.bias is None else conv.bias.repeat(4), padding=1)
-    channels = conv.out_channels
-    y = torch.empty((n, channels, 2 * h, 2 * w), dtype=out.dtype, device=x.device, memory_format=torch.channels_last)
-    for phase, part in enumerate(out.split(channels, dim=1)):
-        row, column = divmod(phase, 2)
-        y[:, :, row::2, column::2] = part[:, :, row : row + h, column : column + w]
-    return y
+    kind = computed_in(conv.weight)
+
+    def prepare() -> Prepared:
+        weight = phase_weights(conv.weight.to(torch.promote_types(kind, torch.float32)))
+        return Prepared(weight, None if conv.bias is None else conv.bias.repeat(4), kind, padding=(1, 1))
+
+    if are_fixed():
+        out = made((id(conv), kind, "phases"), prepare)(x, with_bias)
+    else:
+        bias = conv.bias.repeat(4) if with_bias and conv.bias is not None else None
+        out = F.conv2d(x, phase_weights(conv.weight), bias, padding=1)
+    return cast(Tensor, _Interleave.apply(out))
+
+
+class _Interleave(torch.autograd.Function):
+    """The phases [N, 4 O, H + 1, W + 1], each but for a border of its own, to the image [N, O, 2 H, 2 W]."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor) -> Tensor:
+        n, channels, h, w = out.shape[0], out.shape[1] // 4, out.shape[2] - 1, out.shape[3] - 1
+        y = _room(out, n, channels, 2 * h, 2 * w)
+        for phase, part in enumerate(out.split(channels, dim=1)):
+            row, column = divmod(phase, 2)
+            y[:, :, row::2, column::2] = part[:, :, row : row + h, column : column + w]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return cast(Tensor, _Separate.apply(dy))
+
+
+class _Separate(torch.autograd.Function):
+    """The gradient of `_Interleave`, whose own that is."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor) -> Tensor:
+        n, channels, h, w = dy.shape[0], dy.shape[1], dy.shape[2] // 2, dy.shape[3] // 2
+        dout = _room(dy, n, 4 * channels, h + 1, w + 1).zero_()
+        for phase, part in enumerate(dout.split(channels, dim=1)):
+            row, column = divmod(phase, 2)
+            part[:, :, row : row + h, column : column + w] = dy[:, :, row::2, column::2]
+        return dout
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> Tensor:
+        return cast(Tensor, _Interleave.apply(d))
+
+
+def _room(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ddpm_fast import Diffusion, UNet, Upsample, generate_cosine_schedule, ops
 from ddpm_fast.models import layers
-from ddpm_fast.models.upsampling import fixed_weights, phase_weights, phases_pay
+from ddpm_fast.models.upsampling import in_phases, phase_weights, phases_pay
+from ddpm_fast.models.weights import fixed_weights
 from ddpm_fast.ops._dispatch import forced
 
 LAST = torch.channels_last
@@ -29,7 +30,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often phases ran, and with how many images."""
     calls: list[int] = []
     plain = layers.in_phases
-    monkeypatch.setattr(layers, "in_phases", lambda x, conv: calls.append(x.shape[0]) or plain(x, conv))
+    monkeypatch.setattr(layers, "in_phases", lambda x, *rest: calls.append(x.shape[0]) or plain(x, *rest))
     return calls
 
 
@@ -134,3 +135,26 @@ def test_a_chain_makes_them_anew(counted: list[int]) -> None:
     draw(4, 3)
     draw(3, 8)
     assert not counted  # too few steps, too few pixels
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gradients(dtype: torch.dtype) -> None:
+    """Of x and the weights, which are made of the layer's while gradients are asked for; and theirs."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 10, 3, padding=1).double()
+    x = torch.randn(2, 6, 3, 5, dtype=torch.float64).to(dtype)
+    with torch.enable_grad():
+
+        def gradients(fast: bool, kind: torch.dtype) -> list[Tensor]:
+            layer = nn.Conv2d(6, 10, 3, padding=1).to(kind)
+            layer.load_state_dict(conv.state_dict())
+            leaf = x.to(kind).contiguous(memory_format=LAST).requires_grad_()
+            large = nn.functional.interpolate(leaf, scale_factor=2.0)
+            y = in_phases(leaf, layer) if fast else layer(large)
+            dx, dw, db = torch.autograd.grad(y.square().sum(), [leaf, layer.weight, layer.bias], create_graph=True)
+            return [y, dx, dw, db, torch.autograd.grad(dx.square().sum(), layer.weight)[0]]
+
+        truth = [g.detach() for g in gradients(False, torch.float64)]
+        results = zip(gradients(True, dtype), gradients(False, dtype), truth, strict=True)
+        for i, (fast, plain, exact) in enumerate(results):
+            assert_rule(f"result {i}", fast.detach(), plain.detach(), exact, 3)

@@ -1,0 +1,109 @@
+"""Self-attention over the pixels."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import _checks as checks
+from .inputs import check_input
+from .norms import get_norm
+from .sums import Sum
+from .weights import Prepared, are_fixed, computed_in, convolve, is_pointwise, made
+
+# Where products are faster on CPUs than the fused kernel (docs/performance.md): bf16, and from so many tokens on.
+TOKENS, MOST_SCORES = 32, 1 << 26
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels with one head, scaled by C^-0.5, and a residual connection."""
+
+    def __init__(self, in_channels: int, norm: str | None = "gn", num_groups: int = 32):
+        super().__init__()
+        self.in_channels = in_channels = checks.integer("in_channels", in_channels, 1)
+        self.norm = get_norm(norm, in_channels, num_groups)
+        self.to_qkv = nn.Conv2d(in_channels, in_channels * 3, 1)
+        self.to_out = nn.Conv2d(in_channels, in_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_input(x, self.in_channels, self.to_qkv)
+        return self.summed(Sum(x)).tensor()
+
+    def summed(self, x: Sum) -> Sum:
+        """As forward, of and to a sum that need not be made yet."""
+        h = x.normed(self.norm, None)
+        folded = self._folded(h) if are_fixed() else None
+        if folded is not None:
+            keys = _tokens(h)
+            out = folded.to_out(_image(attend(_tokens(folded.to_query(h)), keys, keys), h), not x.later)
+            return Sum(out, folded.bias if x.later else None, later=x.later, of=id(self.to_out)).plus(x)
+        if x.later and is_pointwise(self.to_qkv):  # a product adds its bias while it writes, unlike a convolution
+            qkv = F.linear(h.permute(0, 2, 3, 1), self.to_qkv.weight.flatten(1), self.to_qkv.bias).flatten(1, 2)
+        else:
+            qkv = _tokens(convolve(h, self.to_qkv))
+        out = _image(attend(*qkv.chunk(3, dim=-1)), h)
+        return Sum(out, later=x.later).through(self.to_out).plus(x)
+
+    def _folded(self, h: Tensor) -> "Folded | None":
+        """What was made of the weights for inputs like h; None where a module was replaced or hooked."""
+        if not h.is_contiguous(memory_format=torch.channels_last):
+            return None
+
+        def make() -> "Folded | None":
+            if not is_pointwise(self.to_qkv) or not is_pointwise(self.to_out):
+                return None
+            return Folded.of(self.to_qkv, self.to_out, kind)
+
+        kind = computed_in(h)
+        return made((id(self), kind), make)
+
+
+class Folded(NamedTuple):
+    """Two of the four 1x1 convolutions, as products of their weights in float64.
+
+    For tokens x, q_i k_j = x_j Wk^T (Wq x_i + bq) + a number that all j share, which softmax takes away; and as the
+    rows of softmax add up to 1, out_i = Wo (Wv sum_j a_ij x_j + bv) + bo. So x itself is keys and values.
+    """
+
+    to_query: Prepared  # Wk^T Wq and Wk^T bq
+    to_out: Prepared  # Wo Wv and Wo bv + bo
+    bias: Tensor  # the latter, [C], in float32 at least
+
+    @classmethod
+    def of(cls, to_qkv: nn.Conv2d, to_out: nn.Conv2d, kind: torch.dtype) -> "Folded":
+        """In the dtype `kind`."""
+        wq, wk, wv = to_qkv.weight.double().flatten(1).chunk(3)
+        wo = to_out.weight.double().flatten(1)
+        zeros = wq.new_zeros(3 * wq.shape[0])
+        bq, _, bv = (zeros if to_qkv.bias is None else to_qkv.bias.double()).chunk(3)
+        bias = wo @ bv + (0 if to_out.bias is None else to_out.bias.double())
+        query, out = wk.t() @ wq, wo @ wv
+        wide = torch.promote_types(to_out.weight.dtype, torch.float32)
+        return cls(
+            Prepared(query[:, :, None, None], wk.t() @ bq, kind),
+            Prepared(out[:, :, None, None], bias, kind),
+            bias.to(wide),
+        )
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T C^-0.5) v for [N, H W, C] each."""
+    n, tokens, channels = q.shape
+    products = q.is_cpu and q.dtype is torch.bfloat16 and tokens >= TOKENS and n * tokens * tokens <= MOST_SCORES
+    if products and not torch.compiler.is_compiling():
+        scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=channels**-0.5)
+        return torch.bmm(scores.softmax(dim=-1), v)
+    # One head, [N, 1, H W, C] with dense rows: other forms miss the fused kernels.
+    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[N, H W, C], dense; in channels_last no copy."""
+    return x.flatten(2).transpose(1, 2).contiguous()
+
+
+def _image(x: Tensor, like: Tensor) -> Tensor:
+    """The tokens as an image in the layout of another."""
+    image = x.transpose(1, 2).unflatten(2, like.shape[2:])
+    return image.contiguous() if like.is_contiguous() else image

@@ -1,0 +1,164 @@
+"""What follows from weights alone, made once where they stay as they are: for the steps of a chain.
+
+A convolution's weight in the layout and dtype in which it is multiplied, which a library else makes in each call, and
+other weights that stand for several (phases of upsampling, products of attention's).
+"""
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import _C, Tensor, nn
+
+from ..ops._dispatch import forced
+from ..ops.conv3x3 import OP as CONV3X3
+from .fusing import is_plain
+
+T = TypeVar("T")
+
+_MADE: ContextVar[dict[Hashable, Any] | None] = ContextVar("ddpm_fast_made_of_weights", default=None)
+
+# From how many products on a float32 convolution gains from what oneDNN has packed (docs/performance.md): of a single
+# image, whose plain path is another one, and of 1x1, which then are better a matrix product.
+PRODUCTS_OF_ONE, PRODUCTS_OF_1X1 = 1 << 20, 1 << 21
+
+
+@contextmanager
+def fixed_weights(fixed: bool = True) -> Iterator[None]:
+    """In here no weight changes: what follows from weights alone is made once. Or, `fixed=False`, not at all."""
+    token = _MADE.set({} if fixed else None)
+    try:
+        yield
+    finally:
+        _MADE.reset(token)
+
+
+def are_fixed() -> bool:
+    """Whether something can be made of weights here: in `fixed_weights`, without gradients, and not of an oracle's."""
+    if torch.compiler.is_compiling() or _MADE.get() is None:  # in this order: compilers know no ContextVar
+        return False
+    return not torch.is_grad_enabled() and forced() != "reference" and _C._functorch.maybe_current_level() is None
+
+
+def made(key: Hashable, make: Callable[[], T]) -> T:
+    """What `make` returns, made once; `are_fixed`."""
+    table = cast(dict[Hashable, Any], _MADE.get())
+    if key not in table:
+        table[key] = make()
+    return cast(T, table[key])
+
+
+def once(key: Hashable, make: Callable[[], T]) -> T:
+    """What `make` returns, made once if `are_fixed`."""
+    return made(key, make) if are_fixed() else make()
+
+
+def computed_in(weight: Tensor) -> torch.dtype:
+    """The dtype in which a layer with this weight computes."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+class Prepared:
+    """A convolution whose weight is laid out for many calls, in channels_last.
+
+    Args:
+        weight: [O, I, kh, kw].
+        bias: [O], or None.
+        dtype: in which it computes.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+    ):
+        self.weight = weight.detach().to(dtype, memory_format=torch.channels_last)
+        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.stride, self.padding = stride, padding
+        self.products = weight.numel() // (stride[0] * stride[1])  # of a pixel of x
+        self.pointwise = weight.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0)
+        self.matrix = self.weight.flatten(1) if self.pointwise else None  # [O, I]
+        self.packs = weight.is_cpu and dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+        self.packed: Tensor | None = None
+
+    def __call__(self, x: Tensor, with_bias: bool = True) -> Tensor:
+        """x [N, I, H, W], best in channels_last -> [N, O, ...]."""
+        bias = self.bias if with_bias else None
+        x = x.to(self.weight.dtype)
+        products = x.shape[0] * x.shape[2] * x.shape[3] * self.products
+        small = x.dtype is torch.float32 and products < (PRODUCTS_OF_1X1 if self.pointwise else PRODUCTS_OF_ONE)
+        if self.matrix is not None and (small or not x.is_cpu):
+            return F.linear(x.permute(0, 2, 3, 1), self.matrix, bias).permute(0, 3, 1, 2)
+        if not self.packs or small and x.shape[0] == 1:
+            return F.conv2d(x, self.weight, bias, self.stride, self.padding)
+        if self.packed is None:
+            sizes: Any = self.padding, self.stride, (1, 1), 1, x.shape
+            pack: Any = _C._nn.mkldnn_reorder_conv2d_weight
+            self.packed = pack(self.weight.to_mkldnn(), *sizes)
+        # What torch's own compiler calls where weights are frozen.
+        y: Tensor = torch.ops.mkldnn._convolution_pointwise.default(
+            x, self.packed, bias, self.padding, self.stride, (1, 1), 1, "none", (), ""
+        )
+        return y
+
+
+def is_convolution(conv: nn.Module) -> bool:
+    """Whether `convolve` may stand in for this module."""
+    return (
+        type(conv) is nn.Conv2d
+        and is_plain(conv)
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+    )
+
+
+def is_pointwise(conv: nn.Module) -> bool:
+    """Whether this is a plain 1x1 convolution."""
+    if not is_convolution(conv):
+        return False
+    c = cast(nn.Conv2d, conv)
+    return c.kernel_size == c.stride == (1, 1) and c.padding == (0, 0)
+
+
+def prepared(conv: nn.Module, x: Tensor) -> Prepared | None:
+    """What was made of this module's weight for inputs like x, if anything was."""
+    if not are_fixed() or x.is_cpu and not x.is_contiguous(memory_format=torch.channels_last):
+        return None
+
+    def make() -> Prepared | None:
+        if not is_convolution(conv):
+            return None
+        c = cast(nn.Conv2d, conv)
+        return Prepared(c.weight, c.bias, kind, cast(tuple[int, int], c.stride), cast(tuple[int, int], c.padding))
+
+    kind = computed_in(cast(nn.Conv2d, conv).weight) if hasattr(conv, "weight") else x.dtype
+    return made((id(conv), kind), make)
+
+
+def convolve(x: Tensor, conv: nn.Module, with_bias: bool = True) -> Tensor:
+    """conv(x); without its bias only if `is_convolution`."""
+    fast = prepared(conv, x)
+    if fast is not None:
+        return fast(x, with_bias)
+    if with_bias:
+        return cast(Tensor, conv(x))
+    c = cast(nn.Conv2d, conv)
+    return F.conv2d(x, c.weight, None, c.stride, c.padding)
+
+
+def convolve3x3(x: Tensor, conv: nn.Conv2d, with_bias: bool = True) -> Tensor:
+    """The same where `is_conv3x3`."""
+    fast = prepared(conv, x)
+    if fast is not None:
+        return fast(x, with_bias)
+    y: Tensor = CONV3X3.unchecked(x, conv.weight, conv.bias if with_bias else None, None, None, None, False)
+    return y

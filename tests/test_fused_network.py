@@ -1,0 +1,334 @@
+"""The network whose sums are left to their readers, and what is prepared for chains, against the plain one."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from ddpm_fast import Diffusion, ResidualBlock, UNet, generate_cosine_schedule, ops
+from ddpm_fast.models import attention, recomputing
+from ddpm_fast.models.sums import Sum
+from ddpm_fast.models.weights import Prepared, convolve, fixed_weights
+from ddpm_fast.ops._dispatch import forced
+
+sys.path.append(str(Path(__file__).parent / "ops"))
+from oracle import assert_rule, error  # noqa: E402
+
+N = 3
+NETWORKS = {
+    "plain": {},
+    "classes": {"num_classes": 5},
+    "no time": {"time_emb_dim": None},
+    "padded": {"initial_pad": 2},
+    "attention at every level": {"attention_resolutions": (0, 1)},
+    "instance norm": {"norm": "in"},
+    "batch norm": {"norm": "bn"},
+    "no norm": {"norm": None},
+    "another activation": {"activation": F.gelu},
+    "groups that straddle the skip": {"channel_mults": (2, 1), "num_groups": 4},
+    "a skip beside as many channels": {"channel_mults": (1, 2), "base_channels": 8, "num_res_blocks": 2},
+    "no blocks before the next level": {"num_res_blocks": 0, "channel_mults": (1, 2, 1)},
+    "one channel": {"img_channels": 1},
+}
+
+
+def network(**options) -> UNet:
+    torch.manual_seed(0)
+    arguments = {"img_channels": 3, "base_channels": 16, "channel_mults": (1, 2), "num_res_blocks": 1}
+    arguments |= {"time_emb_dim": 8, "activation": F.silu, "dropout": 0.0, "num_groups": 8}
+    net = UNet(**arguments | options)
+    with torch.no_grad():
+        for p in net.parameters():  # biases and scales, too
+            p += 0.1 * torch.randn_like(p)
+    return net
+
+
+def inputs(net: UNet) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    torch.manual_seed(1)
+    x = torch.randn(N, net.img_channels, 8, 12)
+    t = None if net.time_mlp is None else torch.tensor([1, 50, 900])
+    return x, t, None if net.num_classes is None else torch.tensor([0, 3, 4])
+
+
+def run(net: UNet, fused: bool | None, dtype: torch.dtype = torch.float32, gradients: bool = False) -> list[Tensor]:
+    """The result, and the gradients of its inputs and weights."""
+    net.fused = fused
+    x, t, y = inputs(net)
+    exact = next(net.parameters()).dtype == torch.float64
+    x = x.to(torch.float64 if exact else torch.float32).requires_grad_(gradients)
+    half = dtype is not torch.float32 and not exact
+    with torch.autocast("cpu", dtype) if half else nullcontext(), nullcontext() if gradients else torch.no_grad():
+        out = net(x, t, y)
+    if not gradients:
+        return [out]
+    torch.manual_seed(2)
+    wrt = [x, *(p for p in net.parameters())]
+    grads = torch.autograd.grad(out, wrt, torch.randn(out.shape, dtype=torch.float64).to(out.dtype), allow_unused=True)
+    return [out.detach(), *(torch.zeros_like(p) if g is None else g for p, g in zip(wrt, grads, strict=True))]
+
+
+def hold(fast: list[Tensor], plain: list[Tensor], truth: list[Tensor]) -> None:
+    """The rule; gradients of one kind, as a vector: a bias before a norm has none but rounding."""
+    assert_rule("the result", fast[0], plain[0], truth[0].detach(), 2)
+    if len(truth) > 1:
+        assert_rule(
+            "the gradients", *(torch.cat([g.flatten() for g in grads[1:]]) for grads in (fast, plain, truth)), 3
+        )
+
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "gradients"])
+@pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
+def test_sums_made_later(options: dict, gradients: bool, dtype: torch.dtype) -> None:
+    net = network(**options)
+    net.train(gradients)
+    fast, plain = (run(net, fused, dtype, gradients) for fused in (True, False))
+    hold(fast, plain, run(net.double(), False, dtype, gradients))
+
+
+@pytest.mark.parametrize("fused", [True, None])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
+def test_with_weights_that_are_fixed(options: dict, dtype: torch.dtype, fused: bool | None) -> None:
+    """The second call uses what the first one made."""
+    net = network(**options).eval()
+    plain = run(net, False, dtype)
+    with fixed_weights():
+        first, second = run(net, fused, dtype), run(net, fused, dtype)
+    assert torch.equal(first[0], second[0])
+    hold(second, plain, run(net.double(), False))
+
+
+def test_in_float64_they_agree_to_the_last_digits() -> None:
+    """No tolerance of a dtype hides a term that is left out, or added twice."""
+    net = network(num_classes=5, attention_resolutions=(0,)).double().eval()
+    plain = run(net, False)[0]
+    assert error(run(net, True)[0], plain) < 1e-13
+    with fixed_weights():
+        assert error(run(net, True)[0], plain) < 1e-13
+        assert error(run(net, None)[0], plain) < 1e-13
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("recompute", ["norm", "block"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_recomputing_changes_no_bit(recompute: str, fused: bool, dtype: torch.dtype) -> None:
+    """Also with dropout, whose masks are drawn again, after the owner of the noise has gone on."""
+    net = network(dropout=0.3, num_classes=5, attention_resolutions=(1,))
+    x, t, y = inputs(net)
+    net.fused, results = fused, []
+    for net.recompute in ("none", recompute):
+        state = ops.NoiseState.at(5, 0)
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            out = net(x, t, y, noise_state=state)
+        state.draw.add_(1)
+        results.append((out, *torch.autograd.grad(out.square().sum(), list(net.parameters()))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_dropout_of_torchs_generator_is_recomputed_too() -> None:
+    net, results = network(dropout=0.3), []
+    x, t, y = inputs(net)
+    for net.recompute in ("none", "norm", "block"):
+        torch.manual_seed(3)
+        out = net(x, t, y)
+        results.append((out, *torch.autograd.grad(out.sum(), list(net.parameters()))))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@contextmanager
+def counted_bytes() -> Iterator[list[int]]:
+    """What autograd keeps, every storage once."""
+    kept: dict[int, int] = {}
+    total = [0]
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield total
+    total[0] = sum(kept.values())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_what_is_kept_for_the_backward(fused: bool) -> None:
+    """Inner hooks come first: what they replace isn't seen by the outer ones, so this counts what is left."""
+    net = network(channel_mults=(1, 2), num_res_blocks=2, base_channels=32)
+    net.fused, kept = fused, {}
+    x, t, _ = inputs(net)
+    state = ops.NoiseState.at(5, 0)
+    for net.recompute in ("none", "norm"):
+        with counted_bytes() as total:
+            net(x, t, noise_state=state)
+        kept[net.recompute] = total[0]
+    assert kept["norm"] < 0.75 * kept["none"]
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_recomputation_goes_on_in_double_backward(later: bool) -> None:
+    """Under backends whose backward can be differentiated."""
+    block, results = ResidualBlock(8, 12, 0.0, activation=F.silu, num_groups=4).double(), []
+    x = torch.randn(2, 8, 6, 6).double()
+    for keep in (True, False):
+        leaf = x.clone().requires_grad_()
+        out = block.summed(Sum(leaf, later=later), block.bias(2, None), None, keep=keep).tensor()
+        (grad,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+        results.append(torch.autograd.grad(grad.square().sum(), leaf)[0])
+    assert torch.equal(*results)
+
+
+def test_a_recomputation_takes_the_backend_of_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, plain = [], recomputing.use_backend
+    monkeypatch.setattr(recomputing, "use_backend", lambda name: seen.append(name) or plain(name))
+    net = network(recompute="norm")
+    with ops.use_backend("reference"):
+        out = net(*inputs(net))
+    out.sum().backward()
+    assert set(seen) == {"reference"}
+
+
+# A module that was hooked, parametrized, replaced or wrapped is called, not stood in for.
+
+
+class Twice(nn.Module):
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, *args: Tensor, **more: Tensor) -> Tensor:
+        return 2 * self.module(x, *args, **more)
+
+
+def hooked(owner: nn.Module, name: str) -> None:
+    getattr(owner, name).register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def replaced(owner: nn.Module, name: str) -> None:
+    setattr(owner, name, Twice(getattr(owner, name)))
+
+
+def parametrized(owner: nn.Module, name: str) -> None:
+    if isinstance(getattr(owner, name), nn.Conv2d):
+        parametrizations.weight_norm(getattr(owner, name))
+        getattr(owner, name).parametrizations.weight.original0.data *= 2
+    else:
+        replaced(owner, name)
+
+
+PLACES = [("", "init_conv"), ("", "out_conv"), ("", "out_norm"), ("downs.1", "downsample"), ("ups.1", "norm_1")]
+PLACES += [("mid.0", "attention"), ("mid.0.attention", "to_qkv"), ("mid.0.attention", "to_out")]
+PLACES += [("mid.0.attention", "norm"), ("ups.0", "residual_connection"), ("mid.1", "residual_connection")]
+PLACES += [("downs.0", "conv_1"), ("", "time_mlp"), ("downs", "0"), ("ups", "2"), ("downs", "1"), ("mid", "0")]
+
+
+@pytest.mark.parametrize("change", [hooked, replaced, parametrized])
+@pytest.mark.parametrize(("owner", "name"), PLACES, ids=[f"{owner} {name}" for owner, name in PLACES])
+def test_modules_that_were_changed_are_called(owner: str, name: str, change: Callable) -> None:
+    net = network().double().eval()
+    before = run(net, False)[0]
+    change(net.get_submodule(owner), name)
+    plain = run(net, False)[0]
+    assert error(plain, before) > 1e-6
+    with fixed_weights():
+        for fused in (True, None):
+            assert error(run(net, fused)[0], plain) < 1e-12
+
+
+# What is made of weights.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [(3, 16), (16, 16), (40, 24), (160, 160)])
+@pytest.mark.parametrize(("size", "stride", "padding"), [(3, 1, 1), (1, 1, 0), (3, 2, 1), (2, 1, 1)])
+@pytest.mark.parametrize("images", [1, 4])
+@torch.no_grad()
+def test_a_convolution_in_chains(
+    images: int, size: int, stride: int, padding: int, channels: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Small and large ones take other ways. The library's own error is that with several images: a single small one it
+    gives to another algorithm."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(*channels, size, stride, padding).to(dtype)
+    x = torch.randn(images, channels[0], 8, 8).to(dtype).contiguous(memory_format=torch.channels_last)
+    truth = nn.Conv2d(*channels, size, stride, padding).double()
+    truth.load_state_dict(conv.state_dict())
+    with fixed_weights():
+        fast, bare = convolve(x, conv), convolve(x, conv, False)
+    bias = truth.bias[:, None, None]
+    assert fast.is_contiguous(memory_format=torch.channels_last)
+    several = torch.cat([x] * 8)
+    plain = F.conv2d(several, conv.weight, None, stride, padding)[:images]
+    assert_rule("y", fast, conv(several)[:images], truth(x.double()), 2)
+    assert_rule("without bias", bare, plain, truth(x.double()) - bias, 2)
+
+
+@pytest.mark.skipif(forced() == "reference", reason="nothing is made for the oracle")
+def test_they_are_made_once_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And seen to have changed by the next one, also past torch's counters."""
+    made, plain = [], Prepared.__init__
+    monkeypatch.setattr(Prepared, "__init__", lambda self, *args, **more: made.append(1) or plain(self, *args, **more))
+    net = network()
+    diffusion = Diffusion(net, (8, 12), 3, None, generate_cosine_schedule(10))
+
+    def draw() -> Tensor:
+        return diffusion.sample(2, "cpu", seed=1, use_ema=False)
+
+    first = draw()
+    once = len(made)
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in net.modules())
+    assert 0.5 * convolutions < once <= convolutions
+    net.out_conv.weight.data.numpy()[:] *= -1
+    assert error(draw(), first) > 0.1 and len(made) == 2 * once
+    with ops.use_backend("reference"):
+        expected = draw()
+    assert len(made) == 2 * once
+    assert error(draw(), expected) < 1e-4
+
+
+def test_the_plain_path_prepares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Prepared, "__init__", lambda *args, **more: pytest.fail("something was prepared"))
+    plus = Sum.plus
+    monkeypatch.setattr(Sum, "plus", lambda a, b: pytest.fail("left for later") if a.later else plus(a, b))
+    net = network().eval()
+    with fixed_weights():
+        run(net, False)
+
+
+def test_switches_that_are_none() -> None:
+    with pytest.raises(ValueError, match="recompute must be one of none, norm, block; got 'all'"):
+        network(recompute="all")
+    with pytest.raises(TypeError, match="fused must be True or False, got 1"):
+        network(fused=1)
+
+
+@pytest.mark.parametrize("tokens", [16, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_by_products_or_in_one(tokens: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    exact = [torch.randn(2, tokens, 24, dtype=torch.float64).to(dtype).double() for _ in "qkv"]
+    q, k, v = (e.to(dtype) for e in exact)
+    truth = torch.softmax(exact[0] @ exact[1].mT / 24**0.5, -1) @ exact[2]
+    plain = torch.softmax(q @ k.mT / 24**0.5, -1) @ v
+    assert_rule("attention", attention.attend(q, k, v), plain, truth, 2)
+
+
+def test_a_block_alone() -> None:
+    """Called as a module it takes and returns tensors, whole ones."""
+    torch.manual_seed(0)
+    block = ResidualBlock(8, 12, 0.0, time_emb_dim=8, activation=F.silu, num_groups=4, use_attention=True).double()
+    x, emb = torch.randn(2, 8, 6, 6).double(), torch.randn(2, 8).double()
+    expected = block(x, emb)
+    later = block.summed(Sum(x, later=True), block.bias(2, emb), None)
+    assert later.residual is not None and later.bias is not None
+    assert error(later.tensor().detach(), expected.detach()) < 1e-14 and later.residual is None and later.bias is None
