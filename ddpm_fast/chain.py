@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .graphs import Recorder
+from .models.weights import fixed_weights
 from .ops import NoiseState
 from .ops import _checks as checks
 from .ops.sampler_step import OP as SAMPLER_STEP
@@ -223,15 +224,19 @@ class RecordedChain:
         chain.guidance = None if chain.guidance is None else chain.guidance.new_zeros(room)
         if chain.noise is not None:
             chain.noise = NoiseState(chain.noise.seed.clone(), chain.k, torch.zeros_like(chain.k))
-        recorder.warm_up(self._one)
+        with fixed_weights():
+            recorder.warm_up(self._one)
         torch.clear_autocast_cache()
         try:
-            self.first = self.next = recorder.record(self._one)
-            if torch.is_autocast_enabled(x.device.type):  # then the first step casts the weights, for all to come
-                self.next = recorder.record(self._one)
-            self.several = recorder.record(self._several) if unroll > 1 else None
+            # The first step casts weights and makes what follows from them, for all to come; both lie in the
+            # recordings' memory, which is used again.
+            with fixed_weights() as made:
+                self.first = self.next = recorder.record(self._one)
+                if made or torch.is_autocast_enabled(x.device.type):
+                    self.next = recorder.record(self._one)
+                self.several = recorder.record(self._several) if unroll > 1 else None
         finally:
-            torch.clear_autocast_cache()  # its tensors lie in the recordings' memory, which is used again
+            torch.clear_autocast_cache()
 
     def __repr__(self) -> str:
         size = sum(part.num_bytes for part in {self.first, self.next, self.several} if part is not None) / 2**20

@@ -23,7 +23,6 @@ from .schedules import Array
 
 # On the CPU larger batches gain nothing, so only beyond this size is it worth a look at what fits the memory.
 UNCHECKED_BATCH = 64
-STEPS_OF_FIXED_WEIGHTS = 8  # from which on it pays to make something of the weights first
 
 
 def output_of(result: Any) -> Tensor:
@@ -151,7 +150,7 @@ def run_chains(
 
             x, state = start(part)
             watched = watch if progress or callback is not None else None
-            with fixed_weights() if way.steps >= STEPS_OF_FIXED_WEIGHTS else nullcontext():
+            with fixed_weights():
                 images = way.go(predict(part), x, state, watched)
             return images if place is None else images.to(place)
 

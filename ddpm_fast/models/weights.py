@@ -27,20 +27,22 @@ PRODUCTS_OF_ONE, PRODUCTS_OF_1X1 = 1 << 20, 1 << 21
 
 
 @contextmanager
-def fixed_weights(fixed: bool = True) -> Iterator[None]:
-    """In here no weight changes: what follows from weights alone is made once. Or, `fixed=False`, not at all."""
-    token = _MADE.set({} if fixed else None)
+def fixed_weights(fixed: bool = True) -> Iterator[dict[Hashable, Any]]:
+    """In here no weight changes: what follows from weights alone is made once, and is in this table. Or, `fixed=False`,
+    not at all."""
+    table: dict[Hashable, Any] = {}
+    token = _MADE.set(table if fixed else None)
     try:
-        yield
+        yield table
     finally:
         _MADE.reset(token)
 
 
 def are_fixed() -> bool:
-    """Whether something can be made of weights here: in `fixed_weights`, without gradients, and not of an oracle's."""
+    """Whether something can be made of weights here: in `fixed_weights`, and without gradients."""
     if torch.compiler.is_compiling() or _MADE.get() is None:  # in this order: compilers know no ContextVar
         return False
-    return not torch.is_grad_enabled() and forced() != "reference" and _C._functorch.maybe_current_level() is None
+    return not torch.is_grad_enabled() and _C._functorch.maybe_current_level() is None
 
 
 def made(key: Hashable, make: Callable[[], T]) -> T:
@@ -85,7 +87,8 @@ class Prepared:
         self.products = weight.numel() // (stride[0] * stride[1])  # of a pixel of x
         self.pointwise = weight.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0)
         self.matrix = self.weight.flatten(1) if self.pointwise else None  # [O, I]
-        self.packs = weight.is_cpu and dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+        packable = weight.is_cpu and dtype in (torch.float32, torch.bfloat16)
+        self.packs = packable and forced() in (None, "native") and torch.backends.mkldnn.is_available()
         self.packed: Tensor | None = None
 
     def __call__(self, x: Tensor, with_bias: bool = True) -> Tensor:

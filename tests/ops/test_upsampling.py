@@ -132,12 +132,11 @@ def test_a_chain_makes_them_anew(counted: list[int]) -> None:
         for p in diffusion.ema_model.parameters():
             p.data.mul_(1.1)
     counted.clear()
-    draw(4, 3)
     draw(3, 8)
-    assert not counted  # too few steps, too few pixels
+    assert not counted  # too few pixels
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients(dtype: torch.dtype) -> None:
     """Of x and the weights, which are made of the layer's while gradients are asked for; and theirs."""
     torch.manual_seed(0)
