@@ -88,13 +88,13 @@ SAMPLES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
 
 
 NATIVE = {(n, b): r for n, b, r in ops.availability()}["group_norm_silu", "native"] is None
-NORM = "group_norm_silu_fused" if NATIVE else "group_norm_silu"  # without a native module one that compilers look into
+NORM = "group_norm_silu_native" if NATIVE else "group_norm_silu"  # without a native module one that compilers look into
 if NATIVE:
     images = [
         leaf(*s).detach().to(memory_format=torch.channels_last).requires_grad_() for s in ((2, 8, 3, 5), (2, 4, 3, 5))
     ]
     rest = (4, 1e-5, "silu")
-    SAMPLES["group_norm_silu_fused"] = [
+    SAMPLES["group_norm_silu_native"] = [
         ((images[0], None, None, leaf(8), leaf(8), None, None, None, *rest, 0.0, 0, 0, None, None), {}),
         (
             (

@@ -238,7 +238,7 @@ def _fake_backward(*arguments: Any) -> list[Tensor]:
 
 
 _BACKWARD = opaque(
-    f"group_norm_silu_fused_backward(Tensor? dy, Tensor? dh, Tensor x, Tensor? x2, {_PARAMETERS}, Tensor statistics, "
+    f"group_norm_silu_native_backward(Tensor? dy, Tensor? dh, Tensor x, Tensor? x2, {_PARAMETERS}, Tensor statistics, "
     f"Tensor state, bool[] needed, {_REST}) -> Tensor[]",
     _node_backward,
     _fake_backward,
@@ -266,7 +266,7 @@ def _formula(ctx: Any, dy: Tensor | None, dh: Tensor | None, *_: None) -> tuple[
 
 
 NODE = differentiable(
-    f"group_norm_silu_fused(Tensor x, Tensor? x2, Tensor? residual, {_PARAMETERS}, {_REST}, Tensor? seed, "
+    f"group_norm_silu_native(Tensor x, Tensor? x2, Tensor? residual, {_PARAMETERS}, {_REST}, Tensor? seed, "
     "Tensor? draw) -> (Tensor, Tensor, Tensor, Tensor)",
     _node_forward,
     _fake_forward,
