@@ -152,6 +152,7 @@ def _sums(dtype: torch.dtype) -> Iterator[Case]:
             yield Case("residual_sum", label, partial(residual_sum, x, x, bias), True, size == 32)
             if size == 32:
                 yield Case("residual_sum", f"{label}, no bias", partial(residual_sum, x, x, None))
+                yield Case("residual_sum", f"{label}, no residual", partial(residual_sum, x, None, bias))
                 if dtype is not torch.float32:
                     yield Case("residual_sum", f"{label}, float32 bias", partial(residual_sum, x, x, bias.float()))
 

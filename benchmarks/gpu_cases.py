@@ -176,6 +176,11 @@ def _group_norm_silu(dry: bool) -> list[Case]:
     return found
 
 
+def _of_bias(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The sum without a residual."""
+    return lambda x, bias: function(x, None, bias)
+
+
 def _residual_sum(dry: bool) -> list[Case]:
     """One program and several, whose ends fill no vector; a bias in the images' precision and in float32."""
     found = []
@@ -183,6 +188,8 @@ def _residual_sum(dry: bool) -> list[Case]:
         tensors = {"x": normals(shape, 0), "residual": normals(shape, 1)}
         of, biased = (ops.residual_sum, residual_sum.residual_sum), tensors | {"bias": normals(shape[1:2], 2)}
         found.append(Case(f"no bias {shape}", *of, tensors, wrt=tuple(tensors)))
+        alone = {"x": tensors["x"], "bias": biased["bias"]}
+        found.append(Case(f"no residual {shape}", *map(_of_bias, of), alone, wrt=tuple(alone)))
         found.append(Case(f"bias {shape}", *of, biased, wrt=tuple(biased)))
         found.append(Case(f"float32 bias {shape}", *of, biased, wrt=tuple(biased), keep=("bias",)))
     return found

@@ -16,7 +16,7 @@ LINE = 128  # bytes of a row that a tile has at least, where rows are as long
 @triton.jit
 def residual_sum_kernel(
     y, x, residual, bias, rows, columns, tiles, channels,
-    BIAS: tl.constexpr, LAST: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, LAST: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """LAST: columns are channels, else rows are, image after image; `tiles`: of a row."""
     first = (tl.program_id(0) // tiles).to(tl.int64) * HEIGHT
@@ -25,7 +25,9 @@ def residual_sum_kernel(
     inside = column < columns
     mask = (first + row < rows)[:, None] & inside[None, :]
     e = (first + row)[:, None] * columns + column[None, :]
-    total = tl.load(x + e, mask=mask).to(tl.float32) + tl.load(residual + e, mask=mask).to(tl.float32)
+    total = tl.load(x + e, mask=mask).to(tl.float32)
+    if RESIDUAL:
+        total += tl.load(residual + e, mask=mask).to(tl.float32)
     if BIAS:
         if LAST:
             total += tl.load(bias + column, mask=inside).to(tl.float32)[None, :]
@@ -44,11 +46,12 @@ def _tile(columns: int, itemsize: int) -> tuple[int, int]:
     return TILE // itemsize // width, width
 
 
-def residual_sum(x: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
+def residual_sum(x: Tensor, residual: Tensor | None, bias: Tensor | None) -> Tensor:
     """Arguments as in ops.residual_sum; images of one dtype, in x's layout or copied to it."""
     last = x.stride(1) == 1 and x.shape[1] > 1
     layout = torch.channels_last if last else torch.contiguous_format
-    x, residual = x.contiguous(memory_format=layout), residual.contiguous(memory_format=layout)
+    x = x.contiguous(memory_format=layout)
+    other = x if residual is None else residual.contiguous(memory_format=layout)
     y = torch.empty_like(x, memory_format=layout)
     if x.numel():
         images, channels, height, width = x.shape
@@ -57,7 +60,7 @@ def residual_sum(x: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
         tall, wide = _tile(columns, x.itemsize)
         tiles = triton.cdiv(columns, wide)
         residual_sum_kernel[(triton.cdiv(rows, tall) * tiles,)](
-            y, x, residual, x if bias is None else bias.contiguous(), rows, columns, tiles, channels,
-            BIAS=bias is not None, LAST=last, HEIGHT=tall, WIDTH=wide,
+            y, x, other, x if bias is None else bias.contiguous(), rows, columns, tiles, channels,
+            RESIDUAL=residual is not None, BIAS=bias is not None, LAST=last, HEIGHT=tall, WIDTH=wide,
         )  # fmt: skip
     return y

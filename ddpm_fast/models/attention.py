@@ -1,6 +1,6 @@
 """Self-attention over the pixels."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from ..ops import _checks as checks
 from .inputs import check_input
 from .norms import get_norm
 from .sums import Sum
-from .weights import Prepared, are_fixed, computed_in, convolve, is_pointwise, made
+from .weights import Prepared, are_fixed, computed_in, convolve, is_pointwise, made, once
 
 # Where products are faster on CPUs than the fused kernel (docs/performance.md): bf16, and from so many tokens on.
 TOKENS, MOST_SCORES = 32, 1 << 26
@@ -36,14 +36,19 @@ class AttentionBlock(nn.Module):
         folded = self._folded(h) if are_fixed() else None
         if folded is not None:
             keys = _tokens(h)
-            out = folded.to_out(_image(attend(_tokens(folded.to_query(h)), keys, keys), h), not x.later)
-            return Sum(out, folded.bias if x.later else None, later=x.later, of=id(self.to_out)).plus(x)
+            out = _image(attend(_tokens(folded.to_query(h)), keys, keys), h)
+            if not x.later:
+                return Sum(folded.to_out(out)).plus(x)
+            bias = once((id(self), "bias"), lambda: folded.bias if x.bias is None else x.bias + folded.bias)
+            return x.with_products([out], [cast(Tensor, folded.to_out.matrix)], bias, id(self))
         if x.later and is_pointwise(self.to_qkv):  # a product adds its bias while it writes, unlike a convolution
             qkv = F.linear(h.permute(0, 2, 3, 1), self.to_qkv.weight.flatten(1), self.to_qkv.bias).flatten(1, 2)
         else:
             qkv = _tokens(convolve(h, self.to_qkv))
         out = _image(attend(*qkv.chunk(3, dim=-1)), h)
-        return Sum(out, later=x.later).through(self.to_out).plus(x)
+        if x.later and not torch.is_grad_enabled():  # else the norm keeps what x.x holds
+            return x.through(self.to_out, Sum(out))
+        return x.convolved(out, self.to_out).plus(x)
 
     def _folded(self, h: Tensor) -> "Folded | None":
         """What was made of the weights for inputs like h; None where a module was replaced or hooked."""

@@ -208,7 +208,7 @@ class ResidualBlock(TakesNoiseState):
         if type(self.residual_connection) is nn.Identity and is_plain(self.residual_connection):
             out = out.plus(x if skip is None else x.joined(skip))
         else:
-            out = out.plus(x.through(self.residual_connection, skip))
+            out = out.through(self.residual_connection, x, skip)
         if type(self.attention) is nn.Identity and is_plain(self.attention):
             return out
         if type(self.attention) is AttentionBlock and is_untouched(self.attention):

@@ -6,12 +6,11 @@ tensors on the way, while biases, [C] numbers, are only ever added to each other
 no concatenation. On a CPU a convolution adds its bias while it writes, and nothing is left for later.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from copy import copy
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.residual_sum import OP as RESIDUAL_SUM
@@ -44,10 +43,8 @@ class Sum:
 
     def tensor(self) -> Tensor:
         """All of it, for whoever pads it with zeros, or may do anything with it."""
-        if self.residual is not None:
+        if self.residual is not None or self.bias is not None:
             self.x = cast(Tensor, RESIDUAL_SUM.unchecked(self.x, self.residual, self.bias))
-        elif self.bias is not None:
-            self.x = self.x + self.bias.to(self.x.dtype)[:, None, None]
         self.bias = self.residual = None
         return self.x
 
@@ -91,20 +88,27 @@ class Sum:
             return Sum(self.x + other.x)
         return Sum(self.x.add_(other.x))
 
-    def through(self, conv: nn.Module, skip: "Sum | None" = None) -> "Sum":
-        """A 1x1 convolution of this, with a skip as if concatenated, after a norm has read both."""
+    def through(self, conv: nn.Module, x: "Sum", skip: "Sum | None" = None) -> "Sum":
+        """This and a 1x1 convolution of x, with a skip as if concatenated, after a norm has read both."""
         if not self.later:
-            return Sum(convolve(self.x, conv))
+            return self.plus(Sum(convolve(x.x, conv)))
         if not is_pointwise(conv):
-            return Sum(cast(Tensor, conv((self if skip is None else self.joined(skip)).tensor())), later=True)
-        c, sums = cast(nn.Conv2d, conv), [self] if skip is None else [self, skip]
+            h = (x if skip is None else x.joined(skip)).tensor()
+            return self.plus(Sum(cast(Tensor, conv(h)), later=True))
+        c, sums = cast(nn.Conv2d, conv), [x] if skip is None else [x, skip]
         parts = once((id(c), computed_in(c.weight), "parts"), lambda: _parts(c, sums))
+        bias = once((id(c), "bias"), lambda: _added(self.bias, _bias_through(c, sums)))
+        return self.with_products([s.x for s in sums], parts, bias, id(c))
+
+    def with_products(
+        self, images: Sequence[Tensor], parts: Sequence[Tensor], bias: Tensor | None, of: Hashable
+    ) -> "Sum":
+        """x + the images times matrices [C, channels of the image], in x's own memory: a product adds in passing."""
+        rows = _rows(self.x)
+        for image, part in zip(images, parts, strict=True):
+            rows.addmm_(_rows(image).to(rows.dtype), part.t())
         n, _, height, width = self.x.shape
-        y = F.linear(_rows(self.x), parts[0])
-        for more, part in zip(sums[1:], parts[1:], strict=True):
-            y.addmm_(_rows(more.x).to(y.dtype), part.t())
-        bias = once((id(c), "bias"), lambda: _bias_through(c, sums))
-        return Sum(y.view(n, height, width, -1).permute(0, 3, 1, 2), bias, later=True, of=id(c))
+        return Sum(rows.view(n, height, width, -1).permute(0, 3, 1, 2), bias, later=True, of=of)
 
 
 def _wide(bias: Tensor | None) -> Tensor | None:

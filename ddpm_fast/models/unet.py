@@ -20,7 +20,7 @@ from .norms import Activation, checked_activation, get_norm
 from .passes import Pass
 from .recomputing import RECOMPUTE
 from .sums import Sum
-from .weights import convolve, fixed_weights
+from .weights import fixed_weights
 
 
 class UNet(TakesNoiseState):
@@ -198,7 +198,7 @@ class UNet(TakesNoiseState):
             h = now.through(layer, h)
         for layer, takes_skip in zip(self.ups, self._ups_take_skip, strict=True):
             h = now.through(layer, h, skips.pop() if takes_skip else None)
-        x = convolve(h.normed(self.out_norm, self.activation), self.out_conv)
+        x = h.convolved(h.normed(self.out_norm, self.activation), self.out_conv).tensor()
         if nchw:  # as it came
             x = x.contiguous()
         p = self.initial_pad

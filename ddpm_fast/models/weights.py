@@ -58,14 +58,16 @@ def once(key: Hashable, make: Callable[[], T]) -> T:
     return made(key, make) if are_fixed() else make()
 
 
-def computed_in(weight: Tensor) -> torch.dtype:
-    """The dtype in which a layer with this weight computes."""
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+def computed_in(x: Tensor) -> torch.dtype:
+    """The dtype in which a layer computes to which x is given, or whose weight it is."""
+    kind = "cpu" if x.is_cpu else x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 class Prepared:
-    """A convolution whose weight is laid out for many calls, in channels_last.
+    """A convolution whose weight is laid out for many calls.
 
     Args:
         weight: [O, I, kh, kw].
@@ -81,33 +83,49 @@ class Prepared:
         stride: tuple[int, int] = (1, 1),
         padding: tuple[int, int] = (0, 0),
     ):
-        self.weight = weight.detach().to(dtype, memory_format=torch.channels_last)
+        # For a single small image torch takes a way on CPUs that wants contiguous weights.
+        layout = torch.contiguous_format if weight.is_cpu else torch.channels_last
+        self.weight = weight.detach().to(dtype, memory_format=layout)
         self.bias = None if bias is None else bias.detach().to(dtype)
-        self.stride, self.padding = stride, padding
-        self.products = weight.numel() // (stride[0] * stride[1])  # of a pixel of x
+        self.dtype, self.stride, self.padding = dtype, stride, padding
         self.pointwise = weight.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0)
         self.matrix = self.weight.flatten(1) if self.pointwise else None  # [O, I]
         packable = weight.is_cpu and dtype in (torch.float32, torch.bfloat16)
         self.packs = packable and forced() in (None, "native") and torch.backends.mkldnn.is_available()
-        self.packed: Tensor | None = None
+        self._packed: Tensor | None = None
+        self._ways: dict[torch.Size, Callable[[Tensor, Tensor | None], Tensor]] = {}  # by x's shape
 
     def __call__(self, x: Tensor, with_bias: bool = True) -> Tensor:
         """x [N, I, H, W], best in channels_last -> [N, O, ...]."""
-        bias = self.bias if with_bias else None
-        x = x.to(self.weight.dtype)
-        products = x.shape[0] * x.shape[2] * x.shape[3] * self.products
-        small = x.dtype is torch.float32 and products < (PRODUCTS_OF_1X1 if self.pointwise else PRODUCTS_OF_ONE)
-        if self.matrix is not None and (small or not x.is_cpu):
-            return F.linear(x.permute(0, 2, 3, 1), self.matrix, bias).permute(0, 3, 1, 2)
-        if not self.packs or small and x.shape[0] == 1:
-            return F.conv2d(x, self.weight, bias, self.stride, self.padding)
-        if self.packed is None:
-            sizes: Any = self.padding, self.stride, (1, 1), 1, x.shape
+        if x.dtype is not self.dtype:
+            x = x.to(self.dtype)
+        way = self._ways.get(x.shape)
+        if way is None:
+            way = self._ways[x.shape] = self._way(x)
+        return way(x, self.bias if with_bias else None)
+
+    def _way(self, x: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+        n, _, height, width = x.shape
+        products = n * height * width * self.weight.numel() // (self.stride[0] * self.stride[1])
+        few = products < (PRODUCTS_OF_1X1 if self.pointwise else PRODUCTS_OF_ONE)
+        small = x.is_cpu and self.dtype is torch.float32 and few
+        if self.packs and not (small and (self.pointwise or n == 1)):
+            return self._packing
+        return self._multiplying if self.pointwise and (not x.is_cpu or small and n > 1) else self._plain
+
+    def _plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, self.weight, bias, self.stride, self.padding)
+
+    def _multiplying(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x.permute(0, 2, 3, 1), cast(Tensor, self.matrix), bias).permute(0, 3, 1, 2)
+
+    def _packing(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self._packed is None:
             pack: Any = _C._nn.mkldnn_reorder_conv2d_weight
-            self.packed = pack(self.weight.to_mkldnn(), *sizes)
+            self._packed = pack(self.weight.to_mkldnn(), self.padding, self.stride, (1, 1), 1, x.shape)
         # What torch's own compiler calls where weights are frozen.
         y: Tensor = torch.ops.mkldnn._convolution_pointwise.default(
-            x, self.packed, bias, self.padding, self.stride, (1, 1), 1, "none", (), ""
+            x, self._packed, bias, self.padding, self.stride, (1, 1), 1, "none", (), ""
         )
         return y
 
@@ -136,15 +154,15 @@ def prepared(conv: nn.Module, x: Tensor) -> Prepared | None:
     """What was made of this module's weight for inputs like x, if anything was."""
     if not are_fixed() or x.is_cpu and not x.is_contiguous(memory_format=torch.channels_last):
         return None
+    kind = computed_in(x)
+    return made((id(conv), kind), lambda: _prepared(conv, kind))
 
-    def make() -> Prepared | None:
-        if not is_convolution(conv):
-            return None
-        c = cast(nn.Conv2d, conv)
-        return Prepared(c.weight, c.bias, kind, cast(tuple[int, int], c.stride), cast(tuple[int, int], c.padding))
 
-    kind = computed_in(cast(nn.Conv2d, conv).weight) if hasattr(conv, "weight") else x.dtype
-    return made((id(conv), kind), make)
+def _prepared(conv: nn.Module, kind: torch.dtype) -> Prepared | None:
+    if not is_convolution(conv):
+        return None
+    c = cast(nn.Conv2d, conv)
+    return Prepared(c.weight, c.bias, kind, cast(tuple[int, int], c.stride), cast(tuple[int, int], c.padding))
 
 
 def convolve(x: Tensor, conv: nn.Module, with_bias: bool = True) -> Tensor:

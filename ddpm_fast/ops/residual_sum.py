@@ -14,11 +14,11 @@ from . import _checks, _triton
 from ._dispatch import Impl, Op
 from ._library import composition
 
-_NODE = composition("residual_sum(Tensor x, Tensor residual, Tensor? bias=None) -> Tensor", reference.residual_sum)
+_NODE = composition("residual_sum(Tensor x, Tensor? residual, Tensor? bias=None) -> Tensor", reference.residual_sum)
 
 
-def _rejects(x: Tensor, residual: Tensor, bias: Tensor | None) -> str | None:
-    if residual.dtype is not x.dtype:
+def _rejects(x: Tensor, residual: Tensor | None, bias: Tensor | None) -> str | None:
+    if residual is not None and residual.dtype is not x.dtype:
         return f"takes images of one dtype, got {x.dtype} and {residual.dtype}"
     tensors = x, residual, bias
     return _triton.unfit(*tensors) or _triton.unfit_arrays(*tensors, grads=True)
@@ -28,20 +28,21 @@ class _Sum(torch.autograd.Function):
     """Keeps no tensor: both images have the gradient of the result."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: Callable[..., Tensor], x: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, kernel: Callable[..., Tensor], *tensors: Any) -> Tensor:
+        bias = tensors[2]
         ctx.dtype = None if bias is None else bias.dtype
-        return kernel(x, residual, bias)
+        return kernel(*tensors)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         summed = dy.sum((0, 2, 3), dtype=torch.float32).to(ctx.dtype) if ctx.needs_input_grad[3] else None
-        return None, dy, dy, summed
+        return None, dy, dy if ctx.needs_input_grad[2] else None, summed
 
 
 def _load_triton() -> Callable[..., Tensor]:
     kernel = _triton.load("residual_sum").residual_sum
 
-    def run(x: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
+    def run(x: Tensor, residual: Tensor | None, bias: Tensor | None) -> Tensor:
         wanted = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, residual, bias))
         with _triton.on(x):
             y: Tensor = _Sum.apply(kernel, x, residual, bias) if wanted else kernel(x, residual, bias)
@@ -50,9 +51,10 @@ def _load_triton() -> Callable[..., Tensor]:
     return run
 
 
-def _check(x: Tensor, residual: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+def _check(x: Tensor, residual: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
     _checks.tensor("x", x, ndim=4)
-    _checks.tensor("residual", residual, shape=x.shape, device=x.device)
+    if residual is not None or bias is None:
+        _checks.tensor("residual", residual, shape=x.shape, device=x.device)
     if bias is not None:
         _checks.tensor("bias", bias, shape=x.shape[1:2], device=x.device)
     return x, residual, bias
@@ -67,12 +69,12 @@ OP = Op(
 )
 
 
-def residual_sum(x: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+def residual_sum(x: Tensor, residual: Tensor | None, bias: Tensor | None = None) -> Tensor:
     """x + residual + bias.
 
     Args:
         x: [N, C, H, W], what a convolution without its bias returned.
-        residual: like `x`.
+        residual: like `x`, or None where there is a bias.
         bias: [C], that of the convolution; float32 also beside images of lower precision.
 
     Returns:

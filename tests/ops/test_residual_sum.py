@@ -33,8 +33,10 @@ def test_against_reference(backend, dtype, layout, shape, poison_empty) -> None:
     every = arguments(shape)
     images = {k: v for k, v in every.items() if k != "bias"}
     options = {"backend": backend, "dtype": dtype, "layout": layout}
-    for tensors, keep in ((images, ()), (every, ()), (every, ("bias",))):
-        check(ops.residual_sum, reference.residual_sum, tensors, wrt=list(tensors), keep=keep, **options)
+    alone = {k: v for k, v in every.items() if k != "residual"}
+    for tensors, keep in ((images, ()), (every, ()), (every, ("bias",)), (alone, ("bias",))):
+        given = {"residual": None} if "residual" not in tensors else {}
+        check(ops.residual_sum, reference.residual_sum, tensors, given, wrt=list(tensors), keep=keep, **options)
 
 
 def test_formula() -> None:
@@ -44,6 +46,7 @@ def test_formula() -> None:
     for n, c, i, j in torch.cartesian_prod(*map(torch.arange, y.shape)).tolist():
         assert float(y[n, c, i, j]) == float(a["x"][n, c, i, j] + a["residual"][n, c, i, j] + a["bias"][c])
     assert torch.equal(ops.residual_sum(a["x"], a["residual"]), a["x"] + a["residual"])
+    assert torch.equal(ops.residual_sum(a["x"], None, a["bias"]), a["x"] + a["bias"][:, None, None])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -306,7 +306,7 @@ def test_residual_sum_counts_in_64_bits() -> None:
     for row in (*x, *residual):
         row.copy_(torch.randn(each))
     sums.residual_sum_kernel[(1,)](
-        y[0], x[0], residual[0], bias, 5, columns, 1, 5, BIAS=True, LAST=False, HEIGHT=8, WIDTH=each
+        y[0], x[0], residual[0], bias, 5, columns, 1, 5, RESIDUAL=True, BIAS=True, LAST=False, HEIGHT=8, WIDTH=each
     )
     for got, a, b, c in zip(y, x, residual, bias, strict=True):
         assert torch.allclose(got.float(), a.float() + b.float() + c.float(), rtol=1e-3)

@@ -1,0 +1,48 @@
+"""Bytes counted from the real forwards, against the arithmetic that the design of the network rests on."""
+
+import pytest
+import torch
+
+from benchmarks import moved
+from ddpm_fast.models.sums import Sum
+
+# MB of an image and step in bf16, by hand from the shapes of the layers (docs/fused.md).
+EXPECTED = {
+    "original, eager": 98.3,
+    "plain path": 68.1,
+    "sums made later": 44.9,
+    "sums made later, in a chain": 44.9,
+}
+NETWORKS = moved.networks()
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_bytes_of_a_step(name: str) -> None:
+    found = moved.bytes_of_an_image(*NETWORKS[name])
+    assert found.total() / 1e6 == pytest.approx(EXPECTED[name], rel=0.03)
+    assert found["the rest"] < 1e-3 * found.total(), "an operator that no kind names"
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_passes_that_are_left(name: str) -> None:
+    """None where sums are made later: no sum, concat or activation of its own, and no convolution with a bias."""
+    left = moved.step(*NETWORKS[name][:1], moved.SEVERAL, NETWORKS[name][1]).passes()
+    if name.startswith("sums made later"):
+        assert not left
+    else:
+        assert left["cat"] == 12 and left["convolution with a bias"] + left["conv3x3 with a bias"] > 50
+
+
+def test_what_would_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stray pass over an activation is seen."""
+    net, chain = NETWORKS["sums made later"]
+    before, plus = moved.bytes_of_an_image(net, chain), Sum.plus
+    monkeypatch.setattr(Sum, "plus", lambda a, b: plus(Sum(a.x + 1, a.bias, a.residual, True, a.of), b))
+    assert moved.bytes_of_an_image(net, chain).total() > 1.02 * before.total()
+    assert moved.step(net, moved.SEVERAL, chain).passes()["add.Tensor"] > 5
+
+
+def test_sizes() -> None:
+    x = torch.zeros(4, 3)
+    assert moved.size([x, {"y": x.half()}, None]) == 48 + 24
+    assert moved.size(x[:1].expand(4, 3)) == 12
