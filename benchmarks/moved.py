@@ -11,7 +11,7 @@ in a pass of its own, and a norm reads x twice. The difference of two batches is
 import argparse
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -144,7 +144,7 @@ def step(net: nn.Module, images: int, chain: bool) -> Traffic:
     x = x.contiguous(memory_format=torch.channels_last)
     t = torch.zeros(images, dtype=x.dtype, device=device)
     told = net.embed_steps(t[:1]) if chain else t
-    with torch.no_grad(), fixed_weights(chain), traffic.watching():
+    with torch.no_grad(), fixed_weights() if chain else nullcontext(), traffic.watching():
         if chain:
             net(x, told)
             traffic.bytes.clear()

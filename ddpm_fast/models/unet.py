@@ -20,7 +20,7 @@ from .norms import Activation, checked_activation, get_norm
 from .passes import Pass
 from .recomputing import RECOMPUTE
 from .sums import Sum
-from .weights import fixed_weights
+from .weights import plain_path
 
 
 class UNet(TakesNoiseState):
@@ -168,7 +168,7 @@ class UNet(TakesNoiseState):
         """
         self._check(x, time, y)
         eager = not torch.compiler.is_compiling()
-        with fixed_weights(False) if eager and self.fused is False else nullcontext():
+        with plain_path() if eager and self.fused is False else nullcontext():
             return self._forward(x, time, y, noise_state, eager)
 
     def _forward(

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from ..ops._dispatch import forced
 from .fusing import is_conv3x3
-from .weights import Prepared, are_fixed, computed_in, made
+from .weights import Prepared, are_fixed, are_trained, computed_in, made
 
-# Where it is faster on CPUs (docs/performance.md): channels, pixels of an image, and of the batch.
-CHANNELS, PIXELS, ALL_PIXELS = 128, 64, 256
+# Where it is faster on CPUs (docs/performance.md): channels, pixels of an image, and of the batch, in chains and in
+# training, where the weights are made in every step.
+CHANNELS, PIXELS, ALL_PIXELS, ALL_IN_TRAINING = 128, 64, 256, 1024
 
 
 def phase_weights(weight: Tensor) -> Tensor:
@@ -34,8 +35,8 @@ def phase_weights(weight: Tensor) -> Tensor:
 
 
 def phases_pay(x: Tensor, conv: nn.Module, later: bool = False) -> bool:
-    """Whether `in_phases` takes x [N, C, H, W] and is faster: where sums are made later, on GPUs, or, on CPUs, while
-    weights are fixed."""
+    """Whether `in_phases` takes x [N, C, H, W] and is faster: where sums are made later, on GPUs, and on CPUs for large
+    images in chains and in training."""
     if torch.compiler.is_compiling() or not (later or _pay_on_cpus(x)):
         return False
     return x.is_contiguous(memory_format=torch.channels_last) and is_conv3x3(conv)
@@ -45,7 +46,9 @@ def _pay_on_cpus(x: Tensor) -> bool:
     n, c, h, w = x.shape
     if not x.is_cpu or c < CHANNELS or h * w < PIXELS or n * h * w < ALL_PIXELS:
         return False
-    return are_fixed() and forced() in (None, "native") and x.dtype in (torch.float32, torch.bfloat16)
+    if not are_fixed() and not (are_trained() and n * h * w >= ALL_IN_TRAINING):
+        return False
+    return forced() in (None, "native") and x.dtype in (torch.float32, torch.bfloat16)
 
 
 def in_phases(x: Tensor, conv: nn.Conv2d, with_bias: bool = True) -> Tensor:

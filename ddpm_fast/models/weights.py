@@ -20,6 +20,7 @@ from .fusing import is_plain
 T = TypeVar("T")
 
 _MADE: ContextVar[dict[Hashable, Any] | None] = ContextVar("ddpm_fast_made_of_weights", default=None)
+_PLAIN: dict[Hashable, Any] = {}  # in its place on the plain path; stays empty
 
 # From how many products on a float32 convolution gains from what oneDNN has packed (docs/performance.md): of a single
 # image, whose plain path is another one, and of 1x1, which then are better a matrix product.
@@ -27,22 +28,41 @@ PRODUCTS_OF_ONE, PRODUCTS_OF_1X1 = 1 << 20, 1 << 21
 
 
 @contextmanager
-def fixed_weights(fixed: bool = True) -> Iterator[dict[Hashable, Any]]:
-    """In here no weight changes: what follows from weights alone is made once, and is in this table. Or, `fixed=False`,
-    not at all."""
+def fixed_weights() -> Iterator[dict[Hashable, Any]]:
+    """In here no weight changes: what follows from weights alone is made once, and is in this table."""
     table: dict[Hashable, Any] = {}
-    token = _MADE.set(table if fixed else None)
+    token = _MADE.set(table)
     try:
         yield table
     finally:
         _MADE.reset(token)
 
 
+@contextmanager
+def plain_path() -> Iterator[None]:
+    """In here nothing is made of weights, and every layer computes as it is written."""
+    token = _MADE.set(_PLAIN)
+    try:
+        yield
+    finally:
+        _MADE.reset(token)
+
+
 def are_fixed() -> bool:
     """Whether something can be made of weights here: in `fixed_weights`, and without gradients."""
-    if torch.compiler.is_compiling() or _MADE.get() is None:  # in this order: compilers know no ContextVar
+    if torch.compiler.is_compiling():  # compilers know no ContextVar
         return False
-    return not torch.is_grad_enabled() and _C._functorch.maybe_current_level() is None
+    table = _MADE.get()
+    if table is None or table is _PLAIN or torch.is_grad_enabled():
+        return False
+    return _C._functorch.maybe_current_level() is None
+
+
+def are_trained() -> bool:
+    """Whether weights change from step to step here, and gradients are those of `backward`."""
+    if torch.compiler.is_compiling() or _MADE.get() is _PLAIN:  # in this order
+        return False
+    return torch.is_grad_enabled() and _C._functorch.maybe_current_level() is None
 
 
 def made(key: Hashable, make: Callable[[], T]) -> T:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ddpm_fast import Diffusion, UNet, Upsample, generate_cosine_schedule, ops
 from ddpm_fast.models import layers
 from ddpm_fast.models.upsampling import in_phases, phase_weights, phases_pay
-from ddpm_fast.models.weights import fixed_weights
+from ddpm_fast.models.weights import fixed_weights, plain_path
 from ddpm_fast.ops._dispatch import forced
 
 LAST = torch.channels_last
@@ -102,15 +102,22 @@ def test_modules_that_were_changed_are_called(counted: list[int], change) -> Non
 def test_where_it_does_not_pay() -> None:
     conv = nn.Conv2d(128, 128, 3, padding=1)
     x = torch.zeros(4, 128, 8, 8).contiguous(memory_format=LAST)
-    assert not phases_pay(x, conv)  # weights may change
+    large = torch.zeros(4, 128, 16, 16).contiguous(memory_format=LAST)
+    assert not phases_pay(x, conv) and not phases_pay(large, conv)  # weights may change
     with fixed_weights():
         assert phases_pay(x, conv)
         for other in (x[:3], x[:, :, :4], x.contiguous(), x.double(), x[:, :64].contiguous(memory_format=LAST)):
             assert not phases_pay(other, conv)
         with ops.use_backend("reference"):
             assert not phases_pay(x, conv)
-        with torch.enable_grad():
+        with plain_path():
             assert not phases_pay(x, conv)
+    with torch.enable_grad():
+        assert phases_pay(large, conv) and not phases_pay(large[:3], conv)
+        with plain_path():
+            assert not phases_pay(large, conv)
+        transformed = torch.func.vmap(lambda x: torch.ones(()) * phases_pay(large, conv))(torch.zeros(2))
+        assert not transformed.any()
     assert not phases_pay(x, conv)
 
 
