@@ -175,6 +175,7 @@ def sampling_contenders(unroll: int) -> dict[str, Builder]:
     return {
         OURS: partial(sampling.ours, engine="graph"),
         f"{OURS} eager": partial(sampling.ours, engine="eager"),
+        f"{OURS} plain path": partial(sampling.ours, engine="graph", fused=False),
         "original": sampling.original_loop,
         f"torch eager {many} channels_last": in_graph(CHANNELS_LAST, unroll),
         f"torch eager {many} NCHW": in_graph(NCHW, unroll),
@@ -196,7 +197,9 @@ def training_contenders() -> dict[str, Builder]:
     """Return ours, the original, eager, and the compiled loss with inductor's graphs or the whole iteration in one."""
     return {
         OURS: training.recorded,
-        f"{OURS} eager": training.ours,
+        f"{OURS} eager": training.ours(),
+        f"{OURS} eager, plain path": training.ours(fused=False),
+        f"{OURS} eager, recompute=norm": training.ours("norm"),
         "original": training.original_loop,
         "torch eager channels_last": training.plain(CHANNELS_LAST),
         "torch eager NCHW": training.plain(NCHW),

@@ -6,6 +6,7 @@ is one whole chain under its own autocast, as a user's call is: whoever relies o
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,11 +137,12 @@ def original_loop(problem: Problem) -> Contender:
     return Contender(_run(problem, diffusion), predict)
 
 
-def ours(problem: Problem, engine: str = "auto") -> Contender:
-    """Our engine through its public interface."""
+def ours(problem: Problem, engine: str = "auto", fused: bool | None = None) -> Contender:
+    """Our engine through its public interface; `fused` as of its network."""
     net = problem.config.build_unet()
     net.load_state_dict(problem.weights)
     net = net.to(problem.device, memory_format=CHANNELS_LAST)
+    net.fused = fused
     diffusion = Diffusion(net, *geometry(problem), engine=engine).to(problem.device).eval()
     x, y = problem.inputs
     rows = diffusion.plan().rows[-problem.checked :].clone()
@@ -171,7 +173,8 @@ def contenders(compile: bool) -> dict[str, Builder]:
     """Return the contenders of ``sample_throughput.py``, ours first."""
     eagerly: dict[str, Builder] = {
         OURS: ours,
-        f"{OURS} on reference ops": on_reference(ours),
+        f"{OURS} plain path": partial(ours, fused=False),
+        f"{OURS} on reference ops": on_reference(partial(ours, fused=False)),
         "original": original_loop,
         "torch eager NCHW": eager(NCHW),
         "torch eager channels_last": eager(CHANNELS_LAST),

@@ -149,16 +149,21 @@ def _start(problem: Problem) -> tuple[Diffusion, torch.optim.Optimizer]:
     return diffusion, torch.optim.Adam(diffusion.model.parameters(), lr=LEARNING_RATE, fused=True)
 
 
-def ours(problem: Problem) -> Contender:
-    """Our engine through its public interface."""
-    diffusion, optimizer = _start(problem)
-    contender = _drop_in(problem, diffusion, optimizer, read_loss=False)
+def ours(recompute: str = "none", fused: bool | None = None) -> Builder:
+    """Return the builder of our engine through its public interface, with switches of its network."""
 
-    def predict() -> Tensor:
-        diffusion.calls = 0
-        return contender.predict()
+    def build(problem: Problem) -> Contender:
+        diffusion, optimizer = _start(problem)
+        diffusion.model.recompute, diffusion.model.fused = recompute, fused
+        contender = _drop_in(problem, diffusion, optimizer, read_loss=False)
 
-    return Contender(contender.run, predict, first_draws(problem, diffusion))
+        def predict() -> Tensor:
+            diffusion.calls = 0
+            return contender.predict()
+
+        return Contender(contender.run, predict, first_draws(problem, diffusion))
+
+    return build
 
 
 def recorded(problem: Problem) -> Contender:
@@ -223,8 +228,11 @@ def _drop_in(problem: Problem, diffusion: Any, optimizer: torch.optim.Optimizer,
 def contenders(compile: bool) -> dict[str, Builder]:
     """Return the contenders of ``train_throughput.py``, ours first."""
     eagerly: dict[str, Builder] = {
-        OURS: ours,
-        f"{OURS} on reference ops": on_reference(ours),
+        OURS: ours(),
+        f"{OURS} plain path": ours(fused=False),
+        f"{OURS} on reference ops": on_reference(ours(fused=False)),
+        f"{OURS} recompute=norm": ours("norm"),
+        f"{OURS} recompute=block": ours("block"),
         "original": original_loop,
         "torch eager NCHW": plain(NCHW),
         "torch eager channels_last": plain(CHANNELS_LAST),

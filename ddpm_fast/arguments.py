@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .models.presets import SCHEDULES
+from .models.recomputing import RECOMPUTE
 from .objectives import LOSS_WEIGHTINGS, TIMESTEP_SAMPLINGS
 from .ops.diffusion_loss import LOSSES
 from .options import assignment, integers, png, real, size, whole
@@ -118,6 +119,12 @@ def _train_recipe(add: Callable[..., object]) -> None:
     add("--steps", type=whole(1), metavar="N", help=f"optimizer steps in all {_default('steps')}")
     add("--batch", dest="batch_size", type=whole(1), metavar="N", help=f"images per step {_default('batch_size')}")
     add("--accumulate", type=whole(1), metavar="N", help=f"parts to do a step in: less memory {_default('accumulate')}")
+    add(
+        "--recompute",
+        choices=RECOMPUTE,
+        help="what the backward computes again instead of keeping it, for less memory: norm, what goes into residual "
+        "blocks' convolutions; block, all inside of these (none)",
+    )
     add("--lr", type=real(0, 1), help=f"learning rate of Adam {_default('lr')}")
     add("--warmup", type=whole(0), metavar="N", help=f"steps over which the learning rate rises {_default('warmup')}")
     add("--clip", type=real(0), metavar="X", help=f"largest norm of the gradient, 0: none {_default('clip')}")

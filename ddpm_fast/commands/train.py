@@ -38,7 +38,10 @@ MODEL_OPTIONS = (
     "ema_decay",
     "ema_start",
 )
-RECIPE_OPTIONS = ("steps", "batch_size", "accumulate", "lr", "warmup", "clip", "flip", "bf16", "seed", "holdout")
+RECIPE_OPTIONS = (
+    *("steps", "batch_size", "accumulate", "recompute"),
+    *("lr", "warmup", "clip", "flip", "bf16", "seed", "holdout"),
+)
 
 
 def train(args: Namespace) -> int:

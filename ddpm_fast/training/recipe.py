@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..models.recomputing import RECOMPUTE
 from ..ops import _checks as checks
 
 SEEDS = 2**64  # below this
@@ -16,6 +17,7 @@ class Recipe:
     steps: int = 20_000  # optimizer steps in all
     batch_size: int = 128  # images per step
     accumulate: int = 1  # parts in which a step goes through its images, one after the other: less memory
+    recompute: str = "none"  # what the backward computes again instead of keeping it: "none", "norm" or "block"
     lr: float = 2e-4
     warmup: int = 500  # steps over which lr rises linearly from 0
     clip: float = 1.0  # largest norm of the gradient; 0: no clipping
@@ -35,6 +37,7 @@ class Recipe:
             object.__setattr__(self, name, checks.integer(name, getattr(self, name), least, most))
         for name in ("flip", "bf16"):
             checks.flag(name, getattr(self, name))
+        checks.choice("recompute", self.recompute, RECOMPUTE)
         object.__setattr__(self, "clip", checks.number("clip", self.clip, 0))
         object.__setattr__(self, "lr", checks.number("lr", self.lr, 0, 1))
         if self.lr in (0, 1):

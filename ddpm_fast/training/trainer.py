@@ -85,16 +85,17 @@ class Trainer:
         check_fit(config, images)
         torch.manual_seed(self.recipe.seed)
         self.diffusion = Diffusion.from_config(config, seed=self.recipe.seed).to(self.device).train()
+        network: Any = self.diffusion.model
+        network.recompute = self.recipe.recompute
         self.optimizer = torch.optim.Adam(self.diffusion.model.parameters(), lr=self.recipe.lr, fused=True)
         seen, self.held_out = split(images, self.recipe.holdout, self.recipe.seed)
-        seed, flip = self.recipe.seed, self.recipe.flip
-        self.batches = Batches(seen, seed=seed, flip=flip, device=self.device, workers=workers)
+        recipe, dtype = self.recipe, torch.bfloat16 if self.recipe.bf16 else None
+        self.batches = Batches(seen, seed=recipe.seed, flip=recipe.flip, device=self.device, workers=workers)
         self.fingerprint = images.fingerprint()
         self.step = 0  # optimizer steps made
         self.position = 0  # images seen
         self.interrupted = 0  # the signal that stopped it
         self.watch = Watch(config.num_timesteps, self.device)
-        recipe, dtype = self.recipe, torch.bfloat16 if self.recipe.bf16 else None
         self._step = TrainStep(
             self.diffusion,
             self.optimizer,
