@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from benchmarks.gpu_cases import ALL, CASES, ROW, ROWS, STATE, TABLES, Case, normals
+from benchmarks.gpu_fused import FUSED
 from benchmarks.gpu_graphs import GRAPHS
 from benchmarks.harness import ROOT, pick_device
 from benchmarks.options import Parser
@@ -61,7 +62,7 @@ def checks(device: torch.device, dry: bool) -> dict[str, Check]:
         found |= {
             f"{n}{suffix}": partial(check, device, kernels) for n, check in (("batch", _batch), ("graph", _graph))
         }
-    found |= {name: partial(check, device, dry) for name, check in GRAPHS.items()}
+    found |= {name: partial(check, device, dry) for name, check in (FUSED | GRAPHS).items()}
     for tool in ("memcheck", "racecheck"):
         found[f"compute-sanitizer {tool}"] = partial(_sanitizer, tool, device)
     return found

@@ -40,6 +40,18 @@ def test_the_weights_of_the_script(tape: Tape, engine: str, options) -> None:
     assert step.optimizer.param_groups[0]["lr"] == 2**-7 and not step.optimizer.param_groups[0]["capturable"]
 
 
+@pytest.mark.parametrize("recompute", ["none", "norm", "block"])
+def test_sums_made_later_and_computed_again(tape: Tape, recompute: str) -> None:
+    """As on a GPU: recorded as it was eager, and the same with less kept."""
+    a, optimizer, step = pair(engine="graph", clip=0.05)
+    a.model.fused = step.diffusion.model.fused = True
+    step.diffusion.model.recompute = recompute
+    for k in range(12):
+        assert torch.equal(step(*batch(k)), script(a, optimizer, *batch(k), clip=0.05)), k
+    same(step.diffusion, a)
+    assert tape.records == 2
+
+
 def load(d: Diffusion, *_) -> None:
     d.load_state_dict(diffusion(ema_decay=0.5).state_dict(), step=20)
 

@@ -14,7 +14,7 @@ def _group_norm(h: Tensor, weight: Tensor | None, bias: Tensor | None, groups: i
     """torch.group_norm that takes float32 parameters beside half-precision data on every device."""
     if weight is None or bias is None:
         return torch.group_norm(h, groups, weight, bias, eps)
-    if h.device.type == "cpu" and not h.requires_grad and weight.requires_grad:
+    if h.device.type == "cpu" and torch.is_grad_enabled() and not h.requires_grad and weight.requires_grad:
         h = h.contiguous()  # torch 2.13 crashes in that backward in channels_last
     dtypes = {weight.dtype, bias.dtype}
     half = h.dtype in (torch.float16, torch.bfloat16)
