@@ -23,6 +23,7 @@ from .schedules import Array
 
 # On the CPU larger batches gain nothing, so only beyond this size is it worth a look at what fits the memory.
 UNCHECKED_BATCH = 64
+STEPS_OF_FIXED_WEIGHTS = 8  # from which on it pays to make something of the weights first; on GPUs always
 
 
 def output_of(result: Any) -> Tensor:
@@ -150,7 +151,8 @@ def run_chains(
 
             x, state = start(part)
             watched = watch if progress or callback is not None else None
-            with fixed_weights():
+            fixed = way.steps >= STEPS_OF_FIXED_WEIGHTS or not x.is_cpu
+            with fixed_weights() if fixed else nullcontext():
                 images = way.go(predict(part), x, state, watched)
             return images if place is None else images.to(place)
 

@@ -1,18 +1,20 @@
 """The network whose sums are left to their readers, and what is prepared for chains, against the plain one."""
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 
-from ddpm_fast import Diffusion, ResidualBlock, UNet, generate_cosine_schedule, ops
-from ddpm_fast.models import attention, recomputing
+from ddpm_fast import Diffusion, ResidualBlock, UNet, Upsample, generate_cosine_schedule, ops
+from ddpm_fast.models import attention, layers
 from ddpm_fast.models.sums import Sum
 from ddpm_fast.models.weights import Prepared, convolve, fixed_weights
 
@@ -117,61 +119,92 @@ def test_in_float64_they_agree_to_the_last_digits() -> None:
         assert error(run(net, None)[0], plain) < 1e-13
 
 
+def trained(net: UNet, dtype: torch.dtype, state: ops.NoiseState | None = None) -> list[Tensor]:
+    """The result, and the weights' gradients, which the owner of the noise goes on before."""
+    x, t, y = inputs(net)
+    exact = next(net.parameters()).dtype is torch.float64
+    x = x.double() if exact else x
+    with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32 and not exact):
+        out = net(x, t, y, noise_state=state)
+    if state is not None:
+        state.draw.add_(1)
+    torch.manual_seed(4)
+    grads = torch.autograd.grad(out, list(net.parameters()), torch.randn(out.shape, dtype=torch.float64).to(out.dtype))
+    return [out.detach(), *grads]
+
+
+OPTIONS = {"dropout": 0.3, "num_classes": 5, "attention_resolutions": (1,)}
+
+
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("recompute", ["norm", "block"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_recomputing_changes_no_bit(recompute: str, fused: bool, dtype: torch.dtype) -> None:
-    """Also with dropout, whose masks are drawn again, after the owner of the noise has gone on."""
-    net = network(dropout=0.3, num_classes=5, attention_resolutions=(1,))
-    x, t, y = inputs(net)
-    net.fused, results = fused, []
+    """Also with dropout, whose masks are drawn again. But where sums are made later a whole block in half precision
+    rounds its input's gradient once more."""
+    net, results = network(**OPTIONS, fused=fused), []
     for net.recompute in ("none", recompute):
-        state = ops.NoiseState.at(5, 0)
-        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
-            out = net(x, t, y, noise_state=state)
-        state.draw.add_(1)
-        results.append((out, *torch.autograd.grad(out.square().sum(), list(net.parameters()))))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        results.append(trained(net, dtype, ops.NoiseState.at(5, 0)))
+    if (recompute, fused, dtype) == ("block", True, torch.bfloat16):
+        net.fused = False
+        plain = trained(net, dtype, ops.NoiseState.at(5, 0))
+        hold(results[1], plain, trained(net.double(), dtype, ops.NoiseState.at(5, 0)))
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_dropout_of_torchs_generator_is_recomputed_too() -> None:
-    net, results = network(dropout=0.3), []
-    x, t, y = inputs(net)
-    for net.recompute in ("none", "norm", "block"):
+@pytest.mark.parametrize(
+    "options",
+    [dict, lambda: {"activation": F.rrelu}, lambda: {"norm": "bn"}, lambda: {"activation": nn.PReLU(), "dropout": 0.0}],
+    ids=["dropout", "random activation", "batch norm", "activation that autocast changes"],
+)
+def test_what_another_run_would_change_is_kept(options: Callable[[], dict]) -> None:
+    """Dropout of torch's generator is drawn again from its state; whatever is not known to repeat isn't repeated."""
+    results = []
+    for recompute in ("none", "norm", "block"):
+        net = network(recompute=recompute, **{"dropout": 0.3} | options())
         torch.manual_seed(3)
-        out = net(x, t, y)
-        results.append((out, *torch.autograd.grad(out.sum(), list(net.parameters()))))
+        results.append([*trained(net, torch.bfloat16), *(b.clone() for b in net.buffers())])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@contextmanager
-def counted_bytes() -> Iterator[list[int]]:
-    """What autograd keeps, every storage once."""
-    kept: dict[int, int] = {}
-    total = [0]
-
-    def pack(t: Tensor) -> Tensor:
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        yield total
-    total[0] = sum(kept.values())
+def test_a_replaced_attention_with_dropout_of_its_own() -> None:
+    results = []
+    for recompute in ("none", "norm", "block"):
+        net = network(recompute=recompute)
+        net.mid[0].attention = nn.Sequential(net.mid[0].attention, nn.Dropout(0.5))
+        torch.manual_seed(3)
+        results.append(trained(net, torch.float32))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_what_is_kept_for_the_backward(fused: bool) -> None:
-    """Inner hooks come first: what they replace isn't seen by the outer ones, so this counts what is left."""
-    net = network(channel_mults=(1, 2), num_res_blocks=2, base_channels=32)
-    net.fused, kept = fused, {}
-    x, t, _ = inputs(net)
-    state = ops.NoiseState.at(5, 0)
-    for net.recompute in ("none", "norm"):
-        with counted_bytes() as total:
-            net(x, t, noise_state=state)
-        kept[net.recompute] = total[0]
-    assert kept["norm"] < 0.75 * kept["none"]
+def test_what_is_kept_for_the_backward(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    """Of what goes into convolutions, and what comes out of them, the tensors that are alive before the backward."""
+    went_in, came_out, plain = [], [], layers.convolve3x3
+
+    def watched(x: Tensor, *rest: object) -> Tensor:
+        went_in.append(weakref.ref(x))
+        came_out.append(weakref.ref(y := plain(x, *rest)))
+        return y
+
+    monkeypatch.setattr(layers, "convolve3x3", watched)
+    alive = {}
+    for recompute in ("none", "norm", "block"):
+        net = network(num_res_blocks=2, attention_resolutions=(), fused=fused, recompute=recompute)
+        went_in.clear(), came_out.clear()
+        x, t, _ = inputs(net)
+        out = net(x, t, noise_state=ops.NoiseState.at(5, 0))
+        alive[recompute] = [sum(r() is not None for r in refs) for refs in (went_in, came_out)]
+        out.sum().backward()
+        del out
+        assert not any(r() is not None for r in came_out), "something is left after the backward"
+    blocks = sum(isinstance(m, ResidualBlock) for m in net.modules())
+    assert alive["none"][0] == 2 * blocks
+    assert alive["norm"][0] == 0 and alive["norm"][1] >= blocks
+    assert alive["block"] == [0, alive["block"][1]] and alive["block"][1] <= (blocks if fused else 0)
 
 
 @pytest.mark.parametrize("later", [False, True])
@@ -187,14 +220,14 @@ def test_recomputation_goes_on_in_double_backward(later: bool) -> None:
     assert torch.equal(*results)
 
 
-def test_a_recomputation_takes_the_backend_of_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, plain = [], recomputing.use_backend
-    monkeypatch.setattr(recomputing, "use_backend", lambda name: seen.append(name) or plain(name))
-    net = network(recompute="norm")
-    with ops.use_backend("reference"):
-        out = net(*inputs(net))
-    out.sum().backward()
-    assert set(seen) == {"reference"}
+@pytest.mark.parametrize("recompute", ["norm", "block"])
+def test_a_recomputation_takes_the_backend_of_its_forward(recompute: str) -> None:
+    results = []
+    for net in (network(), network(recompute=recompute)):
+        with ops.use_backend("reference"):
+            out = net(*inputs(net))
+        results.append(torch.autograd.grad(out.sum(), list(net.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 # A module that was hooked, parametrized, replaced or wrapped is called, not stood in for.
@@ -331,3 +364,114 @@ def test_a_block_alone() -> None:
     later = block.summed(Sum(x, later=True), block.bias(2, emb), None)
     assert later.residual is not None and later.bias is not None
     assert error(later.tensor().detach(), expected.detach()) < 1e-14 and later.residual is None and later.bias is None
+
+
+# What lives in a chain longer than a step.
+
+
+@pytest.fixture
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad(), fixed_weights():
+        yield
+
+
+@pytest.mark.parametrize("fused", [True, None])
+@pytest.mark.parametrize(("owner", "name"), PLACES, ids=[f"{owner} {name}" for owner, name in PLACES])
+def test_modules_that_are_changed_in_between_are_called(without_gradients, owner: str, name: str, fused) -> None:
+    """As guidance by hooks does, in every step."""
+    net = network(fused=fused).double().eval()
+    before = net(inputs(net)[0].double(), *inputs(net)[1:])
+    for change in (hooked, replaced):
+        change(net.get_submodule(owner), name)
+        out = net(inputs(net)[0].double(), *inputs(net)[1:])
+        assert error(out, before) > 1e-6
+        assert error(out, run(net, False)[0]) < 1e-12
+        net.fused, before = fused, out
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_weights_that_change_in_between_are_seen(without_gradients, fused) -> None:
+    """In place, and put in the place of others."""
+    net = network(fused=fused, attention_resolutions=(0, 1)).double().eval()
+    x, t, _ = inputs(net)
+    others = {name: 1.5 * p for name, p in network(attention_resolutions=(0, 1)).double().state_dict().items()}
+    net(x.double(), t)
+    swapped = torch.func.functional_call(net, others, (x.double(), t))
+    for p in net.parameters():
+        p.mul_(1.5)
+    got = net(x.double(), t)
+    assert error(swapped, run(net, False)[0]) < 1e-12 and error(got, swapped) < 1e-12
+
+
+def test_modules_that_come_and_go(without_gradients) -> None:
+    """An identity may be that of a module that is no more."""
+    x, t, _ = inputs(network())
+    for width in (16, 24, 16, 24):
+        net = network(base_channels=width).eval()
+        out = net(x, t)
+        net.fused = False
+        assert error(out, net(x, t)) < 1e-4
+        del net
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_a_block_in_two_places(without_gradients, fused) -> None:
+    net = network(num_res_blocks=3, fused=fused).double().eval()
+    net.downs[1] = net.downs[2] = net.downs[0]
+    net.ups[2] = net.ups[1]
+    first, second = run(net, fused)[0], run(net, fused)[0]
+    plain = run(net, False)[0]
+    assert error(first, plain) < 1e-12 and error(second, plain) < 1e-12
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_nothing_that_someone_else_holds_is_overwritten(without_gradients, fused) -> None:
+    held: list[Tensor] = []
+    net = network(fused=fused).eval()
+    net.mid[0].attention.to_out.register_forward_hook(lambda module, args, out: held.extend([out, out.clone()]))
+    run(net, fused)
+    assert torch.equal(*held)
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_no_images(without_gradients, fused) -> None:
+    net = network(fused=fused).eval()
+    x, t, _ = inputs(net)
+    assert net(x[:0], t[:0]).shape == (0, 3, 8, 12)
+
+
+def test_float64_under_autocast(without_gradients) -> None:
+    """Which autocast leaves alone."""
+    net = network().double().eval()
+    x, t, _ = inputs(net)
+    with torch.autocast("cpu", torch.bfloat16):
+        for net.fused in (True, None):
+            out = net(x.double(), t)
+            assert out.dtype is torch.float64 and error(out, run(net, False)[0]) < 1e-12
+
+
+def test_forward_mode_gradients() -> None:
+    """Of phases, and of what is prepared, neither of which knows them."""
+    layer = Upsample(128)
+    x = torch.randn(4, 128, 16, 16).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), fixed_weights(), forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+    conv = layer.upsample[1]
+    assert torch.allclose(tangent, F.conv2d(torch.ones(4, 128, 32, 32), conv.weight, None, padding=1), atol=1e-4)
+
+
+def test_one_weight_under_vmap() -> None:
+    net = network().eval()
+    x, t, _ = inputs(net)
+    name = next(n for n, _ in net.named_parameters() if "residual_connection.weight" in n)
+    weights = torch.stack([net.get_parameter(name), 2 * net.get_parameter(name)]).detach()
+    with torch.no_grad():
+        call = lambda w: torch.func.functional_call(net, {name: w}, (x, t))  # noqa: E731
+        both = torch.func.vmap(call)(weights)
+        assert torch.allclose(both[1], call(weights[1]), atol=1e-4)
+
+
+def test_networks_of_older_pickles() -> None:
+    net = network()
+    del net.__dict__["fused"], net.__dict__["recompute"]
+    assert net(*inputs(net)).shape == (N, 3, 8, 12)

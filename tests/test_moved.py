@@ -37,7 +37,7 @@ def test_what_would_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stray pass over an activation is seen."""
     net, chain = NETWORKS["sums made later"]
     before, plus = moved.bytes_of_an_image(net, chain), Sum.plus
-    monkeypatch.setattr(Sum, "plus", lambda a, b: plus(Sum(a.x + 1, a.bias, a.residual, True, a.of), b))
+    monkeypatch.setattr(Sum, "plus", lambda a, b: plus(Sum(a.x + 1, a.bias, a.residual, True, True), b))
     assert moved.bytes_of_an_image(net, chain).total() > 1.02 * before.total()
     assert moved.step(net, moved.SEVERAL, chain).passes()["add.Tensor"] > 5
 

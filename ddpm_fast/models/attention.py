@@ -1,6 +1,6 @@
 """Self-attention over the pixels."""
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ..ops import _checks as checks
 from .inputs import check_input
 from .norms import get_norm
-from .sums import Sum
-from .weights import Prepared, are_fixed, computed_in, convolve, is_pointwise, made, once
+from .sums import Sum, added
+from .weights import Prepared, are_fixed, computed_in, convolve, is_pointwise, made
 
 # Where products are faster on CPUs than the fused kernel (docs/performance.md): bf16, and from so many tokens on.
 TOKENS, MOST_SCORES = 32, 1 << 26
@@ -33,35 +33,34 @@ class AttentionBlock(nn.Module):
     def summed(self, x: Sum) -> Sum:
         """As forward, of and to a sum that need not be made yet."""
         h = x.normed(self.norm, None)
-        folded = self._folded(h) if are_fixed() else None
+        folded = self._folded(h)
         if folded is not None:
             keys = _tokens(h)
             out = _image(attend(_tokens(folded.to_query(h)), keys, keys), h)
             if not x.later:
-                return Sum(folded.to_out(out)).plus(x)
-            bias = once((id(self), "bias"), lambda: folded.bias if x.bias is None else x.bias + folded.bias)
-            return x.with_products([out], [cast(Tensor, folded.to_out.matrix)], bias, id(self))
+                return Sum(folded.to_out(out), own=True).plus(x)
+            if x.own:
+                return x.with_products([out], [folded.to_out.matrix], added(x.bias, folded.bias))
+            return Sum(folded.to_out(out, False), folded.bias, later=True).plus(x)
         if x.later and is_pointwise(self.to_qkv):  # a product adds its bias while it writes, unlike a convolution
             qkv = F.linear(h.permute(0, 2, 3, 1), self.to_qkv.weight.flatten(1), self.to_qkv.bias).flatten(1, 2)
         else:
             qkv = _tokens(convolve(h, self.to_qkv))
         out = _image(attend(*qkv.chunk(3, dim=-1)), h)
-        if x.later and not torch.is_grad_enabled():  # else the norm keeps what x.x holds
+        if x.later and x.own and not torch.is_grad_enabled():  # else the norm keeps what x.x holds
             return x.through(self.to_out, Sum(out))
         return x.convolved(out, self.to_out).plus(x)
 
     def _folded(self, h: Tensor) -> "Folded | None":
         """What was made of the weights for inputs like h; None where a module was replaced or hooked."""
-        if not h.is_contiguous(memory_format=torch.channels_last):
+        qkv, out = self.to_qkv, self.to_out
+        if not are_fixed() or not h.is_contiguous(memory_format=torch.channels_last):
             return None
-
-        def make() -> "Folded | None":
-            if not is_pointwise(self.to_qkv) or not is_pointwise(self.to_out):
-                return None
-            return Folded.of(self.to_qkv, self.to_out, kind)
-
+        if not is_pointwise(qkv) or not is_pointwise(out):
+            return None
         kind = computed_in(h)
-        return made((id(self), kind), make)
+        of = qkv.weight, qkv.bias, out.weight, out.bias
+        return made(("folded", kind), of, lambda: Folded.of(qkv, out, kind))
 
 
 class Folded(NamedTuple):
@@ -83,12 +82,12 @@ class Folded(NamedTuple):
         zeros = wq.new_zeros(3 * wq.shape[0])
         bq, _, bv = (zeros if to_qkv.bias is None else to_qkv.bias.double()).chunk(3)
         bias = wo @ bv + (0 if to_out.bias is None else to_out.bias.double())
-        query, out = wk.t() @ wq, wo @ wv
-        wide = torch.promote_types(to_out.weight.dtype, torch.float32)
+        kept = torch.promote_types(kind, torch.float32)
+        query, out = (wk.t() @ wq).to(kept), (wo @ wv).to(kept)
         return cls(
             Prepared(query[:, :, None, None], wk.t() @ bq, kind),
             Prepared(out[:, :, None, None], bias, kind),
-            bias.to(wide),
+            bias.to(torch.promote_types(to_out.weight.dtype, torch.float32)),
         )
 
 

@@ -13,7 +13,7 @@ from ..ops import _checks as checks
 from .attention import AttentionBlock
 from .fusing import TakesNoiseState, is_conv3x3, is_plain, is_untouched
 from .inputs import check_input, check_labels
-from .norms import Activation, checked_activation, get_norm, norm_act, reads_sums
+from .norms import Activation, checked_activation, get_norm, is_known, norm_act, reads_sums
 from .recomputing import frozen, frozen_state, kept, whole
 from .sums import Sum
 from .upsampling import in_phases, phases_pay
@@ -197,13 +197,14 @@ class ResidualBlock(TakesNoiseState):
             return partial(norm_act, norm_2, activation, raw, add=add, dropout=frozen(dropout))
 
         h_1 = x.normed(norm_1, activation, skip)
+        keep = keep or not is_known(activation)
         with kept(h_1, keep or not reads_sums(norm_1), first):
             raw = convolve3x3(h_1, self.conv_1, False)
         add = self._with_class(bias, raw.shape[0], y)
         dropout = Dropout(drop.p, noise_state, self.dropout_stream) if drop.training and drop.p > 0 else None
         h_2 = norm_act(norm_2, activation, raw, add=add, dropout=dropout)
-        again = reads_sums(norm_2) and not (dropout and dropout.state is None)
-        with kept(h_2, keep or not again, second):
+        drawn = dropout is not None and dropout.state is None
+        with kept(h_2, keep or drawn or not reads_sums(norm_2), second):
             out = x.convolved(h_2, conv_2, convolve3x3)
         if type(self.residual_connection) is nn.Identity and is_plain(self.residual_connection):
             out = out.plus(x if skip is None else x.joined(skip))
@@ -218,17 +219,28 @@ class ResidualBlock(TakesNoiseState):
     def recomputed(
         self, x: Sum, bias: Tensor, y: Tensor | None, noise_state: NoiseState | None = None, skip: Sum | None = None
     ) -> Sum:
-        """As `summed`, keeping for the backward nothing but what goes in."""
+        """As `summed`, keeping for the backward nothing but what goes in, if all inside is the same in another run."""
+        if not self._repeats():
+            return self.summed(x, bias, y, noise_state, skip)
+        x.settle()
         given, other, state = x.as_it_is(), skip and skip.as_it_is(), frozen_state(noise_state)
 
-        def run() -> tuple[Sum, Sum]:
-            read = given.as_it_is()
-            return self.summed(read, bias, y, state, other and other.as_it_is()), read
+        def run() -> Sum:
+            return self.summed(given.as_it_is(), bias, y, state, other and other.as_it_is())
 
         drop = cast(nn.Dropout, self.conv_2[0])
-        out, read = whole(run, draws=drop.training and drop.p > 0 and state is None)
-        x.x, x.bias, x.residual = read.x, read.bias, read.residual
-        return out
+        return whole(run, x.x, draws=drop.training and drop.p > 0 and state is None)
+
+    def _repeats(self) -> bool:
+        """Whether nothing but the block's own dropout is known to differ from run to run, or to count runs."""
+        norms, others = [self.norm_1, self.norm_2], cast(list[nn.Module], [self.residual_connection])
+        if type(self.attention) is AttentionBlock and is_untouched(self.attention):
+            norms.append(self.attention.norm)
+            others += [self.attention.to_qkv, self.attention.to_out]
+        else:
+            others.append(self.attention)
+        known = all(type(m) in (nn.Identity, nn.Conv2d) for m in others) and is_plain(*others)
+        return known and is_known(self.activation) and all(reads_sums(n) or type(n) is nn.Identity for n in norms)
 
     def bias(self, num_images: int, time_emb: Tensor | None) -> Tensor:
         """The bias for `summed`, of a time embedding [N, time_emb_dim]: [N, out_channels], or [out_channels]."""

@@ -54,6 +54,11 @@ def reads_sums(norm: nn.Module) -> bool:
     return _groups(norm) > 0
 
 
+def is_known(activation: Activation) -> bool:
+    """Whether it runs inside the norm, and so is the same whenever it runs again."""
+    return any(f is activation for f, _ in _FUSED)
+
+
 def _groups(norm: nn.Module) -> int:
     """How many groups an op would take in this norm's place; 0 where none can."""
     if type(norm) is nn.InstanceNorm2d and not norm.track_running_stats:

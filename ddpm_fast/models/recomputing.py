@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ops import Dropout, NoiseState, use_backend
 from ..ops._dispatch import forced
+
+T = TypeVar("T")
 
 RECOMPUTE = ("none", "norm", "block")
 
@@ -22,27 +24,41 @@ def kept(y: Tensor, keep: bool, prepare: Callable[[], Callable[[], Tensor]]) -> 
 @contextmanager
 def recomputed(y: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
     """In here whoever keeps y for its backward keeps `make` instead, which returns y from what is kept anyway."""
-    place, shape, backend = y.data_ptr(), y.shape, forced()  # not y itself
+    place, shape = y.data_ptr(), y.shape  # not y itself
+    again = in_its_backend(make)
 
     def pack(saved: Tensor) -> Any:
-        same = saved.data_ptr() == place and saved.shape == shape
-        return again if same else saved
-
-    def again() -> Tensor:
-        # In the backward: on a GPU that is another thread, which knows nothing of a forced backend.
-        with torch.no_grad(), nullcontext() if backend is None else use_backend(backend):
-            return make()
+        return again if saved.data_ptr() == place and saved.shape == shape else saved
 
     def unpack(kept: Any) -> Tensor:
-        return cast(Tensor, kept() if callable(kept) else kept)
+        if not callable(kept):
+            return cast(Tensor, kept)
+        with torch.no_grad():
+            return again()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
 
 
-def whole(run: Callable[[], Any], draws: bool) -> Any:
-    """run(), nothing of which is kept but its arguments; `draws` from torch's generator, whose state then is."""
-    return checkpoint(run, use_reentrant=False, preserve_rng_state=draws)
+def whole(run: Callable[[], T], like: Tensor, draws: bool) -> T:
+    """run(), nothing of which is kept but its arguments.
+
+    Args:
+        like: a tensor of the device whose generator's state is kept, too, if it `draws` from torch's.
+    """
+    again = in_its_backend(run)
+    return cast(T, checkpoint(lambda like: again(), like, use_reentrant=False, preserve_rng_state=draws))
+
+
+def in_its_backend(run: Callable[[], T]) -> Callable[[], T]:
+    """`run` on the backend that is forced now: on a GPU the backward is another thread, and knows nothing of it."""
+    backend = forced()
+
+    def again() -> T:
+        with nullcontext() if backend is None else use_backend(backend):
+            return run()
+
+    return again
 
 
 def frozen(dropout: Dropout | None) -> Dropout | None:

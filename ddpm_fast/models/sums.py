@@ -6,7 +6,7 @@ tensors on the way, while biases, [C] numbers, are only ever added to each other
 no concatenation. On a CPU a convolution adds its bias while it writes, and nothing is left for later.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import cast
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..ops.residual_sum import OP as RESIDUAL_SUM
 from .norms import Activation, norm_act, reads_sums
-from .weights import computed_in, convolve, is_convolution, is_pointwise, once
+from .weights import computed_in, convolve, is_convolution, is_pointwise, once, transformed
 
 
 class Sum:
@@ -26,10 +26,10 @@ class Sum:
         bias: [C], or None.
         residual: like x, or None. The first norm that reads the sum puts x + residual in x's place.
         later: whether its terms, and those of what follows, are left to their reader.
-        of: under what is kept what is made of its bias: whose result x is.
+        own: whether nobody else can hold x, so that something may be added in its memory.
     """
 
-    __slots__ = "bias", "later", "of", "residual", "x"
+    __slots__ = "bias", "later", "own", "residual", "x"
 
     def __init__(
         self,
@@ -37,15 +37,16 @@ class Sum:
         bias: Tensor | None = None,
         residual: Tensor | None = None,
         later: bool = False,
-        of: Hashable = None,
+        own: bool = False,
     ):
-        self.x, self.bias, self.residual, self.later, self.of = x, bias, residual, later, of
+        self.x, self.bias, self.residual, self.later, self.own = x, bias, residual, later, own
 
     def tensor(self) -> Tensor:
         """All of it, for whoever pads it with zeros, or may do anything with it."""
         if self.residual is not None or self.bias is not None:
             self.x = cast(Tensor, RESIDUAL_SUM.unchecked(self.x, self.residual, self.bias))
         self.bias = self.residual = None
+        self.own = False
         return self.x
 
     def joined(self, skip: "Sum") -> "Sum":
@@ -57,34 +58,45 @@ class Sum:
         return copy(self)
 
     def normed(self, norm: nn.Module, activation: Activation | None, skip: "Sum | None" = None) -> Tensor:
-        """activation(norm(this)), with a skip as if concatenated."""
+        """activation(norm(this)); where sums are made later, with a skip as if concatenated."""
         if not self.later:
-            return norm_act(norm, activation, self.x)
+            return cast(Tensor, norm_act(norm, activation, self.x))
         if not reads_sums(norm):
-            return norm_act(norm, activation, (self if skip is None else self.joined(skip)).tensor())
+            return cast(Tensor, norm_act(norm, activation, (self if skip is None else self.joined(skip)).tensor()))
         if skip is None:
             x2, add = None, self.bias
         else:
-            x2, add = skip.x, once((id(norm), "add"), lambda: _side_by_side(self, skip))
+            x2, add = skip.settled(), _side_by_side(self, skip)
         y = norm_act(norm, activation, self.x, add=add, x2=x2, residual=self.residual)
         if self.residual is None:
-            return y
+            return cast(Tensor, y)
         y, self.x = y
-        self.residual = None
-        return y
+        self.residual, self.own = None, True
+        return cast(Tensor, y)
+
+    def settle(self) -> None:
+        """Put x + residual in x's place."""
+        if self.residual is not None:
+            self.x, self.residual = cast(Tensor, RESIDUAL_SUM.unchecked(self.x, self.residual, None)), None
+
+    def settled(self) -> Tensor:
+        """x, to which no more than the bias is to be added."""
+        self.settle()
+        return self.x
 
     def convolved(self, x: Tensor, conv: nn.Module, run: Callable[..., Tensor] = convolve) -> "Sum":
         """conv(x) as `run` does it, its bias left for later if this sum's is."""
-        if not self.later or not is_convolution(conv):
+        if not is_convolution(conv):
             return Sum(run(x, conv), later=self.later)
-        return Sum(run(x, conv, False), _wide(cast(nn.Conv2d, conv).bias), later=True, of=id(conv))
+        if not self.later:
+            return Sum(run(x, conv), own=True)
+        return Sum(run(x, conv, False), _wide(cast(nn.Conv2d, conv).bias), later=True, own=True)
 
     def plus(self, other: "Sum") -> "Sum":
         """Both, where nothing but a bias is to be added to the other."""
         if self.later:
-            bias = once((self.of, other.of, "plus"), lambda: _added(self.bias, other.bias))
-            return Sum(self.x, bias, other.x, True, self.of)
-        if torch.is_grad_enabled() or self.x.dtype is not other.x.dtype:
+            return Sum(self.x, added(self.bias, other.bias), other.settled(), True)
+        if not self.own or torch.is_grad_enabled() or self.x.dtype is not other.x.dtype or transformed():
             return Sum(self.x + other.x)
         return Sum(self.x.add_(other.x))
 
@@ -92,40 +104,48 @@ class Sum:
         """This and a 1x1 convolution of x, with a skip as if concatenated, after a norm has read both."""
         if not self.later:
             return self.plus(Sum(convolve(x.x, conv)))
-        if not is_pointwise(conv):
+        if not self.own or not is_pointwise(conv):
             h = (x if skip is None else x.joined(skip)).tensor()
             return self.plus(Sum(cast(Tensor, conv(h)), later=True))
         c, sums = cast(nn.Conv2d, conv), [x] if skip is None else [x, skip]
-        parts = once((id(c), computed_in(c.weight), "parts"), lambda: _parts(c, sums))
-        bias = once((id(c), "bias"), lambda: _added(self.bias, _bias_through(c, sums)))
-        return self.with_products([s.x for s in sums], parts, bias, id(c))
+        images = [s.settled() for s in sums]
+        channels = [i.shape[1] for i in images]
+        kind = computed_in(c.weight)
+        parts = once(("parts", kind, *channels), [c.weight], lambda: c.weight.flatten(1).to(kind).split(channels, 1))
+        return self.with_products(images, parts, added(self.bias, _bias_through(c, sums)))
 
-    def with_products(
-        self, images: Sequence[Tensor], parts: Sequence[Tensor], bias: Tensor | None, of: Hashable
-    ) -> "Sum":
+    def with_products(self, images: Sequence[Tensor], parts: Sequence[Tensor], bias: Tensor | None) -> "Sum":
         """x + the images times matrices [C, channels of the image], in x's own memory: a product adds in passing."""
         rows = _rows(self.x)
         for image, part in zip(images, parts, strict=True):
             rows.addmm_(_rows(image).to(rows.dtype), part.t())
-        n, _, height, width = self.x.shape
-        return Sum(rows.view(n, height, width, -1).permute(0, 3, 1, 2), bias, later=True, of=of)
+        n, channels, height, width = self.x.shape
+        return Sum(rows.view(n, height, width, channels).permute(0, 3, 1, 2), bias, later=True, own=True)
+
+
+def added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a + b of biases, either of which may be missing."""
+    return b if a is None else a if b is None else once("sum", (a, b), lambda: a + b)
 
 
 def _wide(bias: Tensor | None) -> Tensor | None:
     """In float32 at least: where there is little to add, there is no need to round."""
-    return None if bias is None else bias.to(torch.promote_types(bias.dtype, torch.float32))
-
-
-def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
+    return (
+        None if bias is None else once("wide", [bias], lambda: bias.to(torch.promote_types(bias.dtype, torch.float32)))
+    )
 
 
 def _side_by_side(*sums: Sum) -> Tensor | None:
     """The biases of all channels."""
-    if all(s.bias is None for s in sums):
+    biases, channels = [s.bias for s in sums], [s.x.shape[1] for s in sums]
+    like = next((b for b in biases if b is not None), None)
+    if like is None:
         return None
-    like = next(s.bias for s in sums if s.bias is not None)
-    return torch.cat([like.new_zeros(s.x.shape[1]) if s.bias is None else s.bias for s in sums])
+    return once(
+        ("side by side", *channels),
+        biases,
+        lambda: torch.cat([like.new_zeros(c) if b is None else b for b, c in zip(biases, channels, strict=True)]),
+    )
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -133,14 +153,10 @@ def _rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-def _parts(conv: nn.Conv2d, sums: list[Sum]) -> tuple[Tensor, ...]:
-    """The weight's columns of each sum's channels, [O, C] each."""
-    return conv.weight.flatten(1).to(computed_in(conv.weight)).split([s.x.shape[1] for s in sums], 1)
-
-
 def _bias_through(conv: nn.Conv2d, sums: list[Sum]) -> Tensor | None:
     """What becomes of the biases; not as a matrix product, which autocast would round."""
     add = _side_by_side(*sums)
     if add is None:
         return _wide(conv.bias)
-    return _added(_wide(conv.bias), (conv.weight.flatten(1).to(add.dtype) * add).sum(1))
+    through = once("through", (conv.weight, add), lambda: (conv.weight.flatten(1).to(add.dtype) * add).sum(1))
+    return added(_wide(conv.bias), through)

@@ -52,6 +52,9 @@ class UNet(TakesNoiseState):
         ValueError, TypeError: an argument is out of range or of the wrong type.
     """
 
+    recompute = "none"
+    fused: bool | None = None
+
     def __init__(
         self,
         img_channels: int,

@@ -60,7 +60,7 @@ def in_phases(x: Tensor, conv: nn.Conv2d, with_bias: bool = True) -> Tensor:
         return Prepared(weight, None if conv.bias is None else conv.bias.repeat(4), kind, padding=(1, 1))
 
     if are_fixed():
-        out = made((id(conv), kind, "phases"), prepare)(x, with_bias)
+        out = made(("phases", kind), (conv.weight, conv.bias), prepare)(x, with_bias)
     else:
         bias = conv.bias.repeat(4) if with_bias and conv.bias is not None else None
         out = F.conv2d(x, phase_weights(conv.weight), bias, padding=1)

@@ -1,17 +1,19 @@
 """What follows from weights alone, made once where they stay as they are: for the steps of a chain.
 
 A convolution's weight in the layout and dtype in which it is multiplied, which a library else makes in each call, and
-other weights that stand for several (phases of upsampling, products of attention's).
+other weights that stand for several (phases of upsampling, products of attention's, sums of biases).
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar, cast
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import _C, Tensor, nn
+from torch.autograd import forward_ad
 
 from ..ops._dispatch import forced
 from ..ops.conv3x3 import OP as CONV3X3
@@ -19,8 +21,17 @@ from .fusing import is_plain
 
 T = TypeVar("T")
 
-_MADE: ContextVar[dict[Hashable, Any] | None] = ContextVar("ddpm_fast_made_of_weights", default=None)
-_PLAIN: dict[Hashable, Any] = {}  # in its place on the plain path; stays empty
+
+class _Entry(NamedTuple):
+    of: Sequence[Tensor | None]  # held, so that no other tensor takes its identity
+    versions: list[int]
+    value: Any
+
+
+Table = dict[Hashable, _Entry]
+
+_MADE: ContextVar[Table | None] = ContextVar("ddpm_fast_made_of_weights", default=None)
+_PLAIN: Table = {}  # in its place on the plain path; stays empty
 
 # From how many products on a float32 convolution gains from what oneDNN has packed (docs/performance.md): of a single
 # image, whose plain path is another one, and of 1x1, which then are better a matrix product.
@@ -28,9 +39,10 @@ PRODUCTS_OF_ONE, PRODUCTS_OF_1X1 = 1 << 20, 1 << 21
 
 
 @contextmanager
-def fixed_weights() -> Iterator[dict[Hashable, Any]]:
-    """In here no weight changes: what follows from weights alone is made once, and is in this table."""
-    table: dict[Hashable, Any] = {}
+def fixed_weights() -> Iterator[Table]:
+    """In here weights stay as they are: what follows from them alone is made once, and is in this table. What changed
+    nevertheless, as torch counts changes, is made anew."""
+    table: Table = {}
     token = _MADE.set(table)
     try:
         yield table
@@ -48,6 +60,11 @@ def plain_path() -> Iterator[None]:
         _MADE.reset(token)
 
 
+def transformed() -> bool:
+    """Whether transforms of torch.func or forward-mode gradients are under way, which know torch's own functions."""
+    return _C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
 def are_fixed() -> bool:
     """Whether something can be made of weights here: in `fixed_weights`, and without gradients."""
     if torch.compiler.is_compiling():  # compilers know no ContextVar
@@ -55,33 +72,36 @@ def are_fixed() -> bool:
     table = _MADE.get()
     if table is None or table is _PLAIN or torch.is_grad_enabled():
         return False
-    return _C._functorch.maybe_current_level() is None
+    return not transformed()
 
 
 def are_trained() -> bool:
     """Whether weights change from step to step here, and gradients are those of `backward`."""
     if torch.compiler.is_compiling() or _MADE.get() is _PLAIN:  # in this order
         return False
-    return torch.is_grad_enabled() and _C._functorch.maybe_current_level() is None
+    return torch.is_grad_enabled() and not transformed()
 
 
-def made(key: Hashable, make: Callable[[], T]) -> T:
-    """What `make` returns, made once; `are_fixed`."""
-    table = cast(dict[Hashable, Any], _MADE.get())
-    if key not in table:
-        table[key] = make()
-    return cast(T, table[key])
+def made(what: Hashable, of: Sequence[Tensor | None], make: Callable[[], T]) -> T:
+    """What `make` makes of these tensors, made once; only if `are_fixed`."""
+    table = cast(Table, _MADE.get())
+    key = (what, *map(id, of))
+    entry = table.get(key)
+    versions = [t._version for t in of if t is not None and not t.is_inference()]
+    if entry is None or entry.versions != versions:
+        entry = table[key] = _Entry(of, versions, make())
+    return cast(T, entry.value)
 
 
-def once(key: Hashable, make: Callable[[], T]) -> T:
-    """What `make` returns, made once if `are_fixed`."""
-    return made(key, make) if are_fixed() else make()
+def once(what: Hashable, of: Sequence[Tensor | None], make: Callable[[], T]) -> T:
+    """What `make` makes of these tensors, made once if `are_fixed`."""
+    return made(what, of, make) if are_fixed() else make()
 
 
 def computed_in(x: Tensor) -> torch.dtype:
     """The dtype in which a layer computes to which x is given, or whose weight it is."""
     kind = "cpu" if x.is_cpu else x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
+    if kind == "meta" or x.dtype is torch.float64 or not torch.is_autocast_enabled(kind):
         return x.dtype
     return torch.get_autocast_dtype(kind)
 
@@ -103,20 +123,29 @@ class Prepared:
         stride: tuple[int, int] = (1, 1),
         padding: tuple[int, int] = (0, 0),
     ):
-        # For a single small image torch takes a way on CPUs that wants contiguous weights.
-        layout = torch.contiguous_format if weight.is_cpu else torch.channels_last
-        self.weight = weight.detach().to(dtype, memory_format=layout)
+        self._given = weight.detach()
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.dtype, self.stride, self.padding = dtype, stride, padding
         self.pointwise = weight.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0)
-        self.matrix = self.weight.flatten(1) if self.pointwise else None  # [O, I]
         packable = weight.is_cpu and dtype in (torch.float32, torch.bfloat16)
         self.packs = packable and forced() in (None, "native") and torch.backends.mkldnn.is_available()
         self._packed: Tensor | None = None
         self._ways: dict[torch.Size, Callable[[Tensor, Tensor | None], Tensor]] = {}  # by x's shape
 
+    @cached_property
+    def weight(self) -> Tensor:
+        """As it is multiplied where it isn't packed."""
+        # For a single small image torch takes a way on CPUs that wants contiguous weights.
+        layout = torch.contiguous_format if self._given.is_cpu else torch.channels_last
+        return self._given.to(self.dtype, memory_format=layout)
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """[O, I] of a 1x1 convolution."""
+        return self.weight.flatten(1)
+
     def __call__(self, x: Tensor, with_bias: bool = True) -> Tensor:
-        """x [N, I, H, W], best in channels_last -> [N, O, ...]."""
+        """x [N, I, H, W] in channels_last -> [N, O, ...] likewise."""
         if x.dtype is not self.dtype:
             x = x.to(self.dtype)
         way = self._ways.get(x.shape)
@@ -126,7 +155,7 @@ class Prepared:
 
     def _way(self, x: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
         n, _, height, width = x.shape
-        products = n * height * width * self.weight.numel() // (self.stride[0] * self.stride[1])
+        products = n * height * width * self._given.numel() // (self.stride[0] * self.stride[1])
         few = products < (PRODUCTS_OF_1X1 if self.pointwise else PRODUCTS_OF_ONE)
         small = x.is_cpu and self.dtype is torch.float32 and few
         if self.packs and not (small and (self.pointwise or n == 1)):
@@ -134,15 +163,16 @@ class Prepared:
         return self._multiplying if self.pointwise and (not x.is_cpu or small and n > 1) else self._plain
 
     def _plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, self.weight, bias, self.stride, self.padding)
+        y = F.conv2d(x, self.weight, bias, self.stride, self.padding)
+        return y.contiguous(memory_format=torch.channels_last)
 
     def _multiplying(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x.permute(0, 2, 3, 1), cast(Tensor, self.matrix), bias).permute(0, 3, 1, 2)
+        return F.linear(x.permute(0, 2, 3, 1), self.matrix, bias).permute(0, 3, 1, 2)
 
     def _packing(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self._packed is None:
             pack: Any = _C._nn.mkldnn_reorder_conv2d_weight
-            self._packed = pack(self.weight.to_mkldnn(), self.padding, self.stride, (1, 1), 1, x.shape)
+            self._packed = pack(self._given.to_mkldnn(self.dtype), self.padding, self.stride, (1, 1), 1, x.shape)
         # What torch's own compiler calls where weights are frozen.
         y: Tensor = torch.ops.mkldnn._convolution_pointwise.default(
             x, self._packed, bias, self.padding, self.stride, (1, 1), 1, "none", (), ""
@@ -171,18 +201,21 @@ def is_pointwise(conv: nn.Module) -> bool:
 
 
 def prepared(conv: nn.Module, x: Tensor) -> Prepared | None:
-    """What was made of this module's weight for inputs like x, if anything was."""
-    if not are_fixed() or x.is_cpu and not x.is_contiguous(memory_format=torch.channels_last):
+    """What was made of this module's weight for inputs like x, if it is plain and anything was made."""
+    if not are_fixed() or not _takes(x) or not is_convolution(conv):
         return None
+    weight, bias = (cast(Tensor, conv._parameters[name]) for name in ("weight", "bias"))
+    stride, padding = cast(tuple[tuple[int, int], tuple[int, int]], (conv.stride, conv.padding))
     kind = computed_in(x)
-    return made((id(conv), kind), lambda: _prepared(conv, kind))
+    return made((kind, stride, padding), (weight, bias), lambda: Prepared(weight, bias, kind, stride, padding))
 
 
-def _prepared(conv: nn.Module, kind: torch.dtype) -> Prepared | None:
-    if not is_convolution(conv):
-        return None
-    c = cast(nn.Conv2d, conv)
-    return Prepared(c.weight, c.bias, kind, cast(tuple[int, int], c.stride), cast(tuple[int, int], c.padding))
+def _takes(x: Tensor) -> bool:
+    """Whether what is prepared takes x; a dispatch mode wants to see torch's own operators."""
+    if not x.is_cpu:
+        return True
+    seen = _C._len_torch_dispatch_stack() and forced() in (None, "native")
+    return not seen and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def convolve(x: Tensor, conv: nn.Module, with_bias: bool = True) -> Tensor:
