@@ -12,8 +12,9 @@ from .norms import get_norm
 from .sums import Sum, added
 from .weights import Prepared, are_fixed, computed_in, convolve, is_pointwise, made
 
-# Where products are faster on CPUs than the fused kernel (docs/performance.md): bf16, and from so many tokens on.
-TOKENS, MOST_SCORES = 32, 1 << 26
+# Where products are faster on CPUs than the fused kernel (docs/performance.md): in bf16 from so many tokens on, in
+# float32 up to so many, of several images; and not beyond so many scores, which are memory.
+LEAST_TOKENS, MOST_TOKENS, IMAGES, MOST_SCORES = 32, 64, 4, 1 << 26
 
 
 class AttentionBlock(nn.Module):
@@ -93,13 +94,18 @@ class Folded(NamedTuple):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T C^-0.5) v for [N, H W, C] each."""
-    n, tokens, channels = q.shape
-    products = q.is_cpu and q.dtype is torch.bfloat16 and tokens >= TOKENS and n * tokens * tokens <= MOST_SCORES
-    if products and not torch.compiler.is_compiling():
-        scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=channels**-0.5)
+    if q.is_cpu and not torch.compiler.is_compiling() and _products_pay(q):
+        scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=q.shape[2] ** -0.5)
         return torch.bmm(scores.softmax(dim=-1), v)
     # One head, [N, 1, H W, C] with dense rows: other forms miss the fused kernels.
     return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+
+
+def _products_pay(q: Tensor) -> bool:
+    n, tokens, _ = q.shape
+    if n * tokens * tokens > MOST_SCORES:
+        return False
+    return tokens >= LEAST_TOKENS if q.dtype is torch.bfloat16 else n >= IMAGES and tokens <= MOST_TOKENS
 
 
 def _tokens(x: Tensor) -> Tensor:

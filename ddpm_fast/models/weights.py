@@ -33,9 +33,9 @@ Table = dict[Hashable, _Entry]
 _MADE: ContextVar[Table | None] = ContextVar("ddpm_fast_made_of_weights", default=None)
 _PLAIN: Table = {}  # in its place on the plain path; stays empty
 
-# From how many products on a float32 convolution gains from what oneDNN has packed (docs/performance.md): of a single
-# image, whose plain path is another one, and of 1x1, which then are better a matrix product.
-PRODUCTS_OF_ONE, PRODUCTS_OF_1X1 = 1 << 20, 1 << 21
+# From how many products on a float32 convolution on a CPU gains from what oneDNN has packed (docs/performance.md): of a
+# single image, whose plain path is another one, or a 1x1, which else is better a matrix product.
+PRODUCTS = 1 << 21
 
 
 @contextmanager
@@ -135,9 +135,7 @@ class Prepared:
     @cached_property
     def weight(self) -> Tensor:
         """As it is multiplied where it isn't packed."""
-        # For a single small image torch takes a way on CPUs that wants contiguous weights.
-        layout = torch.contiguous_format if self._given.is_cpu else torch.channels_last
-        return self._given.to(self.dtype, memory_format=layout)
+        return self._given.to(self.dtype, memory_format=torch.channels_last)
 
     @cached_property
     def matrix(self) -> Tensor:
@@ -156,8 +154,7 @@ class Prepared:
     def _way(self, x: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
         n, _, height, width = x.shape
         products = n * height * width * self._given.numel() // (self.stride[0] * self.stride[1])
-        few = products < (PRODUCTS_OF_1X1 if self.pointwise else PRODUCTS_OF_ONE)
-        small = x.is_cpu and self.dtype is torch.float32 and few
+        small = x.is_cpu and self.dtype is torch.float32 and products < PRODUCTS
         if self.packs and not (small and (self.pointwise or n == 1)):
             return self._packing
         return self._multiplying if self.pointwise and (not x.is_cpu or small and n > 1) else self._plain
@@ -204,7 +201,7 @@ def prepared(conv: nn.Module, x: Tensor) -> Prepared | None:
     """What was made of this module's weight for inputs like x, if it is plain and anything was made."""
     if not are_fixed() or not _takes(x) or not is_convolution(conv):
         return None
-    weight, bias = (cast(Tensor, conv._parameters[name]) for name in ("weight", "bias"))
+    weight, bias = cast(Tensor, conv._parameters["weight"]), conv._parameters["bias"]
     stride, padding = cast(tuple[tuple[int, int], tuple[int, int]], (conv.stride, conv.padding))
     kind = computed_in(x)
     return made((kind, stride, padding), (weight, bias), lambda: Prepared(weight, bias, kind, stride, padding))
