@@ -20,7 +20,7 @@ from .weights import Prepared, are_fixed, are_trained, computed_in, made
 
 # Where it is faster on CPUs (docs/performance.md): channels, pixels of an image, and of the batch, in chains and in
 # training, where the weights are made in every step.
-CHANNELS, PIXELS, ALL_PIXELS, ALL_IN_TRAINING = 128, 64, 256, 1024
+CHANNELS, PIXELS, ALL_PIXELS, ALL_IN_TRAINING = 128, 64, 256, 4096
 
 
 def phase_weights(weight: Tensor) -> Tensor:
