@@ -36,6 +36,8 @@ def parser(description: str, unit: str) -> Parser:
     p.add_argument("--json", type=output_file, metavar="FILE", help="also write the header and the rows there")
     p.add_argument("--quick", action="store_true", help="one small batch, few runs, no torch.compile: minutes on a CPU")
     p.add_argument("--compile", action="store_true", help="time torch.compile too (always so without --quick)")
+    p.add_argument("--memory", action="store_true", help="in training, look at memory too (always so without --quick)")
+    p.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="contenders whose name has one of these")
     p.add_argument(
         "--peers",
         nargs="+",
@@ -59,6 +61,11 @@ def with_peers(
     return contenders(compile) | peers.contenders(training, compile, families)
 
 
+def named(make: Callable[[], dict[str, Builder]], texts: Sequence[str]) -> dict[str, Builder]:
+    """Return the contenders whose name has one of the texts; all where there are none."""
+    return {name: build for name, build in make().items() if not texts or any(text in name for text in texts)}
+
+
 def usual_steps(model: str, training: bool, on_gpu: bool) -> int:
     """Return the steps of a timed run: what a call costs once must not show beside the steps, for nobody."""
     if training:
@@ -76,7 +83,8 @@ def run(args: argparse.Namespace, case: str, contenders: Callable[[bool], dict[s
     repetitions = args.repetitions or (5 if args.quick else 15)
     config = preset(args.model)
     flops = flops_per_image(config, training)
-    make = partial(with_peers, contenders, training, args.compile or not args.quick, families(args))
+    wanted = partial(with_peers, contenders, training, args.compile or not args.quick, families(args))
+    make = partial(named, wanted, args.only)
     head = header(args.device)
     print(f"{markdown_header(head)}\n- {flops * 1e-9:.3f} GFLOP per image and step, {steps} steps per timed run\n")
     rows: list[Row] = []
@@ -87,7 +95,7 @@ def run(args: argparse.Namespace, case: str, contenders: Callable[[bool], dict[s
             num_timesteps = NUM_TIMESTEPS if training else steps
             problem = Problem(config, args.device, batch, steps, precision, num_timesteps=num_timesteps)
             group = measure(f"{case} {args.model}", problem, make(), check, repetitions, flops, ceiling * 1e12)
-            if training and not args.quick:
+            if training and (args.memory or not args.quick):
                 memory.measure(make, problem, group)
             # Again, as the first one may have met a busy moment: the best of all is the ceiling.
             ceiling = max(ceiling, ceilings.matmul(args.device, DTYPES[precision])["tflops"])
