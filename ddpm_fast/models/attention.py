@@ -10,7 +10,7 @@ from ..ops import _checks as checks
 from .inputs import check_input
 from .norms import get_norm
 from .sums import Sum, added
-from .weights import Prepared, are_fixed, computed_in, convolve, is_pointwise, made
+from .weights import Prepared, are_fixed, computed_in, convolve, is_pointwise, is_tiny, made
 
 # Where products are faster on CPUs than the fused kernel (docs/performance.md): in bf16 from so many tokens on, in
 # float32 up to so many, of several images; and not beyond so many scores, which are memory.
@@ -57,7 +57,7 @@ class AttentionBlock(nn.Module):
         qkv, out = self.to_qkv, self.to_out
         if not are_fixed() or not h.is_contiguous(memory_format=torch.channels_last):
             return None
-        if not is_pointwise(qkv) or not is_pointwise(out):
+        if not is_pointwise(qkv) or not is_pointwise(out) or is_tiny(h, qkv.weight.numel()):
             return None
         kind = computed_in(h)
         of = qkv.weight, qkv.bias, out.weight, out.bias

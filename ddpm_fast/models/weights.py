@@ -199,12 +199,20 @@ def is_pointwise(conv: nn.Module) -> bool:
 
 def prepared(conv: nn.Module, x: Tensor) -> Prepared | None:
     """What was made of this module's weight for inputs like x, if it is plain and anything was made."""
-    if not are_fixed() or not _takes(x) or not is_convolution(conv):
+    if not are_fixed() or type(conv) is not nn.Conv2d:
         return None
-    weight, bias = cast(Tensor, conv._parameters["weight"]), conv._parameters["bias"]
+    weight, bias = conv._parameters.get("weight"), conv._parameters.get("bias")
+    if weight is None or is_tiny(x, weight.numel()) or not _takes(x) or not is_convolution(conv):
+        return None
     stride, padding = cast(tuple[tuple[int, int], tuple[int, int]], (conv.stride, conv.padding))
     kind = computed_in(x)
     return made((kind, stride, padding), (weight, bias), lambda: Prepared(weight, bias, kind, stride, padding))
+
+
+def is_tiny(x: Tensor, weights: int) -> bool:
+    """Whether so many weights for one image gain nothing on a CPU from what is made of them."""
+    n, _, height, width = x.shape
+    return n == 1 and height * width * weights < PRODUCTS and x.dtype is torch.float32 and x.is_cpu
 
 
 def _takes(x: Tensor) -> bool:
