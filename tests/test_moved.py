@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from benchmarks import moved
+from benchmarks import memory, moved, training
+from benchmarks.problem import Problem
+from ddpm_fast import preset
 from ddpm_fast.models.sums import Sum
 
 # MB of an image and step in bf16, by hand from the shapes of the layers (docs/fused.md).
@@ -46,3 +48,17 @@ def test_sizes() -> None:
     x = torch.zeros(4, 3)
     assert moved.size([x, {"y": x.half()}, None]) == 48 + 24
     assert moved.size(x[:1].expand(4, 3)) == 12
+
+
+def test_what_training_keeps() -> None:
+    """Activations, of the real network; the share does not depend on the batch."""
+    problem = Problem(preset("cifar10"), torch.device("cpu"), 1, 1, "float32", num_timesteps=1000)
+    shapes, contenders, kept = (
+        {tuple(sorted(w.shape)) for w in problem.weights.values()},
+        training.contenders(False),
+        {},
+    )
+    for name in ("torch eager channels_last", "ddpm_fast", "ddpm_fast recompute=norm"):
+        kept[name] = memory.saved_bytes(contenders[name](problem).run, shapes)
+    eager, ours, norm = kept.values()
+    assert ours < 0.7 * eager and norm < 0.5 * eager
