@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import _checks as checks
+from .fusing import is_pointwise
 from .inputs import check_input
 from .norms import get_norm
 from .sums import Sum, added
-from .weights import Prepared, are_fixed, computed_in, convolve, is_pointwise, is_tiny, made
+from .weights import Prepared, are_fixed, computed_in, convolve, is_tiny, made
 
 # Where products are faster on CPUs than the fused kernel (docs/performance.md): in bf16 from so many tokens on, in
 # float32 up to so many, of several images; and not beyond so many scores, which are memory.

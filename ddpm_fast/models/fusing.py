@@ -4,7 +4,7 @@ Where a submodule was hooked, parametrized or replaced, the modules themselves a
 """
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -46,14 +46,29 @@ def is_untouched(*modules: nn.Module) -> bool:
     return True
 
 
-def is_conv3x3(conv: nn.Module) -> bool:
-    """Whether `conv3x3` computes what this module does."""
+def is_convolution(conv: nn.Module) -> bool:
+    """Whether this is a convolution that `F.conv2d` computes from its weight, bias, stride and padding alone."""
     return (
         type(conv) is nn.Conv2d
         and is_plain(conv)
-        and conv.kernel_size == (3, 3)
-        and conv.stride == conv.padding == conv.dilation == (1, 1)
+        and conv.dilation == (1, 1)
         and conv.groups == 1
         and conv.padding_mode == "zeros"
-        and conv.bias is not None
+        and not isinstance(conv.padding, str)
     )
+
+
+def is_pointwise(conv: nn.Module) -> bool:
+    """Whether this is a plain 1x1 convolution."""
+    if not is_convolution(conv):
+        return False
+    c = cast(nn.Conv2d, conv)
+    return c.kernel_size == c.stride == (1, 1) and c.padding == (0, 0)
+
+
+def is_conv3x3(conv: nn.Module) -> bool:
+    """Whether `conv3x3` computes what this module does."""
+    if not is_convolution(conv):
+        return False
+    c = cast(nn.Conv2d, conv)
+    return c.kernel_size == (3, 3) and c.stride == c.padding == (1, 1) and c.bias is not None

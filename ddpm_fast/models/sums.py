@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.residual_sum import OP as RESIDUAL_SUM
+from .fusing import is_convolution, is_pointwise
 from .norms import Activation, norm_act, reads_sums
-from .weights import computed_in, convolve, is_convolution, is_pointwise, once, transformed
+from .weights import computed_in, convolve, once, transformed
 
 
 class Sum:

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from ..ops._dispatch import forced
 from ..ops.conv3x3 import OP as CONV3X3
-from .fusing import is_plain
+from .fusing import is_convolution
 
 T = TypeVar("T")
 
@@ -175,26 +175,6 @@ class Prepared:
             x, self._packed, bias, self.padding, self.stride, (1, 1), 1, "none", (), ""
         )
         return y
-
-
-def is_convolution(conv: nn.Module) -> bool:
-    """Whether `convolve` may stand in for this module."""
-    return (
-        type(conv) is nn.Conv2d
-        and is_plain(conv)
-        and conv.dilation == (1, 1)
-        and conv.groups == 1
-        and conv.padding_mode == "zeros"
-        and not isinstance(conv.padding, str)
-    )
-
-
-def is_pointwise(conv: nn.Module) -> bool:
-    """Whether this is a plain 1x1 convolution."""
-    if not is_convolution(conv):
-        return False
-    c = cast(nn.Conv2d, conv)
-    return c.kernel_size == c.stride == (1, 1) and c.padding == (0, 0)
 
 
 def prepared(conv: nn.Module, x: Tensor) -> Prepared | None:
