@@ -36,8 +36,12 @@ def parser(description: str, unit: str) -> Parser:
     p.add_argument("--json", type=output_file, metavar="FILE", help="also write the header and the rows there")
     p.add_argument("--quick", action="store_true", help="one small batch, few runs, no torch.compile: minutes on a CPU")
     p.add_argument("--compile", action="store_true", help="time torch.compile too (always so without --quick)")
-    p.add_argument("--memory", action="store_true", help="in training, look at memory too (always so without --quick)")
-    p.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="contenders whose name has one of these")
+    p.add_argument(
+        "--memory",
+        action="store_true",
+        help="of training: most held, and kept for the backward (always without --quick)",
+    )
+    p.add_argument("--only", nargs="+", metavar="TEXT", help="contenders whose name has one of these, as ddpm_fast")
     p.add_argument(
         "--peers",
         nargs="+",
@@ -61,9 +65,12 @@ def with_peers(
     return contenders(compile) | peers.contenders(training, compile, families)
 
 
-def named(make: Callable[[], dict[str, Builder]], texts: Sequence[str]) -> dict[str, Builder]:
+def named(make: Callable[[], dict[str, Builder]], texts: Sequence[str] | None) -> dict[str, Builder]:
     """Return the contenders whose name has one of the texts; all where there are none."""
-    return {name: build for name, build in make().items() if not texts or any(text in name for text in texts)}
+    found = {name: build for name, build in make().items() if not texts or any(text in name for text in texts)}
+    if not found:
+        raise SystemExit(f"--only {' '.join(texts or ())}: no contender's name has any of these: {', '.join(make())}")
+    return found
 
 
 def usual_steps(model: str, training: bool, on_gpu: bool) -> int:

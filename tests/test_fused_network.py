@@ -230,6 +230,30 @@ def test_a_recomputation_takes_the_backend_of_its_forward(recompute: str) -> Non
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("recompute", ["none", "norm", "block"])
+@pytest.mark.parametrize("name", ["conv_1", "conv_2.1", "norm_1", "norm_2"])
+def test_weights_that_change_before_the_backward_are_refused(name: str, recompute: str) -> None:
+    net = network(recompute=recompute)
+    out = net(*inputs(net))
+    with torch.no_grad():
+        net.downs[0].get_submodule(name).weight.mul_(1.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.square().sum().backward()
+
+
+@pytest.mark.parametrize("recompute", ["norm", "block"])
+def test_the_mode_of_the_forward_counts(recompute: str) -> None:
+    results = []
+    for what in ("none", recompute):
+        net = network(recompute=what, dropout=0.3)
+        torch.manual_seed(3)
+        out = net(*inputs(net))
+        net.eval()
+        results.append(torch.autograd.grad(out.square().sum(), list(net.parameters())))
+        assert not net.downs[0].conv_2[0].training
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 # A module that was hooked, parametrized, replaced or wrapped is called, not stood in for.
 
 
@@ -340,8 +364,12 @@ def test_the_plain_path_prepares_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_switches_that_are_none() -> None:
     with pytest.raises(ValueError, match="recompute must be one of none, norm, block; got 'all'"):
         network(recompute="all")
-    with pytest.raises(TypeError, match="fused must be True or False, got 1"):
+    with pytest.raises(ValueError, match="fused must be one of None, True, False; got 1"):
         network(fused=1)
+    net = network()
+    for name, value in (("recompute", True), ("recompute", None), ("fused", 0), ("fused", "yes")):
+        with pytest.raises(ValueError, match=f"{name} must be one of"):
+            setattr(net, name, value)
 
 
 @pytest.mark.parametrize("tokens", [16, 64])
@@ -473,5 +501,5 @@ def test_one_weight_under_vmap() -> None:
 
 def test_networks_of_older_pickles() -> None:
     net = network()
-    del net.__dict__["fused"], net.__dict__["recompute"]
+    del net.__dict__["_fused"], net.__dict__["_recompute"]
     assert net(*inputs(net)).shape == (N, 3, 8, 12)

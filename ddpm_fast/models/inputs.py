@@ -1,9 +1,29 @@
 """What the layers take, checked."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..ops import _checks as checks
+
+
+class Switch:
+    """An attribute of a module that takes one of a few values; the first of them where nobody set it."""
+
+    def __init__(self, *options: Any):
+        self.options = options
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name, self.place = name, f"_{name}"
+
+    def __get__(self, module: Any, owner: type | None = None) -> Any:
+        return self if module is None else vars(module).get(self.place, self.options[0])
+
+    def __set__(self, module: Any, value: object) -> None:
+        if not any(type(value) is type(option) and value == option for option in self.options):
+            raise ValueError(f"{self.name} must be one of {', '.join(map(str, self.options))}; got {value!r}")
+        vars(module)[self.place] = value
 
 
 def check_input(x: Tensor, channels: int, conv: nn.Module | None = None) -> None:

@@ -14,7 +14,7 @@ from .attention import AttentionBlock
 from .fusing import TakesNoiseState, is_conv3x3, is_plain, is_untouched
 from .inputs import check_input, check_labels
 from .norms import Activation, checked_activation, get_norm, is_known, norm_act, reads_sums
-from .recomputing import frozen, frozen_state, kept, whole
+from .recomputing import check_unchanged, frozen, frozen_state, kept, whole
 from .sums import Sum
 from .upsampling import in_phases, phases_pay
 from .weights import convolve3x3
@@ -225,11 +225,18 @@ class ResidualBlock(TakesNoiseState):
         x.settle()
         given, other, state = x.as_it_is(), skip and skip.as_it_is(), frozen_state(noise_state)
 
-        def run() -> Sum:
-            return self.summed(given.as_it_is(), bias, y, state, other and other.as_it_is())
+        drop, weights = cast(nn.Dropout, self.conv_2[0]), list(self.parameters())
+        versions, training = [w._version for w in weights], drop.training
 
-        drop = cast(nn.Dropout, self.conv_2[0])
-        return whole(run, x.x, draws=drop.training and drop.p > 0 and state is None)
+        def run() -> Sum:
+            check_unchanged(weights, versions)
+            now, drop.training = drop.training, training
+            try:
+                return self.summed(given.as_it_is(), bias, y, state, other and other.as_it_is())
+            finally:
+                drop.training = now
+
+        return whole(run, x.x, draws=training and drop.p > 0 and state is None)
 
     def _repeats(self) -> bool:
         """Whether nothing but the block's own dropout is known to differ from run to run, or to count runs."""
@@ -240,7 +247,7 @@ class ResidualBlock(TakesNoiseState):
         else:
             others.append(self.attention)
         known = all(type(m) in (nn.Identity, nn.Conv2d) for m in others) and is_plain(*others)
-        return known and is_known(self.activation) and all(reads_sums(n) or type(n) is nn.Identity for n in norms)
+        return known and is_known(self.activation) and all(map(reads_sums, norms))
 
     def bias(self, num_images: int, time_emb: Tensor | None) -> Tensor:
         """The bias for `summed`, of a time embedding [N, time_emb_dim]: [N, out_channels], or [out_channels]."""

@@ -1,6 +1,6 @@
 """Activations that are not kept for the backward but computed again in it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
@@ -28,16 +28,23 @@ def recomputed(y: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
     again = in_its_backend(make)
 
     def pack(saved: Tensor) -> Any:
-        return again if saved.data_ptr() == place and saved.shape == shape else saved
+        return again if saved.data_ptr() == place and saved.shape == shape else (saved, saved._version)
 
     def unpack(kept: Any) -> Tensor:
         if not callable(kept):
-            return cast(Tensor, kept)
+            check_unchanged([kept[0]], [kept[1]])
+            return cast(Tensor, kept[0])
         with torch.no_grad():
             return again()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+def check_unchanged(tensors: Sequence[Tensor], versions: Sequence[int]) -> None:
+    """Raise RuntimeError, as autograd does for what it keeps itself, if one was changed since it had this version."""
+    if any(t._version != version for t, version in zip(tensors, versions, strict=True)):
+        raise RuntimeError("a weight needed for gradient computation has been modified by an inplace operation")
 
 
 def whole(run: Callable[[], T], like: Tensor, draws: bool) -> T:

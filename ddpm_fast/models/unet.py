@@ -14,7 +14,7 @@ from ..ops import _checks as checks
 from ..ops._dispatch import forced
 from ..reference.philox import MAX_STREAM
 from .fusing import TakesNoiseState, is_untouched
-from .inputs import check_input, check_labels, check_size
+from .inputs import Switch, check_input, check_labels, check_size
 from .layers import Downsample, PositionalEmbedding, ResidualBlock, Upsample
 from .norms import Activation, checked_activation, get_norm
 from .passes import Pass
@@ -44,16 +44,15 @@ class UNet(TakesNoiseState):
             where the network is also given an image condition.
         recompute: what the backward computes again instead of keeping it: "none", "norm" (what goes into the residual
             blocks' convolutions), or "block" (all inside of residual blocks). Also an attribute, to be set at any time.
-        fused: whether sums are left to their readers (docs/fused.md): None for where that pays, on GPUs; True
-            everywhere; False for the plain path, layer by layer, which nothing is prepared for either. An attribute,
-            too.
+        fused: None for what pays (docs/fused.md): sums left to their readers on GPUs, and weights that chains prepare
+            everywhere; True for both on CPUs, too; False for the plain path, layer by layer. An attribute, too.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type.
     """
 
-    recompute = "none"
-    fused: bool | None = None
+    recompute = Switch(*RECOMPUTE)
+    fused = Switch(None, True, False)
 
     def __init__(
         self,
@@ -76,9 +75,7 @@ class UNet(TakesNoiseState):
         fused: bool | None = None,
     ):
         super().__init__()
-        checks.choice("recompute", recompute, RECOMPUTE)
-        self.recompute = recompute
-        self.fused = fused if fused is None else checks.flag("fused", fused)
+        self.recompute, self.fused = recompute, fused
         self.img_channels = img_channels = checks.integer("img_channels", img_channels, 1)
         self.out_channels = img_channels if out_channels is None else checks.integer("out_channels", out_channels, 1)
         base_channels = checks.integer("base_channels", base_channels, 1)

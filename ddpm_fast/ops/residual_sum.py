@@ -53,7 +53,9 @@ def _load_triton() -> Callable[..., Tensor]:
 
 def _check(x: Tensor, residual: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
     _checks.tensor("x", x, ndim=4)
-    if residual is not None or bias is None:
+    if residual is None and bias is None:
+        raise TypeError("residual must be a tensor, or bias: there is nothing to add to x")
+    if residual is not None:
         _checks.tensor("residual", residual, shape=x.shape, device=x.device)
     if bias is not None:
         _checks.tensor("bias", bias, shape=x.shape[1:2], device=x.device)
