@@ -85,4 +85,5 @@ def tape(monkeypatch: pytest.MonkeyPatch) -> Tape:
     monkeypatch.setattr(graphs, "Recorder", lambda device: tape.recorders.append(device) or tape)
     for module in (graphs, engine, step):
         monkeypatch.setattr(module, "possible", lambda device: True)
+    monkeypatch.setattr("ddpm_fast.functional.STEPS_OF_FIXED_WEIGHTS", 0)  # as on a GPU
     return tape

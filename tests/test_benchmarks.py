@@ -134,7 +134,7 @@ SAMPLERS = {
     "peer": sampling.eager(sampling.CHANNELS_LAST),
     "graph": gpu_peers.in_graph(sampling.CHANNELS_LAST, 3),
 }
-TRAINERS = {OURS: training.ours, "original": training.original_loop, "peer": training.plain(training.CHANNELS_LAST)}
+TRAINERS = {OURS: training.ours(), "original": training.original_loop, "peer": training.plain(training.CHANNELS_LAST)}
 
 
 def without_network(monkeypatch) -> None:

@@ -70,7 +70,7 @@ def test_the_parts_walk_through_on_a_cpu(tmp_path: Path) -> None:
     assert all("error" not in row for part in rows.values() for row in part if row["name"] == OURS)
     assert {row["case"].split()[0] for row in rows["ops"]} == set(gpu_suite.OPS)
     graphs = {f"{kind} CUDA graph of 2 steps NCHW" for kind in ("torch eager", "torch.compile")}
-    assert {row["name"] for row in rows["sample"]} == {OURS, f"{OURS} eager", "original"} | graphs
+    assert {row["name"] for row in rows["sample"]} == {OURS, f"{OURS} eager", f"{OURS} plain path", "original"} | graphs
     assert {row["case"] for row in rows["profile"]} == {"sample digits", "train digits"}
     assert {"convolution", "idle"} <= {row["kernels"] for row in rows["profile"]}
     table = json.loads((tmp_path / "out" / "no_gpu.json").read_text())
