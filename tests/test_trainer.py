@@ -62,21 +62,6 @@ def test_logged_loss_is_the_mean_of_the_steps(tmp_path: Path) -> None:
     assert read_log(tmp_path / "a" / "log.jsonl")[0]["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
 
 
-def test_recomputing_trains_the_same_weights(tmp_path: Path) -> None:
-    """And rides in the checkpoint."""
-    runs = []
-    for what in ("none", "norm", "block"):
-        t = trainer(tmp_path / what, recipe=replace(RECIPE, recompute=what))
-        assert t.diffusion.model.recompute == what
-        t.run(6)
-        runs.append(t)
-    assert_same_state(runs[0], runs[1])
-    assert_same_state(runs[0], runs[2])
-    assert Trainer.resume(digits(), tmp_path / "block").diffusion.model.recompute == "block"
-    changed = Trainer.resume(digits(), tmp_path / "block", changes={"recompute": "none"})
-    assert changed.diffusion.model.recompute == "none"
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_recorded_steps_train_as_eager_ones(tmp_path: Path, tape: Tape, accumulate: int) -> None:
     """Weights, counts and the log; over a stop and a resumption, after which steps are recorded anew."""

@@ -131,9 +131,9 @@ def added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def _wide(bias: Tensor | None) -> Tensor | None:
     """In float32 at least: where there is little to add, there is no need to round."""
-    return (
-        None if bias is None else once("wide", [bias], lambda: bias.to(torch.promote_types(bias.dtype, torch.float32)))
-    )
+    if bias is None:
+        return None
+    return once("wide", [bias], lambda: bias.to(torch.promote_types(bias.dtype, torch.float32)))
 
 
 def _side_by_side(*sums: Sum) -> Tensor | None:
