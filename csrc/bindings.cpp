@@ -10,6 +10,7 @@
 
 #include "arrays.h"
 #include "averages.h"
+#include "convolutions.h"
 #include "dispatch.h"
 #include "images.h"
 #include "losses.h"
@@ -203,6 +204,67 @@ void diffusion_loss_backward(py::handle out, py::handle grad_loss, py::handle mo
   run(of, grad.data, grad.step, grad.elements, to, threads);
 }
 
+// How many numbers a weight is once laid out; its memory may lie anywhere.
+int64_t conv3x3_room(py::handle weight, int64_t tile, bool half, bool gradient) {
+  const Tensor from(weight, "weight"), none(py::none{});
+  int64_t numbers;
+  kernels().conv3x3_room(weights_of(from, none, tile, half, gradient), &numbers);
+  return numbers;
+}
+
+void conv3x3_weights(py::handle weight, py::handle to, int64_t tile, bool gradient, int threads) {
+  const Tensor from(weight, "weight"), room(to, "to");
+  const auto of = weights_of(from, room, tile, is_half(room, "to"), gradient);
+  int64_t numbers;
+  kernels().conv3x3_room(of, &numbers);
+  if (!room.contiguous() || room.elements() != numbers) throw py::value_error("to: of another size, or not contiguous");
+  const auto run = kernels().conv3x3_weights;
+  py::gil_scoped_release unlocked;
+  run(of, threads);
+}
+
+// The weights are as conv3x3_weights laid them out, `transformed` for this tile or not.
+void conv3x3(py::handle x, py::handle x2, py::handle weights, py::handle bias, py::handle residual, py::handle y,
+             int64_t tile, bool transformed, int threads) {
+  const Tensor from(x, "x"), more(x2, "x2"), laid_out(weights, "weights"), add(bias, "bias"), sum(residual, "residual"),
+      to(y, "y");
+  if (!from.given || from.dims != 4 || !to.given || to.dims != 4) throw py::value_error("x, y: not of four dimensions");
+  if (more.given && more.dims != 4) throw py::value_error("x2: not of four dimensions");
+  Conv3x3 of{};
+  of.images = from.size[0];
+  of.height = from.size[2];
+  of.width = from.size[3];
+  of.channels_1 = from.size[1];
+  of.channels = of.channels_1 + (more.given ? more.size[1] : 0);
+  of.out_channels = to.size[1];
+  of.half = is_half(from, "x");
+  of.tile = checked_tile(tile, of.half, false);
+  of.transformed = transformed;
+  of.x = image_of(from, "x", from, of.channels_1);
+  of.x2 = image_of(more, "x2", from, of.channels - of.channels_1);
+  of.y = image_of(to, "y", from, of.out_channels);
+  of.residual = image_of(sum, "residual", from, of.out_channels);
+  Conv3x3Weights expected{};
+  expected.channels = of.channels;
+  expected.out_channels = of.out_channels;
+  expected.tile = transformed ? of.tile : 0;
+  expected.half = of.half;
+  int64_t numbers;
+  kernels().conv3x3_room(expected, &numbers);
+  if (is_half(laid_out, "weights") != of.half || !laid_out.contiguous() || laid_out.elements() != numbers) {
+    throw py::value_error("weights: not laid out for these channels and tiles");
+  }
+  if (add.given && (add.dtype != Dtype::float32 || add.elements() != of.out_channels || !add.contiguous())) {
+    throw py::value_error("bias: not float32 [K]");
+  }
+  of.weights = laid_out.data;
+  of.bias = static_cast<const float*>(add.data);
+  if (to.elements() == 0) return;
+  const auto run = kernels().conv3x3;
+  py::gil_scoped_release unlocked;
+  run(of, threads);
+}
+
 void ema_update(py::handle averages, py::handle values, double weight, int threads) {
   const Averages of(averages, values);
   if (!of.fit) throw py::value_error("not lists of pairs that the kernel takes");
@@ -269,6 +331,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("sampler_step", &sampler_step, "out"_a, "x0_out"_a, "x"_a, "model_out"_a, "hist"_a, "noise"_a, "variance"_a,
         "rows"_a, "k"_a, "clip"_a, "threads"_a);
   m.def("q_sample", &q_sample, "out"_a, "x_start"_a, "t"_a, "signal"_a, "sigma"_a, "noise"_a, "threads"_a);
+  m.def("conv3x3_room", &conv3x3_room, "weight"_a, "tile"_a, "half"_a, "gradient"_a);
+  m.def("conv3x3_weights", &conv3x3_weights, "weight"_a, "to"_a, "tile"_a, "gradient"_a, "threads"_a);
+  m.def("conv3x3", &conv3x3, "x"_a, "x2"_a, "weights"_a, "bias"_a, "residual"_a, "y"_a, "tile"_a, "transformed"_a,
+        "threads"_a);
   m.def("diffusion_loss", &diffusion_loss, "loss"_a, "model_out"_a, "noise"_a, "noise_coef"_a, "x_coef"_a, "x_start"_a,
         "loss_type"_a, "threads"_a);
   m.def("diffusion_loss_backward", &diffusion_loss_backward, "out"_a, "grad_loss"_a, "model_out"_a, "noise"_a,

@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from .functional import output_of
 from .models.fusing import takes_noise_state
 from .models.state import DiffusionState
-from .ops import NoiseState, extract
+from .ops import NoiseState, exact_convolutions, extract
 from .ops import _checks as checks
 from .predictions import x0_coefficients
 
@@ -62,6 +63,7 @@ class Conditions(DiffusionState):
     cond_channels: int
     time_input: str
     learned_variance: bool
+    exact: bool
 
     def __init__(self, betas: Any, prediction: str, seed: int | None):
         super().__init__(betas, prediction, seed)
@@ -83,7 +85,9 @@ class Conditions(DiffusionState):
         more = {"noise_state": state} if state is not None and model.training and takes_noise_state(model) else {}
         model_in = x if cond is None else torch.cat([x, cond.to(x.dtype)], dim=1)
         labels = (y,) if self._takes_labels else ()
-        out = output_of(model(model_in.to(dtype), t, *labels, **more))
+        exact = self.exact and not torch.compiler.is_compiling()  # where convolutions are the library's
+        with exact_convolutions() if exact else nullcontext():
+            out = output_of(model(model_in.to(dtype), t, *labels, **more))
         channels = x.shape[1] * (2 if self.learned_variance else 1)
         if out.shape != (x.shape[0], channels, *x.shape[2:]):
             expected = f"a tensor like x, {list(x.shape)}"

@@ -63,6 +63,9 @@ class Diffusion(SamplingDiffusion, TrainingLoss):
         engine: how chains run: "eager"; "graph" - on a GPU one recorded step is replayed, wherever the network can be
             recorded; or "auto" - where that pays, too. A network whose Python must run in every step (it draws from
             Python's random, or reads globals that change) needs "eager".
+        exact: convolutions are the library's direct ones. Else on CPUs some are computed by Winograd's filtering, which
+            is two to three times as fast and in float32 rounds up to three times as much (docs/convolution.md).
+            rng="torch" implies it.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type.
@@ -91,6 +94,7 @@ class Diffusion(SamplingDiffusion, TrainingLoss):
         time_input: str = "timestep",
         cond_channels: int = 0,
         engine: str = "auto",
+        exact: bool = False,
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -106,6 +110,7 @@ class Diffusion(SamplingDiffusion, TrainingLoss):
         checks.choice("engine", engine, ENGINES)
         checks.choice("time_input", time_input, TIME_INPUTS)
         checks.flag("learned_variance", learned_variance)
+        checks.flag("exact", exact)
         cond_channels = checks.integer("cond_channels", cond_channels, 0)
         label_dropout = checks.number("label_dropout", label_dropout, 0, 1)
         null_label = null_label_of(model, null_label, num_classes if label_dropout else None)
@@ -136,6 +141,7 @@ class Diffusion(SamplingDiffusion, TrainingLoss):
         self.loss_type = loss_type
         self.rng = rng
         self.engine = engine
+        self.exact = exact or rng == "torch"
         self.learned_variance, self.time_input, self.cond_channels = learned_variance, time_input, cond_channels
         self.label_dropout = label_dropout
         self._takes_labels = takes_labels(model)

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../philox.h"
+#include "conv3x3.h"
 #include "group_norm_silu.h"
 
 namespace ddpm::cpu {
@@ -76,6 +77,8 @@ struct DiffusionLoss {
 //   sampler_step, q_sample   as in ddpm_fast/reference
 //   timestep_embedding       sines and cosines of t times the frequencies; [num_samples, 2 half]
 //   ema_update               average += weight (value - average), for each stretch
+//   conv3x3                  as in ddpm_fast/reference, of weights that conv3x3_weights laid out; conv3x3_room tells how
+//                            many numbers these are
 //   diffusion_loss           a sum for each piece of the batch; and the gradient of means of `count` elements, given
 //                            theirs: grad[step n] is that of the mean that sample n is in
 #define DDPM_KERNELS(KERNEL)                                                                              \
@@ -89,6 +92,9 @@ struct DiffusionLoss {
   KERNEL(q_sample, (const QSample& of, int threads))                                                      \
   KERNEL(timestep_embedding, (float* out, const double* t, int64_t num_samples, const double* frequencies, \
                               int64_t half, int threads))                                                 \
+  KERNEL(conv3x3, (const Conv3x3& of, int threads))                                                         \
+  KERNEL(conv3x3_room, (const Conv3x3Weights& of, int64_t* numbers))                                       \
+  KERNEL(conv3x3_weights, (const Conv3x3Weights& of, int threads))                                          \
   KERNEL(ema_update, (const Stretch* stretches, int64_t count, float weight, int threads))                \
   KERNEL(diffusion_loss, (const DiffusionLoss& of, double* sums, int threads))                            \
   KERNEL(diffusion_loss_backward, (const DiffusionLoss& of, const float* grad, int64_t step, double count,  \

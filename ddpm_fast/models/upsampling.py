@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._conv3x3 import choose
 from ..ops._dispatch import forced
+from ..ops._native import wanted
 from .fusing import is_conv3x3
 from .weights import Prepared, are_fixed, are_trained, computed_in, made
 
@@ -36,7 +38,7 @@ def phase_weights(weight: Tensor) -> Tensor:
 
 def phases_pay(x: Tensor, conv: nn.Module, later: bool = False) -> bool:
     """Whether `in_phases` takes x [N, C, H, W] and is faster: where sums are made later, on GPUs, and on CPUs for large
-    images in chains and in training."""
+    images in chains and in training, unless Winograd's filtering takes the upsampled image: it has fewer products."""
     if torch.compiler.is_compiling() or not (later or _pay_on_cpus(x)):
         return False
     return x.is_contiguous(memory_format=torch.channels_last) and is_conv3x3(conv)
@@ -46,9 +48,12 @@ def _pay_on_cpus(x: Tensor) -> bool:
     n, c, h, w = x.shape
     if not x.is_cpu or c < CHANNELS or h * w < PIXELS or n * h * w < ALL_PIXELS:
         return False
-    if not are_fixed() and not (are_trained() and n * h * w >= ALL_IN_TRAINING):
+    fixed = are_fixed()
+    if not fixed and not (are_trained() and n * h * w >= ALL_IN_TRAINING):
         return False
-    return forced() in (None, "native") and x.dtype in (torch.float32, torch.bfloat16)
+    if forced() not in (None, "native") or x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return not (wanted() and choose(computed_in(x), (n, c, 2 * h, 2 * w), c, fixed).tile)
 
 
 def in_phases(x: Tensor, conv: nn.Conv2d, with_bias: bool = True) -> Tensor:

@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from torch import _C, Tensor, nn
 from torch.autograd import forward_ad
 
+from ..ops._conv3x3 import Way, choose, lay_out, room
+from ..ops._conv3x3 import convolve as convolve_tiles
 from ..ops._dispatch import forced
+from ..ops._native import wanted
 from ..ops.conv3x3 import OP as CONV3X3
 from .fusing import is_convolution
 
@@ -28,21 +31,27 @@ class _Entry(NamedTuple):
     value: Any
 
 
-Table = dict[Hashable, _Entry]
+class Table(dict[Hashable, _Entry]):
+    """What was made, and how many bytes of it are transformed weights of convolutions."""
+
+    transformed = 0
+
 
 _MADE: ContextVar[Table | None] = ContextVar("ddpm_fast_made_of_weights", default=None)
-_PLAIN: Table = {}  # in its place on the plain path; stays empty
+_PLAIN = Table()  # in its place on the plain path; stays empty
 
 # From how many products on a float32 convolution on a CPU gains from what oneDNN has packed (docs/performance.md): of a
 # single image, whose plain path is another one, or a 1x1, which else is better a matrix product.
 PRODUCTS = 1 << 21
+# Of weights that are transformed for a chain, in bytes; layers that come later transform theirs in each call.
+MOST_TRANSFORMED = 1 << 30
 
 
 @contextmanager
 def fixed_weights() -> Iterator[Table]:
     """In here weights stay as they are: what follows from them alone is made once, and is in this table. What changed
     nevertheless, as torch counts changes, is made anew."""
-    table: Table = {}
+    table = Table()
     token = _MADE.set(table)
     try:
         yield table
@@ -129,7 +138,9 @@ class Prepared:
         self.pointwise = weight.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0)
         packable = weight.is_cpu and dtype in (torch.float32, torch.bfloat16)
         self.packs = packable and forced() in (None, "native") and torch.backends.mkldnn.is_available()
+        self.filters = weight.shape[2:] == (3, 3) and stride == (1, 1) and padding == (1, 1)
         self._packed: Tensor | None = None
+        self._laid_out: dict[Way, Tensor] = {}
         self._ways: dict[torch.Size, Callable[[Tensor, Tensor | None], Tensor]] = {}  # by x's shape
 
     @cached_property
@@ -153,11 +164,28 @@ class Prepared:
 
     def _way(self, x: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
         n, _, height, width = x.shape
+        if self.packs and self.filters and wanted():
+            way = choose(self.dtype, tuple(x.shape), self._given.shape[0], True)
+            if way.tile:
+                return self._filtering(way, x)
         products = n * height * width * self._given.numel() // (self.stride[0] * self.stride[1])
         small = x.is_cpu and self.dtype is torch.float32 and products < PRODUCTS
         if self.packs and not (small and (self.pointwise or n == 1)):
             return self._packing
         return self._multiplying if self.pointwise and (not x.is_cpu or small and n > 1) else self._plain
+
+    def _filtering(self, way: Way, x: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+        if way not in self._laid_out:
+            if way.transformed:
+                table = cast(Table, _MADE.get())
+                table.transformed += room(self._given, way, self.dtype)
+                if table.transformed > MOST_TRANSFORMED:
+                    way = choose(self.dtype, tuple(x.shape), self._given.shape[0], False)
+                    return self._filtering(way, x) if way.tile else self._packing
+            self._laid_out[way] = lay_out(self._given, way, self.dtype)
+        weights, bias = self._laid_out[way], None if self.bias is None else self.bias.float()
+        out_channels = self._given.shape[0]
+        return lambda x, given: convolve_tiles(x, weights, way, out_channels, None if given is None else bias)
 
     def _plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
         y = F.conv2d(x, self.weight, bias, self.stride, self.padding)

@@ -3,6 +3,7 @@
 import importlib
 
 from ..reference.philox import DROPOUT, PERTURB, REVERSE, TIMESTEPS, X_T, Dropout, NoiseState
+from ._conv3x3 import exact_convolutions
 from ._dispatch import BACKENDS, use_backend
 from .conv3x3 import Norm, conv3x3
 from .diffusion_loss import diffusion_loss
@@ -46,6 +47,7 @@ __all__ = [
     "diffusion_loss",
     "dropout_mask",
     "ema_update",
+    "exact_convolutions",
     "extract",
     "group_norm_silu",
     "noise",

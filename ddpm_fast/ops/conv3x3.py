@@ -8,7 +8,7 @@ from torch import Tensor
 from ..reference import conv3x3 as reference
 from ..reference.conv3x3 import Norm
 from ..reference.group_norm_silu import ACTIVATIONS
-from . import _checks, _native
+from . import _checks, _conv3x3, _native
 from ._dispatch import Impl, Op
 from ._library import composition
 
@@ -86,7 +86,18 @@ def _check(
     return x, weight, bias, x2, norm, residual, stats
 
 
-OP = Op("conv3x3", Impl("reference", lambda: _reference), check=_check, traced=_traced)
+def _load_native() -> Any:
+    _native.load()
+    return _conv3x3.run
+
+
+OP = Op(
+    "conv3x3",
+    Impl("native", _load_native, _conv3x3.rejects),
+    Impl("reference", lambda: _reference),
+    check=_check,
+    traced=_traced,
+)
 
 
 def conv3x3(

@@ -20,8 +20,9 @@ pytestmark = pytest.mark.skipif(forced() not in (None, "native"), reason="what i
 
 
 @pytest.fixture(autouse=True)
-def without_gradients() -> Iterator[None]:
-    with torch.no_grad():
+def direct_convolutions() -> Iterator[None]:
+    """Without gradients; Winograd's filtering would take the upsampled image in the place of phases."""
+    with torch.no_grad(), ops.exact_convolutions():
         yield
 
 

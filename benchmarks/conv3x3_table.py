@@ -1,0 +1,161 @@
+"""Time every way of a 3x3 convolution on this CPU and write which is the fastest, for `ddpm_fast/ops/conv3x3_cpu.json`.
+
+python -m benchmarks.conv3x3_table --json benchmarks/results/conv3x3_table_FILE.json --write
+
+Each call finds its weights in memory, and its images where a network's last layer left them. A way whose rounding
+exceeds the bound (3 times the direct convolution's rms error, 5 times its largest) isn't taken, however fast.
+"""
+
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness import Row, header, progress, write_json
+from benchmarks.options import Parser, count, output_file
+from ddpm_fast.ops import _conv3x3 as native
+from ddpm_fast.ops._conv3x3 import DIRECT, KINDS, TABLE, Way
+from ddpm_fast.ops._native import load
+
+CHANNELS = (  # in, out
+    *((3, 128), (128, 3), (16, 16), (32, 32), (64, 64), (128, 64), (96, 96), (128, 128), (128, 256), (192, 192)),
+    *((256, 128), (256, 256), (384, 128), (384, 256), (512, 256), (512, 512), (1024, 512)),
+)
+SIDES, BATCHES = (4, 8, 16, 32, 64), (1, 4, 16, 64)
+MOST_FLOP, MOST_BYTES = 8e9, 1 << 28
+COLD = 1 << 26  # bytes of weights that calls go round
+EVEN = 1.03  # so close to the fastest, the one before it is taken: it takes less memory, or rounds less
+RMS, LARGEST = 3.0, 5.0  # bound of errors, in those of the direct convolution
+WAYS = (DIRECT, Way(2), Way(2, True), Way(4), Way(4, True))
+Shape = tuple[int, int, int, int]  # images, channels, output channels, side
+
+
+def shapes() -> Iterator[Shape]:
+    """Yield the shapes to measure."""
+    for (channels, out_channels), side, images in itertools.product(CHANNELS, SIDES, BATCHES):
+        pixels = images * side**2
+        if 18 * pixels * channels * out_channels <= MOST_FLOP and 8 * pixels * (channels + out_channels) <= MOST_BYTES:
+            yield images, channels, out_channels, side
+
+
+def problem(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return x in channels_last, and a weight."""
+    images, channels, out_channels, side = shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(images, channels, side, side, generator=generator)
+    weight = torch.randn(out_channels, channels, 3, 3, generator=generator) / (9 * channels) ** 0.5
+    return x.to(dtype).contiguous(memory_format=torch.channels_last), weight
+
+
+def errors(shape: Shape, way: Way, dtype: torch.dtype) -> tuple[float, float]:
+    """Return the rms and the largest error of a way, over those of the direct convolution; of one image."""
+    x, weight = problem((1, *shape[1:]), dtype)
+    weight = weight.to(dtype)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+
+    def off(y: Tensor) -> tuple[float, float]:
+        d = y.double() - exact
+        return float(d.square().mean().sqrt()), float(d.abs().max())
+
+    ours = off(native.convolve(x, native.lay_out(weight, way, dtype), way, shape[2]))
+    plain = off(F.conv2d(x, weight, padding=1))
+    return ours[0] / plain[0], ours[1] / plain[1]
+
+
+def calls(shape: Shape, way: Way, dtype: torch.dtype, fixed: bool) -> Callable[[], Any]:
+    """Return a call of this way, each with another weight."""
+    x, weight = problem(shape, dtype)
+    copies = range(max(2, COLD // (weight.numel() * 4)))
+    if fixed and way.tile:
+        laid = itertools.cycle([native.lay_out(weight, way, dtype) for _ in copies[: max(2, len(copies) // 3)]])
+        return lambda: native.convolve(x, next(laid), way, shape[2])
+    if fixed:
+        pack, plain = torch._C._nn.mkldnn_reorder_conv2d_weight, weight.to_mkldnn(dtype)
+        packed = itertools.cycle([pack(plain, (1, 1), (1, 1), (1, 1), 1, x.shape) for _ in copies])
+        rest = (None, (1, 1), (1, 1), (1, 1), 1, "none", (), "")
+        return lambda: torch.ops.mkldnn._convolution_pointwise.default(x, next(packed), *rest)
+    weights = itertools.cycle([weight.to(dtype) for _ in copies])
+    if way.tile:
+        return lambda: native.convolve(x, native.lay_out(next(weights), way, dtype), way, shape[2])
+    return lambda: F.conv2d(x, next(weights), padding=1)
+
+
+def measured(shape: Shape, dtype: torch.dtype, fixed: bool, repetitions: int) -> Row:
+    """Return the row of a shape: microseconds of each way, and the way to take."""
+    ways, row = [], {"dtype": KINDS[dtype], "fixed": fixed, "shape": list(shape)}
+    for way in WAYS:
+        if (way.transformed and not fixed) or (way.tile == 4 and dtype == torch.bfloat16):
+            continue
+        if way.tile:
+            rms, largest = errors(shape, way, dtype)
+            row[f"errors {way}"] = [round(rms, 2), round(largest, 2)]
+            if dtype == torch.float32 and (rms > RMS or largest > LARGEST):
+                continue
+        ways.append(way)
+    runs = [calls(shape, way, dtype, fixed) for way in ways]
+    times: list[list[float]] = [[] for _ in runs]
+    for repetition in range(repetitions + 1):
+        for run, seen in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            if repetition:
+                seen.append(time.perf_counter() - start)
+    us = [statistics.median(seen) * 1e6 for seen in times]
+    row["us"] = {str(way): round(t, 1) for way, t in zip(ways, us, strict=True)}
+    row["way"] = list(next(way for way, t in zip(ways, us, strict=True) if t <= EVEN * min(us)))
+    return row
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark and return the exit status."""
+    p = Parser(__doc__.splitlines()[0])
+    p.add_argument("--isa", choices=("avx2", "avx512", "avx512bf16"), help="as on a processor that has no more")
+    p.add_argument("--repetitions", type=count, default=9, help="timed calls of each way (default: 9)")
+    p.add_argument("--json", type=output_file, metavar="FILE", help="write the header and the rows there")
+    p.add_argument("--write", action="store_true", help="put this instruction set's ways into the table of ddpm_fast")
+    args = p.parse_args(argv)
+    if args.isa and os.environ.get("DDPM_FAST_ISA") != args.isa:
+        most = {"avx2": ("AVX2", "avx2"), "avx512": ("AVX512_CORE", "avx512")}.get(args.isa, ("DEFAULT", "avx512"))
+        names = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "DDPM_FAST_ISA")
+        again = [sys.executable, "-m", "benchmarks.conv3x3_table", *(sys.argv[1:] if argv is None else argv)]
+        os.execve(sys.executable, again, os.environ | dict(zip(names, (*most, args.isa), strict=True)))
+    isa, rows = load().isa(), []
+    dtypes = tuple(KINDS) if isa == "avx512bf16" else (torch.float32,)
+    with torch.no_grad():
+        for dtype, fixed, shape in itertools.product(dtypes, (True, False), shapes()):
+            rows.append(measured(shape, dtype, fixed, args.repetitions))
+            progress(f"{isa} {rows[-1]}")
+    if args.json:
+        write_json(args.json, header(torch.device("cpu")) | {"isa": isa}, rows)
+    if args.write:
+        write(isa, rows)
+    return 0
+
+
+def write(isa: str, rows: list[Row]) -> None:
+    """Put the rows of an instruction set into the table: a line each, [images, channels, outputs, side, way]."""
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {"ways": {}}
+    kinds: dict[str, Any] = {}
+    for row in rows:
+        ways = kinds.setdefault(row["dtype"], {}).setdefault("fixed" if row["fixed"] else "changing", [])
+        ways.append([*row["shape"], *row["way"]])
+    table["ways"][isa] = kinds
+    TABLE.write_text(text(table))
+
+
+def text(table: Any) -> str:
+    """Return the table as JSON, a shape on each line."""
+    lines = json.dumps(table, indent=1).replace("\n      ", " ").replace("[\n     ", "[").replace("\n     ]", "]")
+    return lines + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

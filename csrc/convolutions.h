@@ -1,0 +1,57 @@
+// Tensors of Python made into what the kernels of conv3x3 are told.
+#pragma once
+
+#include <string>
+
+#include "cpu/conv3x3.h"
+#include "dispatch.h"
+#include "tensors.h"
+
+namespace ddpm::cpu {
+
+inline int checked_tile(int64_t tile, bool half, bool or_none) {
+  if (tile == 2 || (tile == 4 && !half) || (tile == 0 && or_none)) return int(tile);
+  throw py::value_error("tile: " + std::to_string(tile) + ", where 2 or, in float32, 4 is possible");
+}
+
+inline bool is_half(const Tensor& tensor, const char* name) {
+  if (tensor.given && (tensor.dtype == Dtype::float32 || tensor.dtype == Dtype::bf16)) return tensor.dtype == Dtype::bf16;
+  throw py::value_error(std::string(name) + ": neither float32 nor bfloat16");
+}
+
+// A weight [K, C, 3, 3], or with `gradient` as the one with which a result's gradient makes that of x: K and C change
+// places, and rows and columns are turned round. Without `to` only its size counts.
+inline Conv3x3Weights weights_of(const Tensor& weight, const Tensor& to, int64_t tile, bool half, bool gradient) {
+  if (!weight.given || weight.dims != 4 || weight.size[2] != 3 || weight.size[3] != 3) {
+    throw py::value_error("weight: not [K, C, 3, 3]");
+  }
+  const int64_t *size = weight.size, *stride = weight.stride;
+  Conv3x3Weights w{size[1], size[0], checked_tile(tile, half, true), half, is_half(weight, "weight"), weight.data,
+                   stride[0], stride[1], stride[2], stride[3], to.data};
+  if (gradient) {
+    std::swap(w.channels, w.out_channels);
+    std::swap(w.out_stride, w.in_stride);
+    const int64_t last = 2 * (stride[2] + stride[3]) * (w.from_half ? 2 : 4);
+    w.data = static_cast<const char*>(weight.data) + last;
+    w.row_stride = -stride[2];
+    w.column_stride = -stride[3];
+  }
+  return w;
+}
+
+// An image tensor that kernels take, or none: in channels_last, its rows as far apart as their pixels.
+inline Image image_of(const Tensor& tensor, const char* name, const Tensor& like, int64_t channels) {
+  if (!tensor.given) return {};
+  const int64_t *size = tensor.size, *stride = tensor.stride;
+  if (tensor.dims != 4 || tensor.dtype != like.dtype || size[0] != like.size[0] || size[1] != channels ||
+      size[2] != like.size[2] || size[3] != like.size[3]) {
+    throw py::value_error(std::string(name) + ": another dtype or shape than x asks for");
+  }
+  const int64_t pixel = size[3] == 1 ? stride[2] : stride[3];
+  if ((size[1] > 1 && stride[1] != 1) || (size[2] > 1 && stride[2] != size[3] * pixel)) {
+    throw py::value_error(std::string(name) + ": not in channels_last");
+  }
+  return {tensor.data, stride[0], 1, pixel};
+}
+
+}  // namespace ddpm::cpu

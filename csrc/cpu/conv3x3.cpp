@@ -1,0 +1,347 @@
+// 3x3 convolutions by Winograd's minimal filtering: a block of tiles is transformed, multiplied with the weights, position
+// by position of a tile, for a few output channels at a time, and transformed back while it is in the second cache. Weights
+// that were transformed beforehand go by once a block. Others are transformed here, piece by piece, and forgotten.
+#include "group_norm.h"
+#include "kernels.h"
+#include "products.h"
+#include "winograd.h"
+
+namespace ddpm::cpu::DDPM_ISA {
+namespace {
+
+constexpr int64_t kTaps = 9;
+constexpr int64_t kGroup = kVec >= 16 ? 2 : 4;  // panels of transformed weights that are used at once
+constexpr int64_t kAtOnce = 256;  // input channels whose weights are transformed at once in the kernel
+constexpr int64_t kTiles = 32;                  // of a block; twice as many where weights are transformed for each
+
+constexpr int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Channels as weights have them.
+template <class T>
+constexpr int64_t whole_steps(int64_t channels) {
+  return up(channels, kStep<T>) * kStep<T>;
+}
+
+// Nine vectors of weights, load(tap), to those of each position.
+template <int M, class Load, class Store>
+DDPM_INLINED inline void transform_weight(const Load& load, const Store& store) {
+  constexpr int S = M + 2;
+  Floats half[S][3];
+  for (int j = 0; j < 3; ++j) {
+    const Floats g[3] = {load(j), load(3 + j), load(6 + j)};
+    Floats column[S];
+    Winograd<M>::weight(g, column);
+    for (int i = 0; i < S; ++i) half[i][j] = column[i];
+  }
+  for (int i = 0; i < S; ++i) {
+    Floats u[S];
+    Winograd<M>::weight(half[i], u);
+    for (int j = 0; j < S; ++j) store(i * S + j, u[j]);
+  }
+}
+
+// Of one panel, [channels][9][kPanel] to [positions][channels][kPanel], positions `step` apart.
+template <int M, class T>
+void transform_weights(const T* w, int64_t channels, T* u, int64_t step) {
+  constexpr int S = M + 2;
+  for (int64_t c = 0; c < channels; c += kStep<T>, w += kTaps * kPanel * kStep<T>, u += kPanel * kStep<T>) {
+    for (int64_t lane = 0; lane < kPanel * kStep<T>; lane += kVec * kStep<T>) {
+      const auto at = [=](int tap) { return w + tap * kPanel * kStep<T> + lane; };
+      if constexpr (kStep<T> == 1) {
+        transform_weight<M>([=](int tap) { return load(at(tap)); },
+                            [=](int p, Floats x) { store(u + p * step + lane, x); });
+      } else {
+        Floats low[S * S];
+        transform_weight<M>([=](int tap) { return low_halves(read_as<Words32>(at(tap))); },
+                            [&](int p, Floats x) { low[p] = x; });
+        transform_weight<M>([=](int tap) { return high_halves(read_as<Words32>(at(tap))); },
+                            [&](int p, Floats x) {
+                              const Words32 both = paired(low[p], x);
+                              std::memcpy(u + p * step + lane, &both, sizeof both);
+                            });
+      }
+    }
+  }
+}
+
+template <class T, int M>
+class Convolution {
+ public:
+  explicit Convolution(const Conv3x3& of)
+      : of_(of),
+        across_(up(of.width, M)),
+        down_(up(of.height, M)),
+        tiles_(of.images * down_ * across_),
+        panels_(up(of.out_channels, kPanel)),
+        group_(of.transformed ? kGroup : 1),
+        piece_(of.transformed ? of.channels : least(kAtOnce, of.channels)) {}
+
+  void run(int threads) {
+    const int64_t most = of_.transformed ? kTiles : 2 * kTiles, groups = up(panels_, group_);
+    if (tiles_ < kTiles * threads && groups >= threads) {
+      // Few tiles: each thread takes some of the output channels, and so reads a part of the weights only.
+      rows_ = least(tiles_, most);
+      const int64_t v_size = whole_pages(floats(kPositions * position())), each = u_size() + m_size();
+      float* const room = kept(v_size + threads * each);
+      T* const v = reinterpret_cast<T*>(room);
+      for (int64_t first = 0; first < tiles_; first += rows_) {
+        const int64_t count = least(tiles_ - first, rows_);
+        parallel(count, threads, [&](int64_t row) { transform(first + row, row, v); });
+        parallel_ranked(groups, threads, [&](int64_t group, int rank) {
+          multiply(group, first, count, v, room + v_size + rank * each);
+        });
+      }
+      return;
+    }
+    const int64_t share = up(up(tiles_, most), threads) * threads;  // blocks, as many for each thread
+    rows_ = up(tiles_, share);
+    const int64_t v_size = whole_pages(floats(kPositions * position())), each = v_size + u_size() + m_size();
+    float* const room = kept(threads * each);
+    parallel_ranked(up(tiles_, rows_), threads, [&](int64_t block, int rank) {
+      float* const own = room + rank * each;
+      T* const v = reinterpret_cast<T*>(own);
+      const int64_t first = block * rows_, count = least(tiles_ - first, rows_);
+      for (int64_t row = 0; row < count; ++row) transform(first + row, row, v);
+      for (int64_t group = 0; group < groups; ++group) multiply(group, first, count, v, own + v_size);
+    });
+  }
+
+ private:
+  static constexpr int S = M + 2, kPositions = S * S;
+  static constexpr int64_t kLine = 64 / int64_t(sizeof(T));  // keeps equal places of positions from falling together
+
+  // Room for the call, after zeros for the pixels outside of an image.
+  float* kept(int64_t count) {
+    const int64_t outside = whole_pages(of_.channels + kVec);
+    float* const room = Kept(outside + count).get();
+    std::memset(room, 0, size_t(outside) * sizeof(float));
+    zeros_ = reinterpret_cast<const T*>(room);
+    return room + outside;
+  }
+
+  static int64_t floats(int64_t count) { return up(count, kStep<T>); }
+  // Transformed tiles are [positions][channels / kDepth][rows][kDepth], sums [rows][panels of a group, in halves][positions].
+  int64_t position() const { return up(of_.channels, kDepth) * rows_ * kDepth + kLine; }
+  int64_t m_size() const { return whole_pages(rows_ * group_ * kPanel * kPositions); }
+  // Of weights that are transformed here.
+  int64_t u_step() const { return whole_steps<T>(piece_) * kPanel + kLine; }
+  int64_t u_size() const { return of_.transformed ? 0 : whole_pages(floats(kPositions * u_step())); }
+
+  struct Place {
+    int64_t image, y, x;
+  };
+  Place place(int64_t tile) const {
+    return {tile / (down_ * across_), tile / across_ % down_ * M, tile % across_ * M};
+  }
+
+  void transform(int64_t tile, int64_t row, T* v) const {
+    T* const to = v + row * kDepth;
+    transform(of_.x, place(tile), 0, of_.channels_1, to);
+    if (of_.channels_1 < of_.channels) transform(of_.x2, place(tile), of_.channels_1, of_.channels, to);
+  }
+
+  // The channels [first, end) of a tile, which are those of the image x.
+  void transform(const Image& x, Place at, int64_t first, int64_t end, T* v) const {
+    const T* pixel[S][S];
+    for (int i = 0; i < S; ++i) {
+      for (int j = 0; j < S; ++j) {
+        const int64_t row = at.y + i - 1, column = at.x + j - 1;
+        const bool inside = row >= 0 && row < of_.height && column >= 0 && column < of_.width;
+        pixel[i][j] = inside ? static_cast<const T*>(x.data) + at.image * x.image + (row * of_.width + column) * x.pixel
+                             : zeros_;
+      }
+    }
+    const int64_t step = position(), block = rows_ * kDepth;
+    for (int64_t c = first, room; c < end; c += room) {
+      T* const to = v + c / kDepth * block + c % kDepth;
+      room = least(kDepth - c % kDepth, kVec);
+      const int64_t count = least(end - c, room);
+      if (count == kVec) {
+        transform(pixel, c - first, [](const T* p) { return load(p); },
+                  [=](int p, Floats x) { store(to + p * step, x); });
+      } else {
+        transform(pixel, c - first, [=](const T* p) { return load_part(p, count); },
+                  [=](int p, Floats x) { store_part(to + p * step, x, room); });
+      }
+    }
+  }
+
+  template <class Load, class Store>
+  DDPM_INLINED static inline void transform(const T* const (&pixel)[S][S], int64_t c, const Load& load, const Store& store) {
+    Floats half[S][S];
+    for (int j = 0; j < S; ++j) {
+      Floats d[S], column[S];
+      for (int i = 0; i < S; ++i) d[i] = load(pixel[i][j] + c);
+      Winograd<M>::input(d, column);
+      for (int i = 0; i < S; ++i) half[i][j] = column[i];
+    }
+    for (int i = 0; i < S; ++i) {
+      Floats v[S];
+      Winograd<M>::input(half[i], v);
+      for (int j = 0; j < S; ++j) store(i * S + j, v[j]);
+    }
+  }
+
+  // Multiplies a block's rows with a group of panels, and writes what is made of them.
+  void multiply(int64_t group, int64_t first, int64_t rows, const T* v, float* room) const {
+    const int64_t from = group * group_, panels = least(panels_ - from, group_);
+    float* const m = room + u_size();
+    if (of_.transformed) {
+      const int64_t size = whole_steps<T>(of_.channels) * kPanel;
+      const T* u = static_cast<const T*>(of_.weights) + from * kPositions * size;
+      for (int p = 0; p < kPositions; ++p) {
+        for (int64_t panel = 0; panel < panels; ++panel, u += size) {
+          products<false>(rows, v + p * position(), u, of_.channels, m + (panel * 2 * kPositions + p) * kVec, u + size);
+        }
+      }
+    } else {
+      T* const u = reinterpret_cast<T*>(room);
+      const T* w = static_cast<const T*>(of_.weights) + from * whole_steps<T>(of_.channels) * kTaps * kPanel;
+      for (int64_t c = 0; c < of_.channels; c += piece_, w += piece_ * kTaps * kPanel) {
+        const int64_t channels = least(of_.channels - c, piece_);
+        transform_weights<M>(w, channels, u, u_step());
+        const T* next = w + channels * kTaps * kPanel;  // a ninth of it at each position, so that it is there in time
+        for (int p = 0; p < kPositions; ++p, next += channels) {
+          const T* const tiles = v + p * position() + c * rows_;
+          c == 0 ? products<false>(rows, tiles, u + p * u_step(), channels, m + p * kVec, next)
+                 : products<true>(rows, tiles, u + p * u_step(), channels, m + p * kVec, next);
+        }
+      }
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t c = from * kPanel, i = row * group_ * 2; c < least(of_.out_channels, (from + panels) * kPanel); c += kVec) {
+        write(place(first + row), c, m + i++ * kPositions * kVec);
+      }
+    }
+  }
+
+  // The rows in parts that fit the registers; during the first two of them, fetches the two halves of the next weights.
+  template <bool More>
+  void products(int64_t rows, const T* v, const T* u, int64_t channels, float* m, const T* next) const {
+    const int64_t parts = up(rows, kRows), each = up(rows, parts);
+    const char* ahead = reinterpret_cast<const char*>(next);
+    for (int64_t row = 0; row < rows; row += each) {
+      const int64_t count = least(rows - row, each);
+      const Rows<T> of{v + row * kDepth, rows_ * kDepth};
+      const Sums to{m + row * group_ * kPanel * kPositions, group_ * kPanel * kPositions, kPositions * kVec};
+      if (row < 2 * each) {
+        product_of<More, true>(count, of, u, channels, to, ahead);
+        ahead += up(channels, kStep<T>) * 64;
+      } else {
+        product_of<More, false>(count, of, u, channels, to, ahead);
+      }
+    }
+  }
+
+  // A tile's sums of the output channels from c on to the result, with all that is added there.
+  void write(Place at, int64_t c, const float* m) const {
+    const int64_t count = least(of_.out_channels - c, kVec);
+    const int64_t high = least(of_.height - at.y, M), wide = least(of_.width - at.x, M);
+    const auto pixel = [&](const Image& image) {
+      return static_cast<T*>(image.data) + at.image * image.image + (at.y * of_.width + at.x) * image.pixel + c;
+    };
+    T* const y = pixel(of_.y);
+    const T* const residual = of_.residual.data != nullptr ? pixel(of_.residual) : nullptr;
+    const Floats bias = of_.bias != nullptr ? load_some(of_.bias + c, count) : Floats{};
+    Floats half[M][S];
+    for (int j = 0; j < S; ++j) {
+      Floats d[S], column[M];
+      for (int i = 0; i < S; ++i) d[i] = load(m + (i * S + j) * kVec);
+      Winograd<M>::output(d, column);
+      for (int i = 0; i < M; ++i) half[i][j] = column[i];
+    }
+    for (int64_t i = 0; i < high; ++i) {
+      Floats out[M];
+      Winograd<M>::output(half[i], out);
+      for (int64_t j = 0; j < wide; ++j) {
+        const int64_t p = i * of_.width + j;
+        Floats sum = out[j] + bias;
+        if (residual != nullptr) sum += load_some(residual + p * of_.residual.pixel, count);
+        if (count == kVec) {
+          store(y + p * of_.y.pixel, sum);
+        } else {
+          store_part(y + p * of_.y.pixel, sum, count);
+        }
+      }
+    }
+  }
+
+  const Conv3x3& of_;
+  const int64_t across_, down_, tiles_, panels_, group_, piece_;
+  int64_t rows_ = 0;  // of a block
+  const T* zeros_ = nullptr;
+};
+
+float number(const Conv3x3Weights& w, int64_t at) {
+  return w.from_half ? as<float>(uint32_t{static_cast<const uint16_t*>(w.data)[at]} << 16) : static_cast<const float*>(w.data)[at];
+}
+
+// Nine vectors of a panel, [9][kPanel], of the channels of one step.
+template <class T>
+void gather(const Conv3x3Weights& w, int64_t panel, int64_t channel, T* to) {
+  const int64_t first = panel * kPanel, lanes = least(w.out_channels - first, kPanel);
+  for (int64_t tap = 0; tap < kTaps; ++tap, to += kPanel * kStep<T>) {
+    float row[kStep<T>][kPanel] = {};
+    for (int64_t i = 0; i < least(kStep<T>, w.channels - channel); ++i) {
+      const int64_t at = (channel + i) * w.in_stride + tap / 3 * w.row_stride + tap % 3 * w.column_stride;
+      for (int64_t lane = 0; lane < lanes; ++lane) row[i][lane] = number(w, at + (first + lane) * w.out_stride);
+    }
+    for (int64_t lane = 0; lane < kPanel; lane += kVec) {
+      if constexpr (kStep<T> == 1) {
+        store(to + lane, load(row[0] + lane));
+      } else {
+        const Words32 both = paired(load(row[0] + lane), load(row[1] + lane));
+        std::memcpy(to + lane * kStep<T>, &both, sizeof both);
+      }
+    }
+  }
+}
+
+template <class T, int M>
+void lay_out(const Conv3x3Weights& w, int threads) {
+  const int64_t channels = whole_steps<T>(w.channels), panels = up(w.out_channels, kPanel);
+  parallel(panels * (channels / kStep<T>), threads, [&](int64_t task) {
+    const int64_t panel = task / (channels / kStep<T>), channel = task % (channels / kStep<T>) * kStep<T>;
+    T* const to = static_cast<T*>(w.to);
+    if constexpr (M == 0) {
+      gather(w, panel, channel, to + (panel * channels + channel) * kTaps * kPanel);
+    } else {
+      constexpr int64_t kPositions = (M + 2) * (M + 2);
+      const int64_t first = panel / kGroup * kGroup, in_group = least(panels - first, kGroup);
+      T nine[kTaps * kPanel * kStep<T>];
+      gather(w, panel, channel, nine);
+      T* const u = to + (first * kPositions + (panel - first)) * channels * kPanel + channel * kPanel;
+      transform_weights<M>(nine, kStep<T>, u, in_group * channels * kPanel);
+    }
+  });
+}
+
+}  // namespace
+
+void conv3x3(const Conv3x3& of, int threads) {
+  if (of.half) {
+    Convolution<bf16, 2>(of).run(threads);
+  } else if (of.tile == 2) {
+    Convolution<float, 2>(of).run(threads);
+  } else {
+    Convolution<float, 4>(of).run(threads);
+  }
+}
+
+void conv3x3_room(const Conv3x3Weights& of, int64_t* numbers) {
+  const int64_t channels = of.half ? whole_steps<bf16>(of.channels) : of.channels, side = of.tile + 2;
+  *numbers = channels * up(of.out_channels, kPanel) * kPanel * (of.tile == 0 ? kTaps : side * side);
+}
+
+void conv3x3_weights(const Conv3x3Weights& of, int threads) {
+  if (of.half) {
+    of.tile == 0 ? lay_out<bf16, 0>(of, threads) : lay_out<bf16, 2>(of, threads);
+  } else if (of.tile == 0) {
+    lay_out<float, 0>(of, threads);
+  } else {
+    of.tile == 2 ? lay_out<float, 2>(of, threads) : lay_out<float, 4>(of, threads);
+  }
+}
+
+}  // namespace ddpm::cpu::DDPM_ISA

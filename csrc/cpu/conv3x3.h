@@ -1,0 +1,34 @@
+// What the kernels of conv3x3 are told. Images are channels_last, with rows as far apart as their pixels; strides are in
+// elements; what is absent is null.
+#pragma once
+
+#include <cstdint>
+
+#include "group_norm_silu.h"
+
+namespace ddpm::cpu {
+
+struct Conv3x3 {
+  int64_t images, height, width, channels, channels_1, out_channels;  // channels_1 of them are in x, the rest in x2
+  int tile;             // rows and columns of a tile of the result: 2 or 4
+  bool half;            // bf16 storage and products (tiles of 2), or float32
+  bool transformed;     // the weights; else they are in the kernel, which takes longer but reads less
+  Image x, x2;
+  const void* weights;  // as conv3x3_weights left them
+  const float* bias;    // [K]
+  Image residual, y;
+};
+
+// A weight [K, C, 3, 3] to be laid out for conv3x3, by panels of output channels: [panels][C][9][panel], or transformed,
+// [groups of panels][positions of a tile][panels of the group][C][panel]. In bf16 two channels lie side by side. What is
+// missing to whole panels and pairs is 0.
+struct Conv3x3Weights {
+  int64_t channels, out_channels;
+  int tile;              // for which they are transformed; 0 if they are not
+  bool half, from_half;  // bf16 laid out; bf16 given
+  const void* data;      // of the first row and column
+  int64_t out_stride, in_stride, row_stride, column_stride;
+  void* to;
+};
+
+}  // namespace ddpm::cpu

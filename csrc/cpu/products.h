@@ -1,0 +1,116 @@
+// Products of matrices that fit the registers: rows of tiles times a panel of weights, summed in float32. Weights are read
+// as vectors of output channels, tiles one number at a time; in bf16 two input channels make a pair, which is one number.
+#pragma once
+
+#include "../math.h"
+#include "vec.h"
+
+namespace ddpm::cpu::DDPM_ISA {
+namespace {
+
+constexpr int64_t kPanel = 2 * kVec;        // output channels of a panel
+constexpr int64_t kDepth = 64;              // input channels that lie together in a row
+constexpr int kRows = kVec >= 16 ? 12 : 6;  // most rows at once: two sums each are in registers
+
+// Input channels that one step takes.
+template <class T>
+constexpr int64_t kStep = int64_t(sizeof(float) / sizeof(T));
+
+template <class To, class From>
+inline To read_as(const From* p) {
+  To v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline Floats low_halves(Words32 pairs) { return (Floats)(pairs << 16); }
+inline Floats high_halves(Words32 pairs) { return (Floats)(pairs & 0xFFFF0000u); }
+
+// Two vectors, rounded, as pairs.
+inline Words32 paired(Floats low, Floats high) {
+#if defined(__AVX512BF16__)
+  const __m256i a = (__m256i)_mm512_cvtneps_pbh((__m512)low), b = (__m256i)_mm512_cvtneps_pbh((__m512)high);
+  return (Words32)_mm512_maskz_cvtepu16_epi32(0xFFFF, a) | (Words32)_mm512_maskz_cvtepu16_epi32(0xFFFF, b) << 16;
+#else
+  bf16 a[kVec], b[kVec];
+  store(a, low);
+  store(b, high);
+  return (Words32)load(a) >> 16 | (Words32)load(b);
+#endif
+}
+
+// sum + a b.
+inline Floats step(const float* a, const float* b, Floats sum) { return fma(broadcast(*a), load(b), sum); }
+
+inline Floats step(const bf16* a, const bf16* b, Floats sum) {
+  const auto pair = read_as<uint32_t>(a);
+  const auto weights = read_as<Words32>(b);
+#if defined(__AVX512BF16__)
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(pair)), (__m512bh)weights);
+#else
+  sum = fma(broadcast(as<float>(pair << 16)), low_halves(weights), sum);
+  return fma(broadcast(as<float>(pair & 0xFFFF0000u)), high_halves(weights), sum);
+#endif
+}
+
+// Rows of tiles: kDepth channels of a row lie together, then those of the next row; `block` further on the next channels.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t block;
+};
+
+// Sums: those of a row's two vectors of output channels are `half` apart, rows `row`.
+struct Sums {
+  float* data;
+  int64_t row, half;
+};
+
+// to = v u, or where more is set to += v u, of R rows and so many channels of u, [channels][kPanel]. If it is asked to, it
+// meanwhile fetches what lies ahead, a line in each step.
+template <int R, bool More, bool Fetch, class T>
+__attribute__((noinline)) void product(Rows<T> v, const T* u, int64_t channels, Sums to, const char* ahead) noexcept {
+  Floats sum[R][2];
+  for (int r = 0; r < R; ++r) {
+    sum[r][0] = More ? load(to.data + r * to.row) : Floats{};
+    sum[r][1] = More ? load(to.data + r * to.row + to.half) : Floats{};
+  }
+  for (int64_t first = 0; first < channels; first += kDepth, v.data += v.block) {
+    const int64_t count = channels - first < kDepth ? channels - first : kDepth;
+#pragma GCC unroll 2
+    for (int64_t c = 0; c < count; c += kStep<T>, u += kPanel * kStep<T>) {
+      if (Fetch) {
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += 64;
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        sum[r][0] = step(v.data + r * kDepth + c, u, sum[r][0]);
+        sum[r][1] = step(v.data + r * kDepth + c, u + kVec * kStep<T>, sum[r][1]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    store(to.data + r * to.row, sum[r][0]);
+    store(to.data + r * to.row + to.half, sum[r][1]);
+  }
+}
+
+// As `product`, of `rows` in [1, kRows].
+template <bool More, bool Fetch, class T>
+inline void product_of(int64_t rows, Rows<T> v, const T* u, int64_t channels, Sums to, const char* ahead) {
+  using Kernel = void (*)(Rows<T>, const T*, int64_t, Sums, const char*) noexcept;
+  static constexpr Kernel kernels[] = {
+      product<1, More, Fetch, T>,  product<2, More, Fetch, T>,  product<3, More, Fetch, T>,
+      product<4, More, Fetch, T>,  product<5, More, Fetch, T>,  product<6, More, Fetch, T>,
+#if defined(__AVX512F__)
+      product<7, More, Fetch, T>,  product<8, More, Fetch, T>,  product<9, More, Fetch, T>,
+      product<10, More, Fetch, T>, product<11, More, Fetch, T>, product<12, More, Fetch, T>,
+#endif
+  };
+  static_assert(sizeof kernels / sizeof kernels[0] == kRows);
+  kernels[rows - 1](v, u, channels, to, ahead);
+}
+
+}  // namespace
+}  // namespace ddpm::cpu::DDPM_ISA
