@@ -69,7 +69,7 @@ struct Sums {
 // to = v u, or where more is set to += v u, of R rows and so many channels of u, [channels][kPanel]. If it is asked to, it
 // meanwhile fetches what lies ahead, a line in each step.
 template <int R, bool More, bool Fetch, class T>
-__attribute__((noinline)) void product(Rows<T> v, const T* u, int64_t channels, Sums to, const char* ahead) noexcept {
+__attribute__((noinline)) void product(Rows<T> v, const T* u, int64_t channels, Sums to, const char* ahead) {
   Floats sum[R][2];
   for (int r = 0; r < R; ++r) {
     sum[r][0] = More ? load(to.data + r * to.row) : Floats{};
@@ -97,19 +97,10 @@ __attribute__((noinline)) void product(Rows<T> v, const T* u, int64_t channels, 
 }
 
 // As `product`, of `rows` in [1, kRows].
-template <bool More, bool Fetch, class T>
+template <bool More, bool Fetch, class T, int R = kRows>
 inline void product_of(int64_t rows, Rows<T> v, const T* u, int64_t channels, Sums to, const char* ahead) {
-  using Kernel = void (*)(Rows<T>, const T*, int64_t, Sums, const char*) noexcept;
-  static constexpr Kernel kernels[] = {
-      product<1, More, Fetch, T>,  product<2, More, Fetch, T>,  product<3, More, Fetch, T>,
-      product<4, More, Fetch, T>,  product<5, More, Fetch, T>,  product<6, More, Fetch, T>,
-#if defined(__AVX512F__)
-      product<7, More, Fetch, T>,  product<8, More, Fetch, T>,  product<9, More, Fetch, T>,
-      product<10, More, Fetch, T>, product<11, More, Fetch, T>, product<12, More, Fetch, T>,
-#endif
-  };
-  static_assert(sizeof kernels / sizeof kernels[0] == kRows);
-  kernels[rows - 1](v, u, channels, to, ahead);
+  if (rows == R) return product<R, More, Fetch>(v, u, channels, to, ahead);
+  if constexpr (R > 1) product_of<More, Fetch, T, R - 1>(rows, v, u, channels, to, ahead);
 }
 
 }  // namespace
