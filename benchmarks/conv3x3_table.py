@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.harness import Row, header, progress, write_json
 from benchmarks.options import Parser, count, output_file
 from ddpm_fast.ops import _conv3x3 as native
-from ddpm_fast.ops._conv3x3 import DIRECT, KINDS, TABLE, Way
+from ddpm_fast.ops._conv3x3 import CHANGING, DIRECT, FIXED, KINDS, TABLE, WEIGHT, Way
 from ddpm_fast.ops._native import load
 
 CHANNELS = (  # in, out
@@ -55,24 +55,42 @@ def problem(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x.to(dtype).contiguous(memory_format=torch.channels_last), weight
 
 
-def errors(shape: Shape, way: Way, dtype: torch.dtype) -> tuple[float, float]:
-    """Return the rms and the largest error of a way, over those of the direct convolution; of one image."""
-    x, weight = problem((1, *shape[1:]), dtype)
+def gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+    """Return the library's gradient of the weight."""
+    rest = ((1, 1), (1, 1), (1, 1), False, (0, 0), 1, [False, True, False])
+    return torch.ops.aten.convolution_backward(dy, x, weight, [weight.shape[0]], *rest)[1]
+
+
+def errors(shape: Shape, way: Way, dtype: torch.dtype, what: str) -> tuple[float, float]:
+    """Return the rms and the largest error of a way, over those of the direct one; of at most four images."""
+    x, weight = problem((min(shape[0], 4), *shape[1:]), dtype)
     weight = weight.to(dtype)
     exact = F.conv2d(x.double(), weight.double(), padding=1)
+    if what == WEIGHT:
+        dy = exact.to(dtype).contiguous(memory_format=torch.channels_last)
+        exact = gradient(x.double(), dy.double(), weight.double())
 
     def off(y: Tensor) -> tuple[float, float]:
         d = y.double() - exact
         return float(d.square().mean().sqrt()), float(d.abs().max())
 
-    ours = off(native.convolve(x, native.lay_out(weight, way, dtype), way, shape[2]))
-    plain = off(F.conv2d(x, weight, padding=1))
+    if what == WEIGHT:
+        ours, plain = off(native.weight_gradient(x, dy, way)), off(gradient(x, dy, weight))
+    else:
+        ours = off(native.convolve(x, native.lay_out(weight, way, dtype), way, shape[2]))
+        plain = off(F.conv2d(x, weight, padding=1))
     return ours[0] / plain[0], ours[1] / plain[1]
 
 
-def calls(shape: Shape, way: Way, dtype: torch.dtype, fixed: bool) -> Callable[[], Any]:
+def calls(shape: Shape, way: Way, dtype: torch.dtype, what: str) -> Callable[[], Any]:
     """Return a call of this way, each with another weight."""
     x, weight = problem(shape, dtype)
+    fixed = what == FIXED
+    if what == WEIGHT:
+        dy, weight = F.conv2d(x, weight.to(dtype), padding=1), weight.to(dtype)
+        if way.tile:
+            return lambda: native.weight_gradient(x, dy, way)
+        return lambda: gradient(x, dy, weight)
     copies = range(max(2, COLD // (weight.numel() * 4)))
     if fixed and way.tile:
         laid = itertools.cycle([native.lay_out(weight, way, dtype) for _ in copies[: max(2, len(copies) // 3)]])
@@ -88,19 +106,19 @@ def calls(shape: Shape, way: Way, dtype: torch.dtype, fixed: bool) -> Callable[[
     return lambda: F.conv2d(x, next(weights), padding=1)
 
 
-def measured(shape: Shape, dtype: torch.dtype, fixed: bool, repetitions: int) -> Row:
+def measured(shape: Shape, dtype: torch.dtype, what: str, repetitions: int) -> Row:
     """Return the row of a shape: microseconds of each way, and the way to take."""
-    ways, row = [], {"dtype": KINDS[dtype], "fixed": fixed, "shape": list(shape)}
+    ways, row = [], {"dtype": KINDS[dtype], "what": what, "shape": list(shape)}
     for way in WAYS:
-        if (way.transformed and not fixed) or (way.tile == 4 and dtype == torch.bfloat16):
+        if (way.transformed and what != FIXED) or (way.tile == 4 and dtype == torch.bfloat16):
             continue
         if way.tile:
-            rms, largest = errors(shape, way, dtype)
+            rms, largest = errors(shape, way, dtype, what)
             row[f"errors {way}"] = [round(rms, 2), round(largest, 2)]
             if dtype == torch.float32 and (rms > RMS or largest > LARGEST):
                 continue
         ways.append(way)
-    runs = [calls(shape, way, dtype, fixed) for way in ways]
+    runs = [calls(shape, way, dtype, what) for way in ways]
     times: list[list[float]] = [[] for _ in runs]
     for repetition in range(repetitions + 1):
         for run, seen in zip(runs, times, strict=True):
@@ -130,8 +148,10 @@ def main(argv: list[str] | None = None) -> int:
     isa, rows = load().isa(), []
     dtypes = tuple(KINDS) if isa == "avx512bf16" else (torch.float32,)
     with torch.no_grad():
-        for dtype, fixed, shape in itertools.product(dtypes, (True, False), shapes()):
-            rows.append(measured(shape, dtype, fixed, args.repetitions))
+        for dtype, what, shape in itertools.product(dtypes, (FIXED, CHANGING, WEIGHT), shapes()):
+            if what == WEIGHT and dtype != torch.float32:  # the library's
+                continue
+            rows.append(measured(shape, dtype, what, args.repetitions))
             progress(f"{isa} {rows[-1]}")
     if args.json:
         write_json(args.json, header(torch.device("cpu")) | {"isa": isa}, rows)
@@ -145,7 +165,7 @@ def write(isa: str, rows: list[Row]) -> None:
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {"ways": {}}
     kinds: dict[str, Any] = {}
     for row in rows:
-        ways = kinds.setdefault(row["dtype"], {}).setdefault("fixed" if row["fixed"] else "changing", [])
+        ways = kinds.setdefault(row["dtype"], {}).setdefault(row["what"], [])
         ways.append([*row["shape"], *row["way"]])
     table["ways"][isa] = kinds
     TABLE.write_text(text(table))

@@ -265,6 +265,21 @@ void conv3x3(py::handle x, py::handle x2, py::handle weights, py::handle bias, p
   run(of, threads);
 }
 
+// The gradient of the weight, to [K, C, 3, 3]; all in float32.
+void conv3x3_gradient(py::handle x, py::handle dy, py::handle to, int64_t tile, int threads) {
+  const Tensor from(x, "x"), grad(dy, "dy"), result(to, "to");
+  if (!from.given || from.dims != 4 || !grad.given || grad.dims != 4) throw py::value_error("x, dy: not of four dimensions");
+  if (is_half(from, "x")) throw py::value_error("x: not float32");
+  Conv3x3Gradient of{from.size[0], from.size[2], from.size[3], from.size[1], grad.size[1], checked_tile(tile, false, false),
+                     image_of(from, "x", from, from.size[1]), image_of(grad, "dy", from, grad.size[1]),
+                     whole<float>(result, Dtype::float32, "to")};
+  if (!result.has_shape({of.out_channels, of.channels, 3, 3})) throw py::value_error("to: not [K, C, 3, 3]");
+  if (grad.elements() == 0 || from.elements() == 0) throw py::value_error("x, dy: empty");
+  const auto run = kernels().conv3x3_gradient;
+  py::gil_scoped_release unlocked;
+  run(of, threads);
+}
+
 void ema_update(py::handle averages, py::handle values, double weight, int threads) {
   const Averages of(averages, values);
   if (!of.fit) throw py::value_error("not lists of pairs that the kernel takes");
@@ -335,6 +350,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv3x3_weights", &conv3x3_weights, "weight"_a, "to"_a, "tile"_a, "gradient"_a, "threads"_a);
   m.def("conv3x3", &conv3x3, "x"_a, "x2"_a, "weights"_a, "bias"_a, "residual"_a, "y"_a, "tile"_a, "transformed"_a,
         "threads"_a);
+  m.def("conv3x3_gradient", &conv3x3_gradient, "x"_a, "dy"_a, "to"_a, "tile"_a, "threads"_a);
   m.def("diffusion_loss", &diffusion_loss, "loss"_a, "model_out"_a, "noise"_a, "noise_coef"_a, "x_coef"_a, "x_start"_a,
         "loss_type"_a, "threads"_a);
   m.def("diffusion_loss_backward", &diffusion_loss_backward, "out"_a, "grad_loss"_a, "model_out"_a, "noise"_a,

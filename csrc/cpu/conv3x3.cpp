@@ -1,21 +1,15 @@
 // 3x3 convolutions by Winograd's minimal filtering: a block of tiles is transformed, multiplied with the weights, position
 // by position of a tile, for a few output channels at a time, and transformed back while it is in the second cache. Weights
 // that were transformed beforehand go by once a block. Others are transformed here, piece by piece, and forgotten.
-#include "group_norm.h"
 #include "kernels.h"
-#include "products.h"
-#include "winograd.h"
+#include "tiles.h"
 
 namespace ddpm::cpu::DDPM_ISA {
 namespace {
 
-constexpr int64_t kTaps = 9;
 constexpr int64_t kGroup = kVec >= 16 ? 2 : 4;  // panels of transformed weights that are used at once
 constexpr int64_t kAtOnce = 256;  // input channels whose weights are transformed at once in the kernel
 constexpr int64_t kTiles = 32;                  // of a block; twice as many where weights are transformed for each
-
-constexpr int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Channels as weights have them.
 template <class T>
@@ -70,46 +64,44 @@ class Convolution {
  public:
   explicit Convolution(const Conv3x3& of)
       : of_(of),
-        across_(up(of.width, M)),
-        down_(up(of.height, M)),
-        tiles_(of.images * down_ * across_),
+        tiles_(of.images, of.height, of.width),
+        v_{of.channels, 0},
         panels_(up(of.out_channels, kPanel)),
         group_(of.transformed ? kGroup : 1),
         piece_(of.transformed ? of.channels : least(kAtOnce, of.channels)) {}
 
   void run(int threads) {
     const int64_t most = of_.transformed ? kTiles : 2 * kTiles, groups = up(panels_, group_);
-    if (tiles_ < kTiles * threads && groups >= threads) {
+    if (tiles_.count < kTiles * threads && groups >= threads) {
       // Few tiles: each thread takes some of the output channels, and so reads a part of the weights only.
-      rows_ = least(tiles_, most);
-      const int64_t v_size = whole_pages(floats(kPositions * position())), each = u_size() + m_size();
-      float* const room = kept(v_size + threads * each);
+      v_.rows = least(tiles_.count, most);
+      const int64_t each = u_size() + m_size();
+      float* const room = kept(v_.floats() + threads * each);
       T* const v = reinterpret_cast<T*>(room);
-      for (int64_t first = 0; first < tiles_; first += rows_) {
-        const int64_t count = least(tiles_ - first, rows_);
+      for (int64_t first = 0; first < tiles_.count; first += v_.rows) {
+        const int64_t count = least(tiles_.count - first, v_.rows);
         parallel(count, threads, [&](int64_t row) { transform(first + row, row, v); });
         parallel_ranked(groups, threads, [&](int64_t group, int rank) {
-          multiply(group, first, count, v, room + v_size + rank * each);
+          multiply(group, first, count, v, room + v_.floats() + rank * each);
         });
       }
       return;
     }
-    const int64_t share = up(up(tiles_, most), threads) * threads;  // blocks, as many for each thread
-    rows_ = up(tiles_, share);
-    const int64_t v_size = whole_pages(floats(kPositions * position())), each = v_size + u_size() + m_size();
+    const int64_t share = up(up(tiles_.count, most), threads) * threads;  // blocks, as many for each thread
+    v_.rows = up(tiles_.count, share);
+    const int64_t each = v_.floats() + u_size() + m_size();
     float* const room = kept(threads * each);
-    parallel_ranked(up(tiles_, rows_), threads, [&](int64_t block, int rank) {
+    parallel_ranked(up(tiles_.count, v_.rows), threads, [&](int64_t block, int rank) {
       float* const own = room + rank * each;
       T* const v = reinterpret_cast<T*>(own);
-      const int64_t first = block * rows_, count = least(tiles_ - first, rows_);
+      const int64_t first = block * v_.rows, count = least(tiles_.count - first, v_.rows);
       for (int64_t row = 0; row < count; ++row) transform(first + row, row, v);
-      for (int64_t group = 0; group < groups; ++group) multiply(group, first, count, v, own + v_size);
+      for (int64_t group = 0; group < groups; ++group) multiply(group, first, count, v, own + v_.floats());
     });
   }
 
  private:
   static constexpr int S = M + 2, kPositions = S * S;
-  static constexpr int64_t kLine = 64 / int64_t(sizeof(T));  // keeps equal places of positions from falling together
 
   // Room for the call, after zeros for the pixels outside of an image.
   float* kept(int64_t count) {
@@ -120,66 +112,17 @@ class Convolution {
     return room + outside;
   }
 
-  static int64_t floats(int64_t count) { return up(count, kStep<T>); }
-  // Transformed tiles are [positions][channels / kDepth][rows][kDepth], sums [rows][panels of a group, in halves][positions].
-  int64_t position() const { return up(of_.channels, kDepth) * rows_ * kDepth + kLine; }
-  int64_t m_size() const { return whole_pages(rows_ * group_ * kPanel * kPositions); }
+  // Sums are [rows][panels of a group, in halves][positions].
+  int64_t m_size() const { return whole_pages(v_.rows * group_ * kPanel * kPositions); }
   // Of weights that are transformed here.
-  int64_t u_step() const { return whole_steps<T>(piece_) * kPanel + kLine; }
-  int64_t u_size() const { return of_.transformed ? 0 : whole_pages(floats(kPositions * u_step())); }
-
-  struct Place {
-    int64_t image, y, x;
-  };
-  Place place(int64_t tile) const {
-    return {tile / (down_ * across_), tile / across_ % down_ * M, tile % across_ * M};
-  }
+  int64_t u_step() const { return whole_steps<T>(piece_) * kPanel + 64 / int64_t(sizeof(T)); }
+  int64_t u_size() const { return of_.transformed ? 0 : whole_pages(up(kPositions * u_step(), kStep<T>)); }
 
   void transform(int64_t tile, int64_t row, T* v) const {
-    T* const to = v + row * kDepth;
-    transform(of_.x, place(tile), 0, of_.channels_1, to);
-    if (of_.channels_1 < of_.channels) transform(of_.x2, place(tile), of_.channels_1, of_.channels, to);
-  }
-
-  // The channels [first, end) of a tile, which are those of the image x.
-  void transform(const Image& x, Place at, int64_t first, int64_t end, T* v) const {
-    const T* pixel[S][S];
-    for (int i = 0; i < S; ++i) {
-      for (int j = 0; j < S; ++j) {
-        const int64_t row = at.y + i - 1, column = at.x + j - 1;
-        const bool inside = row >= 0 && row < of_.height && column >= 0 && column < of_.width;
-        pixel[i][j] = inside ? static_cast<const T*>(x.data) + at.image * x.image + (row * of_.width + column) * x.pixel
-                             : zeros_;
-      }
-    }
-    const int64_t step = position(), block = rows_ * kDepth;
-    for (int64_t c = first, room; c < end; c += room) {
-      T* const to = v + c / kDepth * block + c % kDepth;
-      room = least(kDepth - c % kDepth, kVec);
-      const int64_t count = least(end - c, room);
-      if (count == kVec) {
-        transform(pixel, c - first, [](const T* p) { return load(p); },
-                  [=](int p, Floats x) { store(to + p * step, x); });
-      } else {
-        transform(pixel, c - first, [=](const T* p) { return load_part(p, count); },
-                  [=](int p, Floats x) { store_part(to + p * step, x, room); });
-      }
-    }
-  }
-
-  template <class Load, class Store>
-  DDPM_INLINED static inline void transform(const T* const (&pixel)[S][S], int64_t c, const Load& load, const Store& store) {
-    Floats half[S][S];
-    for (int j = 0; j < S; ++j) {
-      Floats d[S], column[S];
-      for (int i = 0; i < S; ++i) d[i] = load(pixel[i][j] + c);
-      Winograd<M>::input(d, column);
-      for (int i = 0; i < S; ++i) half[i][j] = column[i];
-    }
-    for (int i = 0; i < S; ++i) {
-      Floats v[S];
-      Winograd<M>::input(half[i], v);
-      for (int j = 0; j < S; ++j) store(i * S + j, v[j]);
+    const auto at = tiles_.place(tile);
+    tiles_.template transform<OfX>(of_.x, at, zeros_, 0, of_.channels_1, v_, row, v);
+    if (of_.channels_1 < of_.channels) {
+      tiles_.template transform<OfX>(of_.x2, at, zeros_, of_.channels_1, of_.channels, v_, row, v);
     }
   }
 
@@ -192,7 +135,7 @@ class Convolution {
       const T* u = static_cast<const T*>(of_.weights) + from * kPositions * size;
       for (int p = 0; p < kPositions; ++p) {
         for (int64_t panel = 0; panel < panels; ++panel, u += size) {
-          products<false>(rows, v + p * position(), u, of_.channels, m + (panel * 2 * kPositions + p) * kVec, u + size);
+          products<false>(rows, v + p * v_.position(), u, of_.channels, m + (panel * 2 * kPositions + p) * kVec, u + size);
         }
       }
     } else {
@@ -203,7 +146,7 @@ class Convolution {
         transform_weights<M>(w, channels, u, u_step());
         const T* next = w + channels * kTaps * kPanel;  // a ninth of it at each position, so that it is there in time
         for (int p = 0; p < kPositions; ++p, next += channels) {
-          const T* const tiles = v + p * position() + c * rows_;
+          const T* const tiles = v + p * v_.position() + c * v_.rows;
           c == 0 ? products<false>(rows, tiles, u + p * u_step(), channels, m + p * kVec, next)
                  : products<true>(rows, tiles, u + p * u_step(), channels, m + p * kVec, next);
         }
@@ -211,7 +154,7 @@ class Convolution {
     }
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t c = from * kPanel, i = row * group_ * 2; c < least(of_.out_channels, (from + panels) * kPanel); c += kVec) {
-        write(place(first + row), c, m + i++ * kPositions * kVec);
+        write(tiles_.place(first + row), c, m + i++ * kPositions * kVec);
       }
     }
   }
@@ -223,7 +166,7 @@ class Convolution {
     const char* ahead = reinterpret_cast<const char*>(next);
     for (int64_t row = 0; row < rows; row += each) {
       const int64_t count = least(rows - row, each);
-      const Rows<T> of{v + row * kDepth, rows_ * kDepth};
+      const Rows<T> of{v + row * kDepth, v_.block()};
       const Sums to{m + row * group_ * kPanel * kPositions, group_ * kPanel * kPositions, kPositions * kVec};
       if (row < 2 * each) {
         product_of<More, true>(count, of, u, channels, to, ahead);
@@ -235,7 +178,7 @@ class Convolution {
   }
 
   // A tile's sums of the output channels from c on to the result, with all that is added there.
-  void write(Place at, int64_t c, const float* m) const {
+  void write(typename Tiles<T, M>::Place at, int64_t c, const float* m) const {
     const int64_t count = least(of_.out_channels - c, kVec);
     const int64_t high = least(of_.height - at.y, M), wide = least(of_.width - at.x, M);
     const auto pixel = [&](const Image& image) {
@@ -268,8 +211,9 @@ class Convolution {
   }
 
   const Conv3x3& of_;
-  const int64_t across_, down_, tiles_, panels_, group_, piece_;
-  int64_t rows_ = 0;  // of a block
+  const Tiles<T, M> tiles_;
+  Matrices<T, M> v_;  // of a block
+  const int64_t panels_, group_, piece_;
   const T* zeros_ = nullptr;
 };
 

@@ -31,4 +31,12 @@ struct Conv3x3Weights {
   void* to;
 };
 
+// The gradient of the weight, in float32, [K, C, 3, 3].
+struct Conv3x3Gradient {
+  int64_t images, height, width, channels, out_channels;
+  int tile;
+  Image x, dy;
+  float* to;
+};
+
 }  // namespace ddpm::cpu

@@ -78,7 +78,7 @@ struct DiffusionLoss {
 //   timestep_embedding       sines and cosines of t times the frequencies; [num_samples, 2 half]
 //   ema_update               average += weight (value - average), for each stretch
 //   conv3x3                  as in ddpm_fast/reference, of weights that conv3x3_weights laid out; conv3x3_room tells how
-//                            many numbers these are
+//                            many numbers these are; conv3x3_gradient is that of the weight
 //   diffusion_loss           a sum for each piece of the batch; and the gradient of means of `count` elements, given
 //                            theirs: grad[step n] is that of the mean that sample n is in
 #define DDPM_KERNELS(KERNEL)                                                                              \
@@ -93,6 +93,7 @@ struct DiffusionLoss {
   KERNEL(timestep_embedding, (float* out, const double* t, int64_t num_samples, const double* frequencies, \
                               int64_t half, int threads))                                                 \
   KERNEL(conv3x3, (const Conv3x3& of, int threads))                                                         \
+  KERNEL(conv3x3_gradient, (const Conv3x3Gradient& of, int threads))                                        \
   KERNEL(conv3x3_room, (const Conv3x3Weights& of, int64_t* numbers))                                       \
   KERNEL(conv3x3_weights, (const Conv3x3Weights& of, int threads))                                          \
   KERNEL(ema_update, (const Stretch* stretches, int64_t count, float weight, int threads))                \

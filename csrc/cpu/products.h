@@ -103,5 +103,33 @@ inline void product_of(int64_t rows, Rows<T> v, const T* u, int64_t channels, Su
   if constexpr (R > 1) product_of<More, Fetch, T, R - 1>(rows, v, u, channels, to, ahead);
 }
 
+// to = v' u, or where more is set to += v' u, of R neighbouring columns of v and a panel of u, both with rows kDepth apart.
+// What is there is added last: sums of many rows round less in parts.
+template <int R, bool More>
+__attribute__((noinline)) void outer_product(const float* v, const float* u, int64_t rows, Sums to) {
+  Floats sum[R][2];
+  for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = Floats{};
+#pragma GCC unroll 2
+  for (int64_t row = 0; row < rows; ++row, v += kDepth, u += kDepth) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      sum[r][0] = step(v + r, u, sum[r][0]);
+      sum[r][1] = step(v + r, u + kVec, sum[r][1]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    float* const m = to.data + r * to.row;
+    store(m, More ? load(m) + sum[r][0] : sum[r][0]);
+    store(m + to.half, More ? load(m + to.half) + sum[r][1] : sum[r][1]);
+  }
+}
+
+// As `outer_product`, of `columns` in [1, kRows].
+template <bool More, int R = kRows>
+inline void outer_product_of(int64_t columns, const float* v, const float* u, int64_t rows, Sums to) {
+  if (columns == R) return outer_product<R, More>(v, u, rows, to);
+  if constexpr (R > 1) outer_product_of<More, R - 1>(columns, v, u, rows, to);
+}
+
 }  // namespace
 }  // namespace ddpm::cpu::DDPM_ISA

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._conv3x3 import choose
+from ..ops._conv3x3 import CHANGING, FIXED, choose
 from ..ops._dispatch import forced
 from ..ops._native import wanted
 from .fusing import is_conv3x3
@@ -53,7 +53,7 @@ def _pay_on_cpus(x: Tensor) -> bool:
         return False
     if forced() not in (None, "native") or x.dtype not in (torch.float32, torch.bfloat16):
         return False
-    return not (wanted() and choose(computed_in(x), (n, c, 2 * h, 2 * w), c, fixed).tile)
+    return not (wanted() and choose(computed_in(x), (n, c, 2 * h, 2 * w), c, FIXED if fixed else CHANGING).tile)
 
 
 def in_phases(x: Tensor, conv: nn.Conv2d, with_bias: bool = True) -> Tensor:

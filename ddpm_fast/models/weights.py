@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import _C, Tensor, nn
 from torch.autograd import forward_ad
 
-from ..ops._conv3x3 import Way, choose, lay_out, room
+from ..ops._conv3x3 import CHANGING, FIXED, Way, choose, lay_out, room
 from ..ops._conv3x3 import convolve as convolve_tiles
 from ..ops._dispatch import forced
 from ..ops._native import wanted
@@ -165,7 +165,7 @@ class Prepared:
     def _way(self, x: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
         n, _, height, width = x.shape
         if self.packs and self.filters and wanted():
-            way = choose(self.dtype, tuple(x.shape), self._given.shape[0], True)
+            way = choose(self.dtype, tuple(x.shape), self._given.shape[0], FIXED)
             if way.tile:
                 return self._filtering(way, x)
         products = n * height * width * self._given.numel() // (self.stride[0] * self.stride[1])
@@ -180,7 +180,7 @@ class Prepared:
                 table = cast(Table, _MADE.get())
                 table.transformed += room(self._given, way, self.dtype)
                 if table.transformed > MOST_TRANSFORMED:
-                    way = choose(self.dtype, tuple(x.shape), self._given.shape[0], False)
+                    way = choose(self.dtype, tuple(x.shape), self._given.shape[0], CHANGING)
                     return self._filtering(way, x) if way.tile else self._packing
             self._laid_out[way] = lay_out(self._given, way, self.dtype)
         weights, bias = self._laid_out[way], None if self.bias is None else self.bias.float()

@@ -47,19 +47,20 @@ def exact_convolutions() -> Iterator[None]:
         _EXACT.reset(token)
 
 
-def choose(dtype: torch.dtype, shape: tuple[int, ...], out_channels: int, fixed: bool) -> Way:
-    """The fastest way by the table, for x of this dtype and shape [N, C, H, W] in channels_last.
+# What is computed: a result or the gradient of x, of weights that stay as they are for many calls or that change with
+# each; or the gradient of a weight.
+FIXED, CHANGING, WEIGHT = "fixed", "changing", "weight"
 
-    Args:
-        fixed: whether the weights stay as they are for many calls.
-    """
+
+def choose(dtype: torch.dtype, shape: tuple[int, ...], out_channels: int, what: str) -> Way:
+    """The fastest way to compute `what` by the table, for x of this dtype and shape [N, C, H, W] in channels_last."""
     if _EXACT.get() or dtype not in KINDS or 0 in shape:
         return DIRECT
-    return _nearest(_native.load().isa(), KINDS[dtype], fixed, *shape, out_channels)
+    return _nearest(_native.load().isa(), KINDS[dtype], what, *shape, out_channels)
 
 
 @functools.lru_cache(1 << 14)
-def _nearest(isa: str, kind: str, fixed: bool, n: int, c: int, h: int, w: int, k: int) -> Way:
+def _nearest(isa: str, kind: str, what: str, n: int, c: int, h: int, w: int, k: int) -> Way:
     """The way of the measured shape that is most alike: in pixels of an image, of the batch, and in channels."""
 
     def distance(row: Any) -> float:
@@ -67,7 +68,7 @@ def _nearest(isa: str, kind: str, fixed: bool, n: int, c: int, h: int, w: int, k
         pairs = ((h * w, side**2), (n * h * w, images * side**2), (c, channels), (k, out_channels))
         return sum(abs(log2(a / b)) for a, b in pairs)
 
-    rows = _table().get(isa, {}).get(kind, {}).get("fixed" if fixed else "changing", ())
+    rows = _table().get(isa, {}).get(kind, {}).get(what, ())
     return Way(*min(rows, key=distance)[4:]) if rows else DIRECT
 
 
@@ -110,6 +111,13 @@ def convolve(
     return y
 
 
+def weight_gradient(x: Tensor, dy: Tensor, way: Way) -> Tensor:
+    """The gradient [K, C, 3, 3] of a weight, for float32 images in channels_last."""
+    dw = torch.empty((dy.shape[1], x.shape[1], 3, 3))
+    _native.load().conv3x3_gradient(x, dy, dw, way.tile, _native.threads())
+    return dw
+
+
 def rejects(
     x: Tensor,
     weight: Tensor,
@@ -145,7 +153,7 @@ def _way(x: Tensor, weight: Tensor, x2: Tensor | None) -> Way:
     if not all(i is None or i.is_contiguous(memory_format=torch.channels_last) for i in (x, x2)):
         return DIRECT
     n, _, height, width = x.shape
-    return choose(computed_in(x), (n, weight.shape[1], height, width), weight.shape[0], False)
+    return choose(computed_in(x), (n, weight.shape[1], height, width), weight.shape[0], CHANGING)
 
 
 def run(
@@ -189,14 +197,13 @@ def _forward(
 
 
 class _Convolution(torch.autograd.Function):
-    """conv3x3 with its gradient: that of x is another convolution; that of the weight is the library's."""
+    """conv3x3 with its gradients: that of x is another convolution, and that of the weight has tiles, too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, x2: Tensor | None, *rest: Any) -> Tensor:
         residual, way, dtype = rest
         ctx.save_for_backward(x.to(dtype), weight, None if x2 is None else x2.to(dtype))
         ctx.kinds = [None if t is None else t.dtype for t in (x, weight, bias, x2, residual)]
-        ctx.channels = x.shape[1]
         return _forward(x, weight, bias, x2, residual, way, dtype)
 
     @staticmethod
@@ -204,20 +211,32 @@ class _Convolution(torch.autograd.Function):
         _native.check_backward("conv3x3", dy)
         x, weight, x2 = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_x2, needs_residual = ctx.needs_input_grad[:5]
-        image = _image(dy.resolve_neg(), x.dtype)
-        assert image is not None
-        n, k, height, width = image.shape
-        whole = x if x2 is None else torch.cat([x, x2], dim=1)
-        wanted = [needs_x or needs_x2, needs_weight, needs_bias]
-        way, dx = choose(x.dtype, (n, k, height, width), whole.shape[1], False), None
-        if wanted[0] and way.tile:
-            weights = lay_out(weight, way, x.dtype, gradient=True)
-            dx, wanted[0] = convolve(image, weights, way, whole.shape[1]), False
-        found: list[Tensor | None] = [None] * 3
-        if any(wanted):
-            arguments = ([k], (1, 1), (1, 1), (1, 1), False, (0, 0), 1, wanted)
-            found = torch.ops.aten.convolution_backward(image, whole, weight.to(x.dtype), *arguments)
-        dx = found[0] if dx is None else dx
-        dx1, dx2 = (None, None) if dx is None else (dx[:, : ctx.channels], dx[:, ctx.channels :])
-        grads = (dx1, found[1], found[2], dx2 if needs_x2 else None, dy if needs_residual else None)
+        image, channels = _image(dy.resolve_neg(), x.dtype), x.shape[1]
+        whole = _image(x if x2 is None else torch.cat([x, x2], dim=1), x.dtype)
+        assert image is not None and whole is not None
+        dx, dw, db = _gradients(whole, weight, image, needs_x or needs_x2, needs_weight, needs_bias)
+        dx1 = dx if dx is None or x2 is None else dx[:, :channels]
+        dx2 = dx if dx is None or x2 is None else dx[:, channels:]
+        grads = (dx1 if needs_x else None, dw, db, dx2 if needs_x2 else None, dy if needs_residual else None)
         return *(g if g is None else g.to(kind) for g, kind in zip(grads, ctx.kinds, strict=True)), None, None
+
+
+def _gradients(
+    x: Tensor, weight: Tensor, dy: Tensor, of_x: bool, of_weight: bool, of_bias: bool
+) -> list[Tensor | None]:
+    """Those that are wanted, each in the way that is the fastest; of images in channels_last."""
+    found: list[Tensor | None] = [None, None, None]
+    (n, k, height, width), channels = dy.shape, x.shape[1]
+    way = choose(x.dtype, (n, k, height, width), channels, CHANGING)
+    if of_x and way.tile:
+        found[0], of_x = convolve(dy, lay_out(weight, way, x.dtype, gradient=True), way, channels), False
+    way = choose(x.dtype, tuple(x.shape), k, WEIGHT)
+    if of_weight and way.tile:
+        found[1], of_weight = weight_gradient(x, dy, way), False
+        found[2], of_bias = dy.sum((0, 2, 3)) if of_bias else None, False
+    if of_x or of_weight or of_bias:
+        wanted = [of_x, of_weight, of_bias]
+        arguments = ([k], (1, 1), (1, 1), (1, 1), False, (0, 0), 1, wanted)
+        rest = torch.ops.aten.convolution_backward(dy, x, weight.to(x.dtype), *arguments)
+        found = [a if a is not None else b for a, b in zip(found, rest, strict=True)]
+    return found
