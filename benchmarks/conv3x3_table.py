@@ -3,7 +3,8 @@
 python -m benchmarks.conv3x3_table --json benchmarks/results/conv3x3_table_FILE.json --write
 
 Each call finds its weights in memory, and its images where a network's last layer left them. A way whose rounding
-exceeds the bound (3 times the direct convolution's rms error, 5 times its largest) isn't taken, however fast.
+exceeds the bound (3 times the direct convolution's rms error, 5 times its largest; in bf16 the rule of the tests) isn't taken, however
+fast.
 """
 
 import itertools
@@ -61,9 +62,10 @@ def gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.aten.convolution_backward(dy, x, weight, [weight.shape[0]], *rest)[1]
 
 
-def errors(shape: Shape, way: Way, dtype: torch.dtype, what: str) -> tuple[float, float]:
-    """Return the rms and the largest error of a way, over those of the direct one; of at most four images."""
-    x, weight = problem((min(shape[0], 4), *shape[1:]), dtype)
+def errors(shape: Shape, way: Way, dtype: torch.dtype, what: str) -> tuple[float, float, bool]:
+    """Return the rms and the largest error of a way, over those of the direct one, and whether they are in the bound; of two to four images, as PyTorch
+    convolves a single small one otherwise."""
+    x, weight = problem((min(max(shape[0], 2), 4), *shape[1:]), dtype)
     weight = weight.to(dtype)
     exact = F.conv2d(x.double(), weight.double(), padding=1)
     if what == WEIGHT:
@@ -79,7 +81,10 @@ def errors(shape: Shape, way: Way, dtype: torch.dtype, what: str) -> tuple[float
     else:
         ours = off(native.convolve(x, native.lay_out(weight, way, dtype), way, shape[2]))
         plain = off(F.conv2d(x, weight, padding=1))
-    return ours[0] / plain[0], ours[1] / plain[1]
+    rms, largest = ours[0] / plain[0], ours[1] / plain[1]
+    if dtype == torch.float32:
+        return rms, largest, rms <= RMS and largest <= LARGEST
+    return rms, largest, ours[1] <= 2 * plain[1] + torch.finfo(dtype).eps * float(exact.abs().max())
 
 
 def calls(shape: Shape, way: Way, dtype: torch.dtype, what: str) -> Callable[[], Any]:
@@ -113,9 +118,9 @@ def measured(shape: Shape, dtype: torch.dtype, what: str, repetitions: int) -> R
         if (way.transformed and what != FIXED) or (way.tile == 4 and dtype == torch.bfloat16):
             continue
         if way.tile:
-            rms, largest = errors(shape, way, dtype, what)
+            rms, largest, within = errors(shape, way, dtype, what)
             row[f"errors {way}"] = [round(rms, 2), round(largest, 2)]
-            if dtype == torch.float32 and (rms > RMS or largest > LARGEST):
+            if not within:
                 continue
         ways.append(way)
     runs = [calls(shape, way, dtype, what) for way in ways]

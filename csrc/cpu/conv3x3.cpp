@@ -144,11 +144,12 @@ class Convolution {
       for (int64_t c = 0; c < of_.channels; c += piece_, w += piece_ * kTaps * kPanel) {
         const int64_t channels = least(of_.channels - c, piece_);
         transform_weights<M>(w, channels, u, u_step());
-        const T* next = w + channels * kTaps * kPanel;  // a ninth of it at each position, so that it is there in time
-        for (int p = 0; p < kPositions; ++p, next += channels) {
+        const T* next = w + channels * kTaps * kPanel;
+        for (int p = 0; p < kPositions; ++p, next += channels * kPanel) {
           const T* const tiles = v + p * v_.position() + c * v_.rows;
-          c == 0 ? products<false>(rows, tiles, u + p * u_step(), channels, m + p * kVec, next)
-                 : products<true>(rows, tiles, u + p * u_step(), channels, m + p * kVec, next);
+          const T* const ahead = p < kTaps ? next : nullptr;  // a tap's weights at a position
+          c == 0 ? products<false>(rows, tiles, u + p * u_step(), channels, m + p * kVec, ahead)
+                 : products<true>(rows, tiles, u + p * u_step(), channels, m + p * kVec, ahead);
         }
       }
     }
@@ -159,7 +160,7 @@ class Convolution {
     }
   }
 
-  // The rows in parts that fit the registers; during the first two of them, fetches the two halves of the next weights.
+  // The rows in parts that fit the registers; the first two of them fetch the halves of the next weights, if any.
   template <bool More>
   void products(int64_t rows, const T* v, const T* u, int64_t channels, float* m, const T* next) const {
     const int64_t parts = up(rows, kRows), each = up(rows, parts);
@@ -168,7 +169,7 @@ class Convolution {
       const int64_t count = least(rows - row, each);
       const Rows<T> of{v + row * kDepth, v_.block()};
       const Sums to{m + row * group_ * kPanel * kPositions, group_ * kPanel * kPositions, kPositions * kVec};
-      if (row < 2 * each) {
+      if (next != nullptr && row < 2 * each) {
         product_of<More, true>(count, of, u, channels, to, ahead);
         ahead += up(channels, kStep<T>) * 64;
       } else {

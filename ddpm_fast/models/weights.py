@@ -32,9 +32,11 @@ class _Entry(NamedTuple):
 
 
 class Table(dict[Hashable, _Entry]):
-    """What was made, and how many bytes of it are transformed weights of convolutions."""
+    """What was made."""
 
-    transformed = 0
+    def transformed(self) -> int:
+        """How many bytes of it are transformed weights of convolutions."""
+        return sum(e.value.transformed() for e in self.values() if isinstance(e.value, Prepared))
 
 
 _MADE: ContextVar[Table | None] = ContextVar("ddpm_fast_made_of_weights", default=None)
@@ -174,12 +176,15 @@ class Prepared:
             return self._packing
         return self._multiplying if self.pointwise and (not x.is_cpu or small and n > 1) else self._plain
 
+    def transformed(self) -> int:
+        """Bytes of its weights that were transformed for tiles."""
+        return sum(t.nbytes for way, t in self._laid_out.items() if way.transformed)
+
     def _filtering(self, way: Way, x: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
         if way not in self._laid_out:
             if way.transformed:
                 table = cast(Table, _MADE.get())
-                table.transformed += room(self._given, way, self.dtype)
-                if table.transformed > MOST_TRANSFORMED:
+                if table.transformed() + room(self._given, way, self.dtype) > MOST_TRANSFORMED:
                     way = choose(self.dtype, tuple(x.shape), self._given.shape[0], CHANGING)
                     return self._filtering(way, x) if way.tile else self._packing
             self._laid_out[way] = lay_out(self._given, way, self.dtype)
