@@ -3,8 +3,8 @@
 python -m benchmarks.conv3x3_table --json benchmarks/results/conv3x3_table_FILE.json --write
 
 Each call finds its weights in memory, and its images where a network's last layer left them. A way whose rounding
-exceeds the bound (3 times the direct convolution's rms error, 5 times its largest; in bf16 the rule of the tests) isn't taken, however
-fast.
+exceeds the bound isn't taken, however fast: 3 times the direct convolution's rms error, 5 times its largest; in bf16
+the rule of the tests.
 """
 
 import itertools

@@ -267,6 +267,8 @@ COLUMNS = {
     "gbytes_per_s": "GB/s",
     "tflops": "TFLOP/s",
     "share": "of ceiling",
+    "rms": "rms error",
+    "largest": "largest error",
     "peak_mib": "peak MiB",
     "saved_mib": "kept for backward MiB",
     "seconds": "seconds",

@@ -73,7 +73,11 @@ class Case:
         layouts: whether PyTorch runs in both memory formats and ours in channels_last; else all run in NCHW.
         beside_copy: time a copy that moves as many bytes, too.
         hot: time calls on two sets of inputs; else on enough of them, in turn, to find each out of the caches.
-        peers: other projects' ways by name, timed on GPUs in channels_last.
+        backends: whether each of our backends is timed, forced.
+        peers: other ways by name, timed in channels_last on `peers_on`.
+        peers_on: the kind of device.
+        errors: whether the rows tell the errors, too.
+        factor: how many of plain PyTorch's errors are allowed; by default 2, of gradients 3.
     """
 
     op: str
@@ -91,7 +95,11 @@ class Case:
     layouts: bool = True
     beside_copy: bool = False
     hot: bool = False
+    backends: bool = True
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    peers_on: str = "cuda"
+    errors: bool = False
+    factor: float | None = None
 
     def __str__(self) -> str:
         return f"{self.op} {self.label} {NAMES[self.dtype]}"
@@ -132,7 +140,8 @@ def contenders(case: Case, device: torch.device, compile: bool) -> dict[str, Con
         backends = [backend for backend in backends if backend != "triton"]
     layout = CHANNELS_LAST if case.layouts else NCHW
     found = {OURS: Contender(case.ours, layout)}
-    found |= {f"{OURS} {backend}": Contender(case.ours, layout, backend) for backend in backends}
+    if case.backends:
+        found |= {f"{OURS} {backend}": Contender(case.ours, layout, backend) for backend in backends}
     formats = {" NCHW": NCHW, " channels_last": CHANNELS_LAST} if case.layouts else {"": NCHW}
     for suffix, memory_format in formats.items():
         found[f"torch eager{suffix}"] = Contender(case.plain, memory_format)
@@ -142,7 +151,7 @@ def contenders(case: Case, device: torch.device, compile: bool) -> dict[str, Con
         function = torch.compile(case.plain, fullgraph=True, dynamic=False, options=compile_options(device))
         for suffix, memory_format in formats.items():
             found[f"torch.compile{suffix}"] = Contender(function, memory_format)
-    if device.type == "cuda":
+    if device.type == case.peers_on:
         found |= {name: Contender(peer, CHANNELS_LAST) for name, peer in case.peers.items()}
     return found
 
@@ -216,22 +225,24 @@ def call(case: Case, contender: Contender, inputs: Inputs) -> Any:
         return torch.autograd.grad(out, [inputs[i] for i in case.grads], inputs[-1])
 
 
-def check(case: Case, name: str, contender: Contender, device: torch.device) -> None:
-    """Raise Disagreement unless the contender computes the same as plain PyTorch in float64."""
+def check(case: Case, name: str, contender: Contender, device: torch.device) -> Row:
+    """Return the contender's errors, or raise Disagreement unless it computes the same as plain PyTorch in float64."""
     got = _flat(call(case, contender, make(case, 0, device, contender.memory_format)))
     plain = Contender(case.plain, NCHW)
     formats = (NCHW, CHANNELS_LAST) if case.layouts else (NCHW,)
     expected = [_flat(call(case, plain, make(case, 0, device, f))) for f in formats]
     if case.random:
         check_spread(name, got, expected[0])
-        return
+        return {}
 
     def double(x: Tensor) -> Tensor:
         return x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
 
     exact = tree_map_only(Tensor, double, make(case, 0, device, NCHW))
     truth = _flat(call(case, plain, exact))
-    check_agreement(name, got, expected, truth, case.dtype, factor=3 if case.grads else 2)
+    factor = case.factor or (3 if case.grads else 2)
+    rms = check_agreement(name, got, expected, truth, case.dtype, factor=factor)
+    return {"rms": rms, "largest": float((got.double() - truth).abs().max() / truth.abs().max())}
 
 
 def _flat(result: Any) -> Tensor:
@@ -254,11 +265,12 @@ def measure(
     progress(str(case))
     runs: dict[str, Callable[[int], None]] = {}
     errors: dict[str, str] = {}
+    off: dict[str, Row] = {}
     listed = contenders(case, device, compile)
     inputs = functools.cache(partial(inputs_of, case, device))  # shared, so that the caches hold as much for each
     for name, contender in listed.items():
         try:
-            check(case, name, contender, device)
+            off[name] = check(case, name, contender, device)
             runs[name] = prepare(case, contender, inputs(contender.memory_format))
         except Exception as error:  # a failure is a result, whatever it is
             errors[name] = describe(error)
@@ -286,7 +298,7 @@ def measure(
         if name in errors:
             row["error"] = errors[name]
         else:
-            row |= summarise(times[name], per=calls)
+            row |= summarise(times[name], per=calls) | (off.get(name, {}) if case.errors else {})
             row |= {"gbytes_per_s": case.nbytes / row["ms"] * 1e-6, "share": bound_ms / row["ms"]}
             if case.flops:
                 row["tflops"] = case.flops / row["ms"] * 1e-9
