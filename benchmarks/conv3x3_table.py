@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.harness import Row, header, progress, write_json
 from benchmarks.options import Parser, count, output_file
 from ddpm_fast.ops import _conv3x3 as native
-from ddpm_fast.ops._conv3x3 import CHANGING, DIRECT, FIXED, KINDS, TABLE, WEIGHT, Way
+from ddpm_fast.ops._conv3x3 import CHANGING, DIRECT, FIXED, KINDS, LEAST_CHANNELS, TABLE, WEIGHT, Way
 from ddpm_fast.ops._native import load
 
 CHANNELS = (  # in, out
@@ -63,8 +63,10 @@ def gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
 
 
 def errors(shape: Shape, way: Way, dtype: torch.dtype, what: str) -> tuple[float, float, bool]:
-    """Return the rms and the largest error of a way, over those of the direct one, and whether they are in the bound; of two to four images, as PyTorch
-    convolves a single small one otherwise."""
+    """Return the rms and the largest error of a way, over those of the direct one, and whether they are in the bound.
+
+    Of two to four images: PyTorch convolves a single small one otherwise.
+    """
     x, weight = problem((min(max(shape[0], 2), 4), *shape[1:]), dtype)
     weight = weight.to(dtype)
     exact = F.conv2d(x.double(), weight.double(), padding=1)
@@ -115,7 +117,9 @@ def measured(shape: Shape, dtype: torch.dtype, what: str, repetitions: int) -> R
     """Return the row of a shape: microseconds of each way, and the way to take."""
     ways, row = [], {"dtype": KINDS[dtype], "what": what, "shape": list(shape)}
     for way in WAYS:
-        if (way.transformed and what != FIXED) or (way.tile == 4 and dtype == torch.bfloat16):
+        if way.transformed and what != FIXED:
+            continue
+        if way.tile == 4 and (dtype == torch.bfloat16 or shape[1] < LEAST_CHANNELS):
             continue
         if way.tile:
             rms, largest, within = errors(shape, way, dtype, what)

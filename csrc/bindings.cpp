@@ -204,6 +204,33 @@ void diffusion_loss_backward(py::handle out, py::handle grad_loss, py::handle mo
   run(of, grad.data, grad.step, grad.elements, to, threads);
 }
 
+// [N, S, C] each, float32, with adjacent channels.
+void attention(py::handle q, py::handle k, py::handle v, py::handle out, double scale, int threads) {
+  const Tensor query(q, "q"), key(k, "k"), value(v, "v"), to(out, "out");
+  const auto rows = [&](const Tensor& t, const char* name) {
+    if (!t.given || t.dtype != Dtype::float32 || t.dims != 3 || !t.like(query) || (t.size[2] > 1 && t.stride[2] != 1)) {
+      throw py::value_error(std::string(name) + ": not float32 [N, S, C] like q, with adjacent channels");
+    }
+    return Rows3{static_cast<const float*>(t.data), t.stride[0], t.stride[1]};
+  };
+  Attention of{};
+  of.q = rows(query, "q");
+  of.k = rows(key, "k");
+  of.v = rows(value, "v");
+  const Rows3 result = rows(to, "out");
+  of.out = static_cast<float*>(to.data);
+  of.out_image = result.image;
+  of.out_token = result.token;
+  of.images = query.size[0];
+  of.tokens = query.size[1];
+  of.channels = query.size[2];
+  of.scale = float(scale);
+  if (query.elements() == 0) return;
+  const auto run = kernels().attention;
+  py::gil_scoped_release unlocked;
+  run(of, std::max(threads, 1));
+}
+
 // How many numbers a weight is once laid out; its memory may lie anywhere.
 int64_t conv3x3_room(py::handle weight, int64_t tile, bool half, bool gradient) {
   const Tensor from(weight, "weight"), none(py::none{});
@@ -260,9 +287,10 @@ void conv3x3(py::handle x, py::handle x2, py::handle weights, py::handle bias, p
   of.weights = laid_out.data;
   of.bias = static_cast<const float*>(add.data);
   if (to.elements() == 0) return;
+  if (of.channels == 0) throw py::value_error("x: without channels");
   const auto run = kernels().conv3x3;
   py::gil_scoped_release unlocked;
-  run(of, threads);
+  run(of, std::max(threads, 1));
 }
 
 // The gradient of the weight, to [K, C, 3, 3]; all in float32.
@@ -346,6 +374,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("sampler_step", &sampler_step, "out"_a, "x0_out"_a, "x"_a, "model_out"_a, "hist"_a, "noise"_a, "variance"_a,
         "rows"_a, "k"_a, "clip"_a, "threads"_a);
   m.def("q_sample", &q_sample, "out"_a, "x_start"_a, "t"_a, "signal"_a, "sigma"_a, "noise"_a, "threads"_a);
+  m.def("attention", &attention, "q"_a, "k"_a, "v"_a, "out"_a, "scale"_a, "threads"_a);
   m.def("conv3x3_room", &conv3x3_room, "weight"_a, "tile"_a, "half"_a, "gradient"_a);
   m.def("conv3x3_weights", &conv3x3_weights, "weight"_a, "to"_a, "tile"_a, "gradient"_a, "threads"_a);
   m.def("conv3x3", &conv3x3, "x"_a, "x2"_a, "weights"_a, "bias"_a, "residual"_a, "y"_a, "tile"_a, "transformed"_a,

@@ -63,7 +63,7 @@ class Conditions(DiffusionState):
     cond_channels: int
     time_input: str
     learned_variance: bool
-    exact: bool
+    exact: bool = False  # where an older pickle has none
 
     def __init__(self, betas: Any, prediction: str, seed: int | None):
         super().__init__(betas, prediction, seed)

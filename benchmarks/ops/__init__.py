@@ -43,6 +43,7 @@ OPS = (
     "ema_update",
     "group_norm_silu",
     "residual_sum",
+    "attention",
     "conv3x3",
     "overhead",
 )

@@ -48,6 +48,20 @@ struct QSample {
   const float *signal, *sigma;
 };
 
+// [images][tokens][channels], channels adjacent.
+struct Rows3 {
+  const float* data;
+  int64_t image, token;
+};
+
+struct Attention {
+  int64_t images, tokens, channels;
+  float scale;
+  Rows3 q, k, v;
+  float* out;
+  int64_t out_image, out_token;
+};
+
 // Numbers of an average, and as many of what goes into it.
 struct Stretch {
   float* average;
@@ -77,6 +91,7 @@ struct DiffusionLoss {
 //   sampler_step, q_sample   as in ddpm_fast/reference
 //   timestep_embedding       sines and cosines of t times the frequencies; [num_samples, 2 half]
 //   ema_update               average += weight (value - average), for each stretch
+//   attention                softmax(q k' scale) v
 //   conv3x3                  as in ddpm_fast/reference, of weights that conv3x3_weights laid out; conv3x3_room tells how
 //                            many numbers these are; conv3x3_gradient is that of the weight
 //   diffusion_loss           a sum for each piece of the batch; and the gradient of means of `count` elements, given
@@ -92,6 +107,7 @@ struct DiffusionLoss {
   KERNEL(q_sample, (const QSample& of, int threads))                                                      \
   KERNEL(timestep_embedding, (float* out, const double* t, int64_t num_samples, const double* frequencies, \
                               int64_t half, int threads))                                                 \
+  KERNEL(attention, (const Attention& of, int threads))                                                     \
   KERNEL(conv3x3, (const Conv3x3& of, int threads))                                                         \
   KERNEL(conv3x3_gradient, (const Conv3x3Gradient& of, int threads))                                        \
   KERNEL(conv3x3_room, (const Conv3x3Weights& of, int64_t* numbers))                                       \

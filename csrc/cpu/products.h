@@ -12,6 +12,9 @@ constexpr int64_t kPanel = 2 * kVec;        // output channels of a panel
 constexpr int64_t kDepth = 64;              // input channels that lie together in a row
 constexpr int kRows = kVec >= 16 ? 12 : 6;  // most rows at once: two sums each are in registers
 
+constexpr int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // Input channels that one step takes.
 template <class T>
 constexpr int64_t kStep = int64_t(sizeof(float) / sizeof(T));

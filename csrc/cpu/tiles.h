@@ -11,9 +11,6 @@ namespace {
 
 constexpr int64_t kTaps = 9;
 
-constexpr int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // What is transformed: x, in tiles that overlap, or the gradient of the result, in tiles that don't.
 struct OfX {
   static constexpr int kBefore = 1;  // pixels before the tile of the result
@@ -87,6 +84,10 @@ class Tiles {
         both<Of>(pixel, c - first, [=](const T* p) { return load_part(p, count); },
                  [=](int p, Floats x) { store_part(there + p * step, x, room); });
       }
+    }
+    if (end == as.channels && end % kStep<T> != 0) {  // what the last channel's pair lacks
+      T* const there = to + end / kDepth * as.block() + row * kDepth + end % kDepth;
+      for (int p = 0; p < S * S; ++p) there[p * step] = T{};
     }
   }
 

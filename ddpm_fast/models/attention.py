@@ -1,12 +1,14 @@
 """Self-attention over the pixels."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import _checks as checks
+from ..ops._native import wanted
+from ..ops.attention import OP as ATTENTION
 from .fusing import is_pointwise
 from .inputs import check_input
 from .norms import get_norm
@@ -98,15 +100,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.is_cpu and not torch.compiler.is_compiling() and _products_pay(q):
         scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=q.shape[2] ** -0.5)
         return torch.bmm(scores.softmax(dim=-1), v)
-    # One head, [N, 1, H W, C] with dense rows: other forms miss the fused kernels.
-    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+    return cast(Tensor, ATTENTION.unchecked(q, k, v))
 
 
 def _products_pay(q: Tensor) -> bool:
     n, tokens, _ = q.shape
     if n * tokens * tokens > MOST_SCORES:
         return False
-    return tokens >= LEAST_TOKENS if q.dtype is torch.bfloat16 else n >= IMAGES and tokens <= MOST_TOKENS
+    if q.dtype is torch.bfloat16:
+        return tokens >= LEAST_TOKENS
+    # Without gradients the native kernel is faster than both.
+    return n >= IMAGES and tokens <= MOST_TOKENS and (torch.is_grad_enabled() or not wanted())
 
 
 def _tokens(x: Tensor) -> Tensor:

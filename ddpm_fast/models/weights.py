@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import _C, Tensor, nn
 from torch.autograd import forward_ad
 
-from ..ops._conv3x3 import CHANGING, FIXED, Way, choose, lay_out, room
+from ..ops._conv3x3 import CHANGING, FIXED, Way, choose, is_exact, lay_out, room
 from ..ops._conv3x3 import convolve as convolve_tiles
 from ..ops._dispatch import forced
 from ..ops._native import wanted
@@ -219,7 +219,9 @@ def prepared(conv: nn.Module, x: Tensor) -> Prepared | None:
         return None
     stride, padding = cast(tuple[tuple[int, int], tuple[int, int]], (conv.stride, conv.padding))
     kind = computed_in(x)
-    return made((kind, stride, padding), (weight, bias), lambda: Prepared(weight, bias, kind, stride, padding))
+    return made(
+        (kind, stride, padding, is_exact()), (weight, bias), lambda: Prepared(weight, bias, kind, stride, padding)
+    )
 
 
 def is_tiny(x: Tensor, weights: int) -> bool:
@@ -252,5 +254,7 @@ def convolve3x3(x: Tensor, conv: nn.Conv2d, with_bias: bool = True) -> Tensor:
     fast = prepared(conv, x)
     if fast is not None:
         return fast(x, with_bias)
+    if is_exact():
+        return F.conv2d(x, conv.weight, conv.bias if with_bias else None, padding=1)
     y: Tensor = CONV3X3.unchecked(x, conv.weight, conv.bias if with_bias else None, None, None, None, False)
     return y

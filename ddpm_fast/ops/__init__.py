@@ -5,6 +5,7 @@ import importlib
 from ..reference.philox import DROPOUT, PERTURB, REVERSE, TIMESTEPS, X_T, Dropout, NoiseState
 from ._conv3x3 import exact_convolutions
 from ._dispatch import BACKENDS, use_backend
+from .attention import attention
 from .conv3x3 import Norm, conv3x3
 from .diffusion_loss import diffusion_loss
 from .ema_update import ema_update
@@ -42,6 +43,7 @@ __all__ = [
     "NoiseState",
     "Norm",
     "apply_dropout",
+    "attention",
     "availability",
     "conv3x3",
     "diffusion_loss",

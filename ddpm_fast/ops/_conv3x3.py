@@ -27,10 +27,11 @@ class Way(NamedTuple):
     def __str__(self) -> str:
         if not self.tile:
             return "direct"
-        return f"F({self.tile}x{self.tile}, 3x3)" + (" of transformed weights" if self.transformed else "")
+        return f"F({self.tile}x{self.tile})" + (" prepared" if self.transformed else "")
 
 
 DIRECT = Way()
+LEAST_CHANNELS = 64  # for tiles of 4: with fewer the transforms round more than the direct sums
 TABLE = Path(__file__).with_name("conv3x3_cpu.json")  # written by benchmarks/conv3x3_table.py
 KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -52,6 +53,11 @@ def exact_convolutions() -> Iterator[None]:
 FIXED, CHANGING, WEIGHT = "fixed", "changing", "weight"
 
 
+def is_exact() -> bool:
+    """Whether convolutions are to be direct here."""
+    return _EXACT.get()
+
+
 def choose(dtype: torch.dtype, shape: tuple[int, ...], out_channels: int, what: str) -> Way:
     """The fastest way to compute `what` by the table, for x of this dtype and shape [N, C, H, W] in channels_last."""
     if _EXACT.get() or dtype not in KINDS or 0 in shape:
@@ -69,6 +75,7 @@ def _nearest(isa: str, kind: str, what: str, n: int, c: int, h: int, w: int, k: 
         return sum(abs(log2(a / b)) for a, b in pairs)
 
     rows = _table().get(isa, {}).get(kind, {}).get(what, ())
+    rows = [row for row in rows if row[4] < 4 or c >= LEAST_CHANNELS]
     return Way(*min(rows, key=distance)[4:]) if rows else DIRECT
 
 
@@ -137,6 +144,8 @@ def rejects(
     for value in (x, weight, bias, x2, residual):
         if value is not None and (value.dtype not in KINDS or kind not in KINDS):
             return f"takes {_native.dtype_names(tuple(KINDS))}, got {value.dtype}"
+    if (x2 is not None and x2.dtype != x.dtype) or (residual is not None and residual.dtype != kind):
+        return f"takes images of one dtype, and a residual of {kind}, in which it computes"
     if _EXACT.get():
         return "rounds otherwise than the direct convolution that was asked for"
     if forced() != "native" and not _way(x, weight, x2).tile:
