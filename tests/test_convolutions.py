@@ -17,7 +17,7 @@ from ddpm_fast import _C, Diffusion, generate_cosine_schedule, ops
 from ddpm_fast.models import weights
 from ddpm_fast.models.weights import Prepared, Table, convolve, fixed_weights
 from ddpm_fast.ops import _conv3x3, exact_convolutions
-from ddpm_fast.ops._conv3x3 import DIRECT, KINDS, Way, choose, lay_out
+from ddpm_fast.ops._conv3x3 import CHANGING, DIRECT, FIXED, KINDS, WEIGHT, Way, choose, lay_out
 
 pytestmark = FORCED
 SETS = [name for name in ("avx2", BEST) if name in _C.isas()]
@@ -32,13 +32,13 @@ def test_every_committed_row() -> None:
     for kinds in _conv3x3._table().values():
         assert set(kinds) <= set(KINDS.values())
         for kind, by_use in kinds.items():
-            assert set(by_use) == {"fixed", "changing"}
+            assert set(by_use) == {FIXED, CHANGING} | ({WEIGHT} if kind == "float32" else set())
             for use, rows in by_use.items():
                 assert rows and len({tuple(row[:4]) for row in rows}) == len(rows)
                 for *shape, tile, transformed in rows:
                     assert len(shape) == 4 and all(type(size) is int and size > 0 for size in shape)
                     assert tile in ((0, 2, 4) if kind == "float32" else (0, 2)) and type(transformed) is bool
-                    assert not transformed or (tile and use == "fixed")
+                    assert not transformed or (tile and use == FIXED)
 
 
 def test_a_measured_shape_has_its_own_row() -> None:
@@ -46,14 +46,14 @@ def test_a_measured_shape_has_its_own_row() -> None:
         for kind, by_use in kinds.items():
             for use, rows in by_use.items():
                 for n, c, k, side, *way in rows:
-                    assert _conv3x3._nearest(isa, kind, use == "fixed", n, c, side, side, k) == Way(*way)
+                    assert _conv3x3._nearest(isa, kind, use, n, c, side, side, k) == Way(*way)
 
 
 def test_the_nearest_row(table: Callable[..., None]) -> None:
     table([1, 64, 64, 8, 2, False], [1, 256, 64, 8, 4, False], [1, 64, 256, 8, 0, False], [1, 64, 64, 32, 4, False])
 
     def chosen(n: int, c: int, h: int, w: int, k: int) -> int:
-        return choose(torch.float32, (n, c, h, w), k, False).tile
+        return choose(torch.float32, (n, c, h, w), k, CHANGING).tile
 
     assert chosen(1, 64, 8, 8, 64) == chosen(1, 100, 8, 8, 70) == chosen(1, 64, 4, 16, 64) == chosen(1, 3, 1, 1, 3) == 2
     assert chosen(1, 200, 8, 8, 64) == chosen(2, 1024, 9, 7, 64) == 4
@@ -67,7 +67,7 @@ def test_of_two_that_are_as_near_the_first_is_taken(order: int, table: Callable[
     rows = [[1, 32, 64, 8, 2, False], [1, 128, 64, 8, 4, False]][::order]
     table(*rows)
     for _ in range(2):
-        assert choose(torch.float32, (1, 64, 8, 8), 64, False).tile == rows[0][4]
+        assert choose(torch.float32, (1, 64, 8, 8), 64, CHANGING).tile == rows[0][4]
         _conv3x3._nearest.cache_clear()
 
 
@@ -75,18 +75,18 @@ def test_what_is_direct_whatever_the_shape(table: Callable[..., None]) -> None:
     table([*ROW, 2, False], fixed=([*ROW, 2, True],))
     shape = (1, 64, 8, 8)
     for dtype in KINDS:
-        assert choose(dtype, shape, 64, False) == Way(2) and choose(dtype, shape, 64, True) == Way(2, True)
-        assert choose(dtype, (0, 64, 8, 8), 64, False) == DIRECT
+        assert choose(dtype, shape, 64, CHANGING) == Way(2) and choose(dtype, shape, 64, FIXED) == Way(2, True)
+        assert choose(dtype, (0, 64, 8, 8), 64, CHANGING) == DIRECT
         with pytest.raises(KeyError), exact_convolutions():
             with exact_convolutions():
-                assert choose(dtype, shape, 64, True) == DIRECT
-            assert choose(dtype, shape, 64, True) == DIRECT
+                assert choose(dtype, shape, 64, FIXED) == DIRECT
+            assert choose(dtype, shape, 64, FIXED) == DIRECT
             raise KeyError
-        assert choose(dtype, shape, 64, False) == Way(2)
+        assert choose(dtype, shape, 64, CHANGING) == Way(2)
     for dtype in (torch.float64, torch.float16):
-        assert choose(dtype, shape, 64, False) == DIRECT
+        assert choose(dtype, shape, 64, CHANGING) == DIRECT
     _C.force_isa(next(name for name in _C.isas() if name != _C.isa()))
-    assert choose(torch.float32, shape, 64, False) == DIRECT, "nothing was measured on this set"
+    assert choose(torch.float32, shape, 64, CHANGING) == DIRECT, "nothing was measured on this set"
 
 
 def test_who_convolves(table: Callable[..., None], calls: list[Way]) -> None:
@@ -233,11 +233,11 @@ def test_the_bytes_of_transformed_weights_are_counted(table: Callable[..., None]
     with fixed_weights() as made:
         for conv in layers * 2:
             convolve(image(2, 128, 16, 16), conv)
-        assert made.transformed == filtered(made) > 0
+        assert made.transformed() == filtered(made) > 0
         with torch.autocast("cpu", torch.bfloat16):
             table([*ROW, 2, True])
             convolve(image(1, 128, 16, 16), layers[0])
-        assert made.transformed == filtered(made)
+        assert made.transformed() == filtered(made)
     assert calls == [Way(4, True)] * 6 + [Way(2, True)]
 
 
@@ -263,7 +263,7 @@ def test_what_is_not_kept_is_not_counted(table: Callable[..., None], monkeypatch
     monkeypatch.setattr(weights, "MOST_TRANSFORMED", 36 * 128 * 128 * 4)
     with fixed_weights() as made:
         convolve(image(1, 128, 16, 16), layer(128, 256))
-        assert made.transformed == filtered(made) == 0
+        assert made.transformed() == filtered(made) == 0
 
 
 @torch.no_grad()
@@ -275,7 +275,7 @@ def test_weights_that_change_are_counted_once(table: Callable[..., None]) -> Non
         for _ in range(3):
             convolve(x, conv)
             conv.weight.mul_(1.5)
-        assert made.transformed == filtered(made)
+        assert made.transformed() == filtered(made)
 
 
 @torch.no_grad()

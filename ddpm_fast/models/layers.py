@@ -17,7 +17,7 @@ from .norms import Activation, checked_activation, get_norm, is_known, norm_act,
 from .recomputing import check_unchanged, frozen, frozen_state, kept, whole
 from .sums import Sum
 from .upsampling import in_phases, phases_pay
-from .weights import convolve3x3
+from .weights import convolve, convolve3x3
 
 
 class PositionalEmbedding(nn.Module):
@@ -89,7 +89,7 @@ class Upsample(nn.Module):
         small = x.tensor()
         if phases_pay(small, conv, x.later):
             return x.convolved(small, conv, in_phases)
-        return x.convolved(nearest(small), conv)
+        return x.convolved(nearest(small), conv, convolve3x3 if is_conv3x3(conv) else convolve)
 
     def _is_plain(self) -> bool:
         """Whether nothing was put into or around the two steps."""

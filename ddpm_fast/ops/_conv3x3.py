@@ -144,7 +144,8 @@ def rejects(
     for value in (x, weight, bias, x2, residual):
         if value is not None and (value.dtype not in KINDS or kind not in KINDS):
             return f"takes {_native.dtype_names(tuple(KINDS))}, got {value.dtype}"
-    if (x2 is not None and x2.dtype != x.dtype) or (residual is not None and residual.dtype != kind):
+    alike = x2 is None or x2.dtype == x.dtype or torch.is_autocast_enabled("cpu")
+    if not alike or (residual is not None and residual.dtype != kind):
         return f"takes images of one dtype, and a residual of {kind}, in which it computes"
     if _EXACT.get():
         return "rounds otherwise than the direct convolution that was asked for"

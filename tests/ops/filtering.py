@@ -10,7 +10,7 @@ from oracle import error
 from torch import Tensor
 
 from ddpm_fast.ops import _conv3x3
-from ddpm_fast.ops._conv3x3 import Way
+from ddpm_fast.ops._conv3x3 import CHANGING, FIXED, WEIGHT, Way
 from ddpm_fast.ops._dispatch import forced
 
 if find_spec("ddpm_fast._C") is None:
@@ -44,9 +44,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Way]:
 def told(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Puts rows in the place of the committed ones, on this set."""
 
-    def put(*rows: list[Any], fixed: tuple[list[Any], ...] = ()) -> None:
-        both = {"changing": rows, "fixed": fixed or rows}
-        found = {_C.isa(): {"float32": both, "bfloat16": both}}
+    def put(*rows: list[Any], fixed: tuple[list[Any], ...] = (), weight: tuple[list[Any], ...] = ()) -> None:
+        both = {CHANGING: rows, FIXED: fixed or rows}
+        found = {_C.isa(): {"float32": both | {WEIGHT: weight}, "bfloat16": both}}
         monkeypatch.setattr(_conv3x3, "_table", lambda: found)
         _conv3x3._nearest.cache_clear()
 
