@@ -213,6 +213,7 @@ void attention(py::handle q, py::handle k, py::handle v, py::handle out, double 
     }
     return Rows3{static_cast<const float*>(t.data), t.stride[0], t.stride[1]};
   };
+  if (query.elements() == 0) return;  // strides mean nothing
   Attention of{};
   of.q = rows(query, "q");
   of.k = rows(key, "k");
@@ -225,7 +226,6 @@ void attention(py::handle q, py::handle k, py::handle v, py::handle out, double 
   of.tokens = query.size[1];
   of.channels = query.size[2];
   of.scale = float(scale);
-  if (query.elements() == 0) return;
   const auto run = kernels().attention;
   py::gil_scoped_release unlocked;
   run(of, std::max(threads, 1));

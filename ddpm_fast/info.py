@@ -11,6 +11,7 @@ import torch
 from . import __version__, ops
 from .adaptive import adaptive
 from .ops._conv3x3 import CHANGING, FIXED, KINDS, WEIGHT, choose
+from .ops._native import wanted
 from .samplers import ADAPTIVE, SAMPLERS, option_defaults
 from .samplers.steps import SPACINGS
 
@@ -39,7 +40,7 @@ def show() -> None:
 def convolutions() -> list[str]:
     """How the 3x3 convolutions of the CIFAR-10 network run on this CPU, a line for each precision, use and image size;
     none where all are the library's."""
-    if native_isa() is None:
+    if not wanted():
         return []
     lines, found = [], False
     for dtype, (what, use) in product(KINDS, ((FIXED, "chain"), (CHANGING, "training"), (WEIGHT, "weight gradient"))):

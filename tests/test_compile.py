@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ddpm_fast import Diffusion, UNet, generate_linear_schedule, ops
+from ddpm_fast import Diffusion, UNet, Upsample, generate_linear_schedule, ops
 from ddpm_fast.models.layers import AttentionBlock, ResidualBlock
 from ddpm_fast.ops import _group_norm
 
@@ -43,6 +43,7 @@ def leaf(*shape: int) -> Tensor:
 
 
 SAMPLES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
+    "attention": [((leaf(2, 5, 4), leaf(2, 5, 4) + 1, leaf(2, 5, 4) - 1), {})],
     "q_sample": [((leaf(2, 3, 4), T - 3, leaf(5), leaf(5), leaf(2, 3, 4)), {})],
     "diffusion_loss": [
         ((leaf(2, 3, 4), leaf(2, 3, 4)), {}),
@@ -158,8 +159,8 @@ def test_the_graph_of_a_unet_holds_the_ops() -> None:
     out = torch.compile(net, fullgraph=True, backend=recorder)(X, T, Y)
     assert torch.allclose(out, net(X, T, Y), atol=1e-5)  # the embedding's node is the reference, eager it is native
     nodes = recorder.nodes()
-    blocks = sum(isinstance(m, ResidualBlock) for m in net.modules())
-    assert (nodes["conv3x3"], nodes[NORM], nodes["timestep_embedding"]) == (2 * blocks, norms_of(net), 1)
+    blocks, ups = (sum(isinstance(m, kind) for m in net.modules()) for kind in (ResidualBlock, Upsample))
+    assert (nodes["conv3x3"], nodes[NORM], nodes["timestep_embedding"]) == (2 * blocks + ups, norms_of(net), 1)
     assert not [name for name in nodes if "group_norm" in name and name != NORM]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from filtering import BEST, BOUND, FORCED, hold, image, restored, told, watched  # noqa: F401
-from networks import network
+from networks import inputs, network
 from oracle import assert_rule, error
 from torch import Tensor, nn
 
@@ -378,3 +378,22 @@ def test_diffusions_that_are_exact(options: dict, calls: list[Way]) -> None:
 def test_exact_is_a_switch() -> None:
     with pytest.raises(TypeError, match="exact must be True or False"):
         diffusion(exact=1)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_what_is_computed_again_is_as_exact(half: bool, table: Callable[..., None], calls: list[Way]) -> None:
+    """The backward of recompute="block" runs outside of what the forward was in, and the other way round."""
+    table([*ROW, 2, False])
+    net = network(recompute="block")
+    x, t, y = inputs(net)
+
+    def gradients(inside: bool) -> list[Tensor]:
+        with exact_convolutions(inside), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = net(x, t, y).square().mean()
+        with exact_convolutions(not inside):
+            return list(torch.autograd.grad(loss, list(net.parameters())))
+
+    gradients(True)
+    assert not calls
+    gradients(False)
+    assert calls

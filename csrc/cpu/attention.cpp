@@ -9,7 +9,8 @@
 namespace ddpm::cpu::DDPM_ISA {
 namespace {
 
-constexpr int64_t kQueries = 2 * kRows;  // of a block
+constexpr int64_t kQueries = 2 * kRows;      // of a block
+constexpr int64_t kMost = int64_t{1} << 24;  // numbers in the room of all threads together, where each has an image
 
 class Heads {
  public:
@@ -26,8 +27,9 @@ class Heads {
 
   void run(int threads) const {
     const int64_t blocks = up(of_.tokens, kQueries), packed = keys_ + values_, own = queries_ + scores_ + sums_;
-    if (of_.images % threads == 0 || of_.images > 4 * threads) {  // an image a thread
-      float* const room = Kept(threads * (packed + own)).get();
+    const bool alike = of_.images % threads == 0 || of_.images > 4 * threads;
+    if (alike && threads * (packed + own) <= kMost) {  // an image a thread
+      float* const room = kept(threads * (packed + own));
       parallel_ranked(of_.images, threads, [&](int64_t image, int rank) {
         float* const keys = room + rank * (packed + own);
         for (int64_t p = 0; p < key_panels_; ++p) lay_out_keys(image, p, keys);
@@ -36,7 +38,7 @@ class Heads {
       });
       return;
     }
-    float* const room = Kept(packed + threads * own).get();
+    float* const room = kept(packed + threads * own);
     for (int64_t image = 0; image < of_.images; ++image) {
       parallel(key_panels_ + value_panels_, threads, [&](int64_t p) {
         p < key_panels_ ? lay_out_keys(image, p, room) : lay_out_values(image, p - key_panels_, room + keys_);

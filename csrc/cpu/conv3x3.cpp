@@ -9,6 +9,7 @@ namespace {
 
 constexpr int64_t kGroup = kVec >= 16 ? 2 : 4;  // panels of transformed weights that are used at once
 constexpr int64_t kAtOnce = 256;  // input channels whose weights are transformed at once in the kernel
+constexpr int64_t kFetches = kPanel * 4 > 64 ? kPanel * 4 / 64 : 1;  // lines that a step's weights take
 constexpr int64_t kTiles = 32;                  // of a block; twice as many where weights are transformed for each
 
 // Channels as weights have them.
@@ -76,7 +77,7 @@ class Convolution {
       // Few tiles: each thread takes some of the output channels, and so reads a part of the weights only.
       v_.rows = least(tiles_.count, most);
       const int64_t each = u_size() + m_size();
-      float* const room = kept(v_.floats() + threads * each);
+      float* const room = room_of(v_.floats() + threads * each);
       T* const v = reinterpret_cast<T*>(room);
       for (int64_t first = 0; first < tiles_.count; first += v_.rows) {
         const int64_t count = least(tiles_.count - first, v_.rows);
@@ -90,7 +91,7 @@ class Convolution {
     const int64_t share = up(up(tiles_.count, most), threads) * threads;  // blocks, as many for each thread
     v_.rows = up(tiles_.count, share);
     const int64_t each = v_.floats() + u_size() + m_size();
-    float* const room = kept(threads * each);
+    float* const room = room_of(threads * each);
     parallel_ranked(up(tiles_.count, v_.rows), threads, [&](int64_t block, int rank) {
       float* const own = room + rank * each;
       T* const v = reinterpret_cast<T*>(own);
@@ -104,9 +105,9 @@ class Convolution {
   static constexpr int S = M + 2, kPositions = S * S;
 
   // Room for the call, after zeros for the pixels outside of an image.
-  float* kept(int64_t count) {
+  float* room_of(int64_t count) {
     const int64_t outside = whole_pages(of_.channels + kVec);
-    float* const room = Kept(outside + count).get();
+    float* const room = kept(outside + count);
     std::memset(room, 0, size_t(outside) * sizeof(float));
     zeros_ = reinterpret_cast<const T*>(room);
     return room + outside;
@@ -160,7 +161,7 @@ class Convolution {
     }
   }
 
-  // The rows in parts that fit the registers; the first two of them fetch the halves of the next weights, if any.
+  // The rows in parts that fit the registers; the first ones fetch the next weights, if any, a line in each step.
   template <bool More>
   void products(int64_t rows, const T* v, const T* u, int64_t channels, float* m, const T* next) const {
     const int64_t parts = up(rows, kRows), each = up(rows, parts);
@@ -169,7 +170,7 @@ class Convolution {
       const int64_t count = least(rows - row, each);
       const Rows<T> of{v + row * kDepth, v_.block()};
       const Sums to{m + row * group_ * kPanel * kPositions, group_ * kPanel * kPositions, kPositions * kVec};
-      if (next != nullptr && row < 2 * each) {
+      if (next != nullptr && row < kFetches * each) {
         product_of<More, true>(count, of, u, channels, to, ahead);
         ahead += up(channels, kStep<T>) * 64;
       } else {

@@ -22,7 +22,7 @@ class WeightGradient {
 
   void run(int threads) const {
     const int64_t outside = whole_pages((of_.channels > of_.out_channels ? of_.channels : of_.out_channels) + kVec);
-    float* const zeros = Kept(outside + v_.floats() + d_.floats() + kPositions * position()).get();
+    float* const zeros = kept(outside + v_.floats() + d_.floats() + kPositions * position());
     float *const v = zeros + outside, *const d = v + v_.floats(), *const sums = d + d_.floats();
     std::memset(zeros, 0, size_t(outside) * sizeof(float));
     const int64_t blocks = up(of_.channels, kDepth);

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <initializer_list>
 
 #if defined(__unix__)
-#include <sys/mman.h>
 #include <unistd.h>
 #endif
 #if defined(__x86_64__)
@@ -13,6 +13,12 @@
 #endif
 
 namespace ddpm::cpu::DDPM_ISA {
+
+// Room for so many numbers, which the calling thread keeps for its next call, whichever kernel's: from large allocations
+// the system takes every page back, and a first touch costs more than a convolution's work on it. In large pages, where the
+// system has them. In kernels.cpp.
+float* kept(int64_t count);
+
 namespace {
 
 // Bytes of a core's first and second cache, as the system tells, else what is usual.
@@ -74,37 +80,6 @@ class Scratch {
 
  private:
   float* data_;
-};
-
-// Numbers that a thread keeps for its next call: from large allocations the system takes every page back, and a first touch
-// costs more than a convolution's work on it. In large pages, where the system has them.
-class Kept {
- public:
-  explicit Kept(int64_t count) : room_(of_thread()) {
-    constexpr int64_t kLarge = int64_t{1} << 21;
-    const int64_t bytes = (count * int64_t(sizeof(float)) + kLarge - 1) / kLarge * kLarge;
-    if (bytes <= room_.bytes) return;
-    std::free(room_.data);
-    room_.data = static_cast<float*>(std::aligned_alloc(kLarge, size_t(bytes)));
-    if (room_.data == nullptr) std::abort();
-    room_.bytes = bytes;
-#if defined(MADV_HUGEPAGE)
-    madvise(room_.data, size_t(bytes), MADV_HUGEPAGE);
-#endif
-  }
-  float* get() const { return room_.data; }
-
- private:
-  struct Room {
-    float* data = nullptr;
-    int64_t bytes = 0;
-    ~Room() { std::free(data); }
-  };
-  static Room& of_thread() {
-    thread_local Room room;
-    return room;
-  }
-  Room& room_;
 };
 
 }  // namespace

@@ -7,8 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import _checks as checks
+from ..ops._dispatch import forced
 from ..ops._native import wanted
 from ..ops.attention import OP as ATTENTION
+from ..ops.attention import rejects
+from ..reference.attention import attention
 from .fusing import is_pointwise
 from .inputs import check_input
 from .norms import get_norm
@@ -100,6 +103,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.is_cpu and not torch.compiler.is_compiling() and _products_pay(q):
         scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=q.shape[2] ** -0.5)
         return torch.bmm(scores.softmax(dim=-1), v)
+    if not torch.compiler.is_compiling() and not (forced() is None or forced() == "native" and not rejects(q, k, v)):
+        return attention(q, k, v)  # what is forced has none
     return cast(Tensor, ATTENTION.unchecked(q, k, v))
 
 
@@ -109,8 +114,9 @@ def _products_pay(q: Tensor) -> bool:
         return False
     if q.dtype is torch.bfloat16:
         return tokens >= LEAST_TOKENS
-    # Without gradients the native kernel is faster than both.
-    return n >= IMAGES and tokens <= MOST_TOKENS and (torch.is_grad_enabled() or not wanted())
+    # In float32 without gradients the native kernel is faster than both.
+    native = q.dtype is torch.float32 and not torch.is_grad_enabled() and wanted()
+    return n >= IMAGES and tokens <= MOST_TOKENS and not native
 
 
 def _tokens(x: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..ops import Dropout, NoiseState, use_backend
+from ..ops import Dropout, NoiseState, exact_convolutions, use_backend
+from ..ops._conv3x3 import is_exact
 from ..ops._dispatch import forced
 
 T = TypeVar("T")
@@ -58,11 +59,11 @@ def whole(run: Callable[[], T], like: Tensor, draws: bool) -> T:
 
 
 def in_its_backend(run: Callable[[], T]) -> Callable[[], T]:
-    """`run` on the backend that is forced now: on a GPU the backward is another thread, and knows nothing of it."""
-    backend = forced()
+    """`run` on the backend that is forced now, with convolutions as exact as now: the backward knows nothing of it."""
+    backend, exact = forced(), is_exact()
 
     def again() -> T:
-        with nullcontext() if backend is None else use_backend(backend):
+        with nullcontext() if backend is None else use_backend(backend), exact_convolutions(exact):
             return run()
 
     return again

@@ -235,7 +235,8 @@ def _takes(x: Tensor) -> bool:
     if not x.is_cpu:
         return True
     seen = _C._len_torch_dispatch_stack() and forced() in (None, "native")
-    return not seen and x.is_contiguous(memory_format=torch.channels_last)
+    plain = type(x) is Tensor and not x.is_neg() and _C._get_tracing_state() is None
+    return plain and not seen and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def convolve(x: Tensor, conv: nn.Module, with_bias: bool = True) -> Tensor:
@@ -254,7 +255,7 @@ def convolve3x3(x: Tensor, conv: nn.Conv2d, with_bias: bool = True) -> Tensor:
     fast = prepared(conv, x)
     if fast is not None:
         return fast(x, with_bias)
-    if is_exact():
+    if not torch.compiler.is_compiling() and is_exact():  # in this order
         return F.conv2d(x, conv.weight, conv.bias if with_bias else None, padding=1)
     y: Tensor = CONV3X3.unchecked(x, conv.weight, conv.bias if with_bias else None, None, None, None, False)
     return y

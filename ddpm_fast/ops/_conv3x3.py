@@ -39,9 +39,9 @@ _EXACT: ContextVar[bool] = ContextVar("ddpm_fast_exact", default=False)
 
 
 @contextmanager
-def exact_convolutions() -> Iterator[None]:
-    """In here convolutions are direct, and round as the library's do."""
-    token = _EXACT.set(True)
+def exact_convolutions(exact: bool = True) -> Iterator[None]:
+    """In here convolutions are direct, and round as the library's do; or, without `exact`, in the fastest way again."""
+    token = _EXACT.set(exact)
     try:
         yield
     finally:
@@ -81,14 +81,14 @@ def _nearest(isa: str, kind: str, what: str, n: int, c: int, h: int, w: int, k: 
 
 @functools.cache
 def _table() -> Any:
-    return json.loads(TABLE.read_text())["ways"]
+    return json.loads(TABLE.read_text())["ways"] if TABLE.exists() else {}
 
 
 def lay_out(weight: Tensor, way: Way, dtype: torch.dtype, gradient: bool = False) -> Tensor:
     """The numbers of a weight [K, C, 3, 3] as `convolve` takes them; with `gradient`, as the one that makes of the
     result's gradient that of x."""
     weight, kernels, tile = weight.detach(), _native.load(), way.tile if way.transformed else 0
-    to = torch.empty(kernels.conv3x3_room(weight, tile, dtype == torch.bfloat16, gradient), dtype=dtype)
+    to = torch.empty(kernels.conv3x3_room(weight, tile, dtype == torch.bfloat16, gradient), dtype=dtype, device="cpu")
     kernels.conv3x3_weights(weight, to, tile, gradient, _native.threads())
     return to
 
@@ -112,7 +112,8 @@ def convolve(
 ) -> Tensor:
     """conv(cat(x, x2)) + bias + residual in channels_last, of images in it and weights that are laid out for `way`."""
     n, _, height, width = x.shape
-    y = torch.empty((n, out_channels, height, width), dtype=x.dtype, memory_format=torch.channels_last)
+    shape = (n, out_channels, height, width)
+    y = torch.empty(shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
     images = (x, x2, weights, bias, residual, y)
     _native.load().conv3x3(*images, way.tile, way.transformed, _native.threads())
     return y
@@ -120,7 +121,7 @@ def convolve(
 
 def weight_gradient(x: Tensor, dy: Tensor, way: Way) -> Tensor:
     """The gradient [K, C, 3, 3] of a weight, for float32 images in channels_last."""
-    dw = torch.empty((dy.shape[1], x.shape[1], 3, 3))
+    dw = torch.empty((dy.shape[1], x.shape[1], 3, 3), dtype=torch.float32, device="cpu")
     _native.load().conv3x3_gradient(x, dy, dw, way.tile, _native.threads())
     return dw
 
@@ -160,7 +161,8 @@ def computed_in(x: Tensor) -> torch.dtype:
 
 
 def _way(x: Tensor, weight: Tensor, x2: Tensor | None) -> Way:
-    if not all(i is None or i.is_contiguous(memory_format=torch.channels_last) for i in (x, x2)):
+    last = all(i is None or i.is_contiguous(memory_format=torch.channels_last) for i in (x, x2))
+    if not last or x.shape[1] == 1:  # a single channel doesn't tell its layout
         return DIRECT
     n, _, height, width = x.shape
     return choose(computed_in(x), (n, weight.shape[1], height, width), weight.shape[0], CHANGING)
@@ -212,41 +214,52 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, x2: Tensor | None, *rest: Any) -> Tensor:
         residual, way, dtype = rest
-        ctx.save_for_backward(x.to(dtype), weight, None if x2 is None else x2.to(dtype))
+        of_weight, of_x = ctx.needs_input_grad[1], ctx.needs_input_grad[0] or ctx.needs_input_grad[3]
+        images = [x.to(dtype), None if x2 is None else x2.to(dtype)] if of_weight else [None, None]
+        ctx.save_for_backward(weight if of_x else None, *images)
         ctx.kinds = [None if t is None else t.dtype for t in (x, weight, bias, x2, residual)]
+        ctx.channels, ctx.dtype = x.shape[1], dtype
         return _forward(x, weight, bias, x2, residual, way, dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _native.check_backward("conv3x3", dy)
-        x, weight, x2 = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_x2, needs_residual = ctx.needs_input_grad[:5]
-        image, channels = _image(dy.resolve_neg(), x.dtype), x.shape[1]
-        whole = _image(x if x2 is None else torch.cat([x, x2], dim=1), x.dtype)
-        assert image is not None and whole is not None
-        dx, dw, db = _gradients(whole, weight, image, needs_x or needs_x2, needs_weight, needs_bias)
-        dx1 = dx if dx is None or x2 is None else dx[:, :channels]
-        dx2 = dx if dx is None or x2 is None else dx[:, channels:]
-        grads = (dx1 if needs_x else None, dw, db, dx2 if needs_x2 else None, dy if needs_residual else None)
+        weight, x, x2 = ctx.saved_tensors
+        image = _image(dy.resolve_neg(), ctx.dtype)
+        whole = _image(x if x2 is None else torch.cat([x, x2], dim=1), ctx.dtype)
+        assert image is not None
+        dx = None if weight is None else _gradient_of_x(image, weight)
+        dw = None if whole is None else _gradient_of_weight(whole, image)
+        needs_x, _, needs_bias, needs_x2, needs_residual = ctx.needs_input_grad[:5]
+        grads = (
+            dx[:, : ctx.channels] if dx is not None and needs_x else None,
+            dw,
+            image.sum((0, 2, 3)) if needs_bias else None,
+            dx[:, ctx.channels :] if dx is not None and needs_x2 else None,
+            dy if needs_residual else None,
+        )
         return *(g if g is None else g.to(kind) for g, kind in zip(grads, ctx.kinds, strict=True)), None, None
 
 
-def _gradients(
-    x: Tensor, weight: Tensor, dy: Tensor, of_x: bool, of_weight: bool, of_bias: bool
-) -> list[Tensor | None]:
-    """Those that are wanted, each in the way that is the fastest; of images in channels_last."""
-    found: list[Tensor | None] = [None, None, None]
-    (n, k, height, width), channels = dy.shape, x.shape[1]
-    way = choose(x.dtype, (n, k, height, width), channels, CHANGING)
-    if of_x and way.tile:
-        found[0], of_x = convolve(dy, lay_out(weight, way, x.dtype, gradient=True), way, channels), False
-    way = choose(x.dtype, tuple(x.shape), k, WEIGHT)
-    if of_weight and way.tile:
-        found[1], of_weight = weight_gradient(x, dy, way), False
-        found[2], of_bias = dy.sum((0, 2, 3)) if of_bias else None, False
-    if of_x or of_weight or of_bias:
-        wanted = [of_x, of_weight, of_bias]
-        arguments = ([k], (1, 1), (1, 1), (1, 1), False, (0, 0), 1, wanted)
-        rest = torch.ops.aten.convolution_backward(dy, x, weight.to(x.dtype), *arguments)
-        found = [a if a is not None else b for a, b in zip(found, rest, strict=True)]
+def _gradient_of_x(dy: Tensor, weight: Tensor) -> Tensor:
+    (n, k, height, width), channels = dy.shape, weight.shape[1]
+    way = choose(dy.dtype, (n, k, height, width), channels, CHANGING)
+    if way.tile:
+        return convolve(dy, lay_out(weight, way, dy.dtype, gradient=True), way, channels)
+    shape = (n, channels, height, width)  # nothing else of x counts
+    x = torch.empty(shape, dtype=dy.dtype, device="cpu", memory_format=torch.channels_last)
+    return _direct_gradients(dy, x, weight.to(dy.dtype), [True, False, False])[0]
+
+
+def _gradient_of_weight(x: Tensor, dy: Tensor) -> Tensor:
+    way = choose(x.dtype, tuple(x.shape), dy.shape[1], WEIGHT)
+    if way.tile:
+        return weight_gradient(x, dy, way)
+    weight = x.new_empty(dy.shape[1], x.shape[1], 3, 3)
+    return _direct_gradients(dy, x, weight, [False, True, False])[1]
+
+
+def _direct_gradients(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
+    arguments = ([dy.shape[1]], (1, 1), (1, 1), (1, 1), False, (0, 0), 1, wanted)
+    found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(dy, x, weight, *arguments)
     return found

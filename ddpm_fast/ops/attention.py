@@ -7,14 +7,14 @@ from torch import Tensor
 
 from ..reference import attention as reference
 from . import _checks, _native
-from ._dispatch import Impl, Op
+from ._dispatch import Impl, Op, forced
 from ._library import composition
 
 _NODE = composition("attention(Tensor q, Tensor k, Tensor v) -> Tensor", reference.attention)
 
 
 def _native_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = torch.empty(q.shape)
+    out = torch.empty(q.shape, dtype=torch.float32, device="cpu")
     q, k, v = (t if t.shape[2] == 1 or t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
     _native.load().attention(q, k, v, out, q.shape[2] ** -0.5, _native.threads())
     return out
@@ -25,10 +25,13 @@ def _load_native() -> Any:
     return _native_attention
 
 
-def _rejects(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def rejects(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the native module doesn't take these arguments."""
     reason = _native.unfit_arrays(q, k, v, dtypes=(torch.float32,)) or _native.unfit(q, k, v)
     if reason is None and torch.is_autocast_enabled("cpu"):
         return "computes in float32, autocast asks for less"
+    if reason is None and forced() is None and _native.load().isa() == "baseline":
+        return "has vectors of four numbers here, no faster than the library's"
     return reason
 
 
@@ -43,7 +46,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
 
 OP = Op(
     "attention",
-    Impl("native", _load_native, _rejects),
+    Impl("native", _load_native, rejects),
     Impl("reference", lambda: reference.attention),
     check=_check,
     traced=_NODE,

@@ -13,7 +13,7 @@ pytestmark = FORCED
 # (N, C, K, H, W): why
 SHAPES = [
     (2, 5, 7, 5, 6),  # edge tiles, less than a vector
-    (1, 1, 1, 1, 1),  # a single pixel
+    (1, 2, 3, 4, 3),  # a single tile
     (1, 70, 33, 9, 4),  # more than a block of channels, and more than a panel
     (3, 64, 100, 7, 7),  # several images
     (5, 16, 64, 16, 16),  # more tiles than one chain of sums

@@ -161,7 +161,7 @@ def committed(kind: str) -> set[tuple[int, int, int, int]]:
 
 @pytest.mark.parametrize("kind", KINDS.values())
 def test_what_the_table_chooses_is_within_the_bound(kind: str) -> None:
-    """Every pair of channels that it has, of up to 16 x 16 pixels; of two images, as PyTorch convolves one otherwise."""
+    """Every pair of channels that it has, of up to 16 x 16 pixels; of two images: PyTorch convolves one otherwise."""
     dtype = {name: kind for kind, name in KINDS.items()}[kind]
     outside = []
     for c, k, side, tile in sorted(committed(kind)):
