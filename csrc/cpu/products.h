@@ -69,17 +69,15 @@ struct Sums {
   int64_t row, half;
 };
 
-// to = v u, or where more is set to += v u, of R rows and so many channels of u, [channels][kPanel]. If it is asked to, it
-// meanwhile fetches what lies ahead, a line in each step.
+// to = v u, or where more is set to += v u, of R rows and so many channels of u, [channels][kPanel]. Sums of kDepth channels
+// are added up: one chain of all of them would round more. If it is asked to, it meanwhile fetches what lies ahead, a line
+// in each step.
 template <int R, bool More, bool Fetch, class T>
 __attribute__((noinline)) void product(Rows<T> v, const T* u, int64_t channels, Sums to, const char* ahead) {
-  Floats sum[R][2];
-  for (int r = 0; r < R; ++r) {
-    sum[r][0] = More ? load(to.data + r * to.row) : Floats{};
-    sum[r][1] = More ? load(to.data + r * to.row + to.half) : Floats{};
-  }
   for (int64_t first = 0; first < channels; first += kDepth, v.data += v.block) {
     const int64_t count = channels - first < kDepth ? channels - first : kDepth;
+    Floats sum[R][2];
+    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = Floats{};
 #pragma GCC unroll 2
     for (int64_t c = 0; c < count; c += kStep<T>, u += kPanel * kStep<T>) {
       if (Fetch) {
@@ -92,10 +90,16 @@ __attribute__((noinline)) void product(Rows<T> v, const T* u, int64_t channels, 
         sum[r][1] = step(v.data + r * kDepth + c, u + kVec * kStep<T>, sum[r][1]);
       }
     }
-  }
-  for (int r = 0; r < R; ++r) {
-    store(to.data + r * to.row, sum[r][0]);
-    store(to.data + r * to.row + to.half, sum[r][1]);
+    if (More || first > 0) {
+      for (int r = 0; r < R; ++r) {
+        sum[r][0] += load(to.data + r * to.row);
+        sum[r][1] += load(to.data + r * to.row + to.half);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      store(to.data + r * to.row, sum[r][0]);
+      store(to.data + r * to.row + to.half, sum[r][1]);
+    }
   }
 }
 
