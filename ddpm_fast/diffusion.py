@@ -64,7 +64,7 @@ class Diffusion(SamplingDiffusion, TrainingLoss):
             recorded; or "auto" - where that pays, too. A network whose Python must run in every step (it draws from
             Python's random, or reads globals that change) needs "eager".
         exact: convolutions are the library's direct ones. Else on CPUs some are computed by Winograd's filtering, which
-            is two to three times as fast and in float32 rounds up to three times as much (docs/convolution.md).
+            is two to three times as fast; in float32 it rounds as much, up to three times that (docs/convolution.md).
             rng="torch" implies it.
 
     Raises:
