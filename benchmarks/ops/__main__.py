@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--repetitions", type=count, help="timed runs of each contender (default: 5 if --quick, else 15)")
     p.add_argument("--json", type=output_file, metavar="FILE", help="also write the header and the rows there")
     p.add_argument("--quick", action="store_true", help="two cases per op, few runs, no torch.compile")
+    p.add_argument("--all", action="store_true", help="every case, also with --quick")
     p.add_argument("--compile", action="store_true", help="time torch.compile too (always so without --quick)")
     args = p.parse_args(argv)
     batch = args.batch or (4 if args.quick else 256 if args.device.type == "cuda" else 16)
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     head["native"] = native_isa()
     print(markdown_header(head), end="\n\n")
     rows: list[Row] = []
-    for case in cases(args.ops, batch, args.quick):
+    for case in cases(args.ops, batch, args.quick and not args.all):
         compile, repetitions = args.compile or not args.quick, args.repetitions or (5 if args.quick else 15)
         group = measure(case, args.device, compile, repetitions, copy_rate, matmul_rate[case.dtype])
         print(markdown(group), end="\n\n", flush=True)
