@@ -5,6 +5,7 @@ import linecache
 import os
 import re
 import signal
+import tempfile
 import warnings
 from collections.abc import Callable
 from fractions import Fraction
@@ -22,6 +23,7 @@ import ddpm_fast
 
 CASES = 15_350  # the sum of what the properties declare; DDPM_FAST_FUZZ asks for another number
 SCALE = int(os.environ.get("DDPM_FAST_FUZZ") or CASES) / CASES
+ROOM = tempfile.TemporaryDirectory(prefix="fuzz-")  # for files, gone with the process
 PATIENCE = 60  # seconds until a case counts as hanging
 PACKAGE = str(Path(ddpm_fast.__file__).parent)
 

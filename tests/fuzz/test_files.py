@@ -17,14 +17,14 @@ from ddpm_fast.training.checkpoint import read_checkpoint, save_checkpoint
 from ddpm_fast.training.data import load_images
 from ddpm_fast.training.images import save_npz, save_pngs
 
-from .harness import Draw, deliberate, fuzz, often, one
+from .harness import ROOM, Draw, deliberate, fuzz, often, one
 
 PIXELS = torch.arange(3 * 1 * 5 * 4, dtype=torch.uint8).reshape(3, 1, 5, 4) * 4
 
 
 @functools.cache
 def folder() -> Path:
-    path = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    path = Path(tempfile.mkdtemp(dir=ROOM.name))
     checkpoint = path / "whole.safetensors"
     diffusion, optimizer = trained(1)
     save_checkpoint(checkpoint, diffusion, TINY, optimizer=optimizer, training={"position": 12})

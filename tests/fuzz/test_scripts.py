@@ -19,7 +19,7 @@ from ddpm_fast.script_utils import (
 )
 from ddpm_fast.training.images import BORDER, grid, save_gif, save_npz, save_png, save_pngs, to_uint8
 
-from .harness import JUNK, REFUSED, Draw, attempt, fuzz, often, one, spoilt, tensor
+from .harness import JUNK, REFUSED, ROOM, Draw, attempt, fuzz, often, one, spoilt, tensor
 
 SIDES = st.integers(1, 5)
 
@@ -124,7 +124,7 @@ def test_to_uint8(draw: Draw) -> bool:
 @fuzz(350)
 def test_save(draw: Draw) -> bool:
     """A picture that can't be written leaves no file."""
-    made, path = pixels(draw), Path(tempfile.mkdtemp(prefix="fuzz-")) / "a"
+    made, path = pixels(draw), Path(tempfile.mkdtemp(dir=ROOM.name)) / "a"
     labels = one(draw, None, torch.zeros(len(made), dtype=torch.int64))
     picture = np.zeros((draw(SIDES), draw(SIDES), one(draw, 1, 3, 3, 2)), np.uint8)
     function, args = one(
