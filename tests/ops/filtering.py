@@ -1,11 +1,11 @@
 """What tests of Winograd's filtering share: how it is watched and told what to do, and what it may round."""
 
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
+from native_state import _C
 from oracle import error
 from torch import Tensor
 
@@ -13,22 +13,15 @@ from ddpm_fast.ops import _conv3x3
 from ddpm_fast.ops._conv3x3 import CHANGING, FIXED, WEIGHT, Way
 from ddpm_fast.ops._dispatch import forced
 
-if find_spec("ddpm_fast._C") is None:
-    pytest.skip("the native module is not built here", allow_module_level=True)
-from ddpm_fast import _C
-
 FORCED = pytest.mark.skipif(forced() is not None, reason="they compare backends, and leave the choice to the table")
 BEST = _C.isas()[-1]
 BOUND = (5, 3)  # of the filtering in float32, against the direct convolution: largest error, root of the mean square
 
 
 @pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    """The instruction set, the number of threads and what the table says are as before after a test."""
-    isa, threads = _C.isa(), torch.get_num_threads()
+def looked_up_again() -> Iterator[None]:
+    """What a test had the table say is forgotten."""
     yield
-    _C.force_isa(isa)
-    torch.set_num_threads(threads)
     _conv3x3._nearest.cache_clear()
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from filtering import BOUND, FORCED, hold, image, restored, told, watched  # noqa: F401
+from filtering import BOUND, FORCED, hold, image, looked_up_again, told, watched  # noqa: F401
+from native_state import restored  # noqa: F401
 from torch import Tensor
 
 from ddpm_fast import _C, ops

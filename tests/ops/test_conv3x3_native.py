@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from filtering import BEST, BOUND, FORCED, hold, image, restored, told, watched  # noqa: F401
+from filtering import BEST, BOUND, FORCED, hold, image, looked_up_again, told, watched  # noqa: F401
+from native_state import restored  # noqa: F401
 from oracle import assert_rule, check, error, laid_out
 from torch import Tensor
 

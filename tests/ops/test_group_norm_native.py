@@ -1,34 +1,20 @@
 """What the native group_norm_silu promises beyond the rule of every op (test_group_norm_silu.py)."""
 
 import threading
-from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
+from native_state import restored  # noqa: F401
 from oracle import error
 from torch import Tensor
 
-from ddpm_fast import ops
+from ddpm_fast import _C, ops
 from ddpm_fast.ops import DROPOUT, Dropout, NoiseState
 from ddpm_fast.reference import group_norm_silu as reference
 
-if find_spec("ddpm_fast._C") is None:
-    pytest.skip("the native module is not built here", allow_module_level=True)
-from ddpm_fast import _C
-
 CHANNELS_LAST, NCHW = torch.channels_last, torch.contiguous_format
 Tensors = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    """The instruction set and the number of threads that were there before are back after a test."""
-    isa, threads = _C.isa(), torch.get_num_threads()
-    yield
-    _C.force_isa(isa)
-    torch.set_num_threads(threads)
 
 
 def arguments(n: int, c1: int, c2: int, size: int, dtype: torch.dtype, layout: torch.memory_format) -> Tensors:
