@@ -1,8 +1,7 @@
 """Which convolutions are computed by Winograd's filtering: what the table says, what the module refuses, what chains
-keep, and what becomes of a whole network."""
+keep."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,18 +9,16 @@ import torch
 import torch.nn.functional as F
 from filtering import BEST, BOUND, FORCED, hold, image, looked_up_again, told, watched  # noqa: F401
 from native_state import restored  # noqa: F401
-from networks import inputs, network
-from oracle import assert_rule, error
+from oracle import error
 from torch import Tensor, nn
 
-from ddpm_fast import _C, Diffusion, generate_cosine_schedule, ops
+from ddpm_fast import _C, ops
 from ddpm_fast.models import weights
 from ddpm_fast.models.weights import Prepared, Table, convolve, fixed_weights
 from ddpm_fast.ops import _conv3x3, exact_convolutions
 from ddpm_fast.ops._conv3x3 import CHANGING, DIRECT, FIXED, KINDS, WEIGHT, Way, choose, lay_out
 
 pytestmark = FORCED
-SETS = [name for name in ("avx2", BEST) if name in _C.isas()]
 ROW = [1, 64, 64, 8]
 
 
@@ -291,110 +288,3 @@ def test_exact_ones_where_others_were_before(table: Callable[..., None], calls: 
         assert len(calls) == 1
         convolve(x, conv)
     assert len(calls) == 2
-
-
-# Whole networks.
-
-
-@pytest.fixture(params=SETS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A set, on which the ways are those of the committed table's first."""
-    ways = next(iter(_conv3x3._table().values()))
-    monkeypatch.setattr(_conv3x3, "_table", lambda: {request.param: ways})
-    _conv3x3._nearest.cache_clear()
-    _C.force_isa(request.param)
-    return request.param
-
-
-def diffusion(dtype: torch.dtype = torch.float32, **options) -> Diffusion:
-    net = network(base_channels=64).to(dtype)
-    seed = {} if options.get("rng") == "torch" else {"seed": 3}
-    return Diffusion(net, (16, 16), 3, None, generate_cosine_schedule(10), **seed | options)
-
-
-def chain(d: Diffusion, steps: int) -> Tensor:
-    return d.sample(2, "cpu", sampler="ddim", num_steps=steps)
-
-
-def gradients(d: Diffusion) -> list[Tensor]:
-    """The loss, and the gradients of all weights in one."""
-    loss = d.train()(torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)).to(next(d.parameters())))
-    grads = torch.autograd.grad(loss, list(d.model.parameters()))
-    return [loss.detach(), torch.cat([g.flatten() for g in grads])]
-
-
-@pytest.mark.parametrize("dtype", KINDS, ids=str)
-@pytest.mark.parametrize("steps", [4, 10])
-def test_chains(steps: int, dtype: torch.dtype, isa: str, calls: list[Way]) -> None:
-    """Short ones, which transform weights in each call, and those for which they are transformed once. Their error is
-    within that of a single convolution, relative to the direct one's."""
-    half = torch.autocast("cpu", torch.bfloat16) if dtype is torch.bfloat16 else nullcontext()
-    with half:
-        exact = chain(diffusion(exact=True), steps)
-        assert not calls
-        fast, again = chain(diffusion(), steps), chain(diffusion(), steps)
-    assert len(calls) >= 4 * steps and any(way.transformed for way in calls) == (steps == 10)
-    truth = chain(diffusion(torch.float64), steps).double()
-    assert torch.equal(fast, again) and not torch.equal(fast, exact)
-    assert error(exact, truth) < torch.finfo(dtype).eps ** 0.5
-    bound = 5 * error(exact, truth) + torch.finfo(dtype).eps
-    assert error(fast, truth) <= bound
-
-
-@pytest.mark.parametrize("dtype", KINDS, ids=str)
-def test_a_training_step(dtype: torch.dtype, isa: str, calls: list[Way]) -> None:
-    half = dtype is torch.bfloat16
-
-    def step(d: Diffusion) -> list[Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            return gradients(d)
-
-    exact = step(diffusion(exact=True))
-    assert not calls
-    fast, truth = step(diffusion()), gradients(diffusion(torch.float64))
-    assert len(calls) >= 8 and not any(way.transformed for way in calls)
-    for name, f, e, t in zip(("loss", "gradients"), fast, exact, truth, strict=True):
-        if half:
-            f, e = f.bfloat16(), e.bfloat16()
-        assert_rule(name, f, e, t.double(), 5)
-    assert not torch.equal(fast[1], exact[1])
-
-
-@pytest.mark.parametrize("options", [{"exact": True}, {"rng": "torch"}], ids=str)
-def test_diffusions_that_are_exact(options: dict, calls: list[Way]) -> None:
-    """As the network is inside exact convolutions, and so as the library alone."""
-    d, plain = diffusion(**options), diffusion(**options)
-    plain.exact = False
-    assert not diffusion().exact
-    torch.manual_seed(4)
-    images, results = chain(d, 10), gradients(d)
-    assert not calls
-    torch.manual_seed(4)
-    with exact_convolutions():
-        assert torch.equal(chain(plain, 10), images)
-        assert all(torch.equal(a, b) for a, b in zip(gradients(plain), results, strict=True))
-    assert not calls
-
-
-def test_exact_is_a_switch() -> None:
-    with pytest.raises(TypeError, match="exact must be True or False"):
-        diffusion(exact=1)
-
-
-@pytest.mark.parametrize("half", [False, True])
-def test_what_is_computed_again_is_as_exact(half: bool, table: Callable[..., None], calls: list[Way]) -> None:
-    """The backward of recompute="block" runs outside of what the forward was in, and the other way round."""
-    table([*ROW, 2, False])
-    net = network(recompute="block")
-    x, t, y = inputs(net)
-
-    def gradients(inside: bool) -> list[Tensor]:
-        with exact_convolutions(inside), torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss = net(x, t, y).square().mean()
-        with exact_convolutions(not inside):
-            return list(torch.autograd.grad(loss, list(net.parameters())))
-
-    gradients(True)
-    assert not calls
-    gradients(False)
-    assert calls
