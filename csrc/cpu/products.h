@@ -76,15 +76,16 @@ struct Sums {
   int64_t row, half;
 };
 
-// to = v u, or where more is set to += v u, of R rows and so many channels of u, [channels][kPanel]. Sums of kDepth channels
-// are added up: one chain of all of them would round more. If it is asked to, it meanwhile fetches what lies ahead, a line
-// in each step.
+// to = v u, or where more is set to += v u, of R rows and so many channels of u, [channels][kPanel]. Float32 sums of kDepth
+// channels are added up, as one chain of all of them would round more; bf16 products have lost more than that before. If it
+// is asked to, it meanwhile fetches what lies ahead, a line in each step.
 template <int R, bool More, bool Fetch, class T>
 __attribute__((noinline)) void product(Rows<T> v, const T* u, int64_t channels, Sums to, const char* ahead) {
+  constexpr bool kInParts = sizeof(T) == sizeof(float);
+  Floats sum[R][2];
+  for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = Floats{};
   for (int64_t first = 0; first < channels; first += kDepth, v.data += v.block) {
     const int64_t count = channels - first < kDepth ? channels - first : kDepth;
-    Floats sum[R][2];
-    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = Floats{};
 #pragma GCC unroll 2
     for (int64_t c = 0; c < count; c += kStep<T>, u += kPanel * kStep<T>) {
       if (Fetch) {
@@ -97,15 +98,14 @@ __attribute__((noinline)) void product(Rows<T> v, const T* u, int64_t channels, 
         sum[r][1] = step(v.data + r * kDepth + c, u + kVec * kStep<T>, sum[r][1]);
       }
     }
-    if (More || first > 0) {
-      for (int r = 0; r < R; ++r) {
-        sum[r][0] += load(to.data + r * to.row);
-        sum[r][1] += load(to.data + r * to.row + to.half);
-      }
-    }
+    if (!kInParts && first + kDepth < channels) continue;
+    const bool added = More || (kInParts && first > 0);
     for (int r = 0; r < R; ++r) {
-      store(to.data + r * to.row, sum[r][0]);
-      store(to.data + r * to.row + to.half, sum[r][1]);
+      for (int h = 0; h < 2; ++h) {
+        float* const m = to.data + r * to.row + h * to.half;
+        store(m, added ? load(m) + sum[r][h] : sum[r][h]);
+        sum[r][h] = Floats{};
+      }
     }
   }
 }
