@@ -142,11 +142,11 @@ def measured(shape: Shape, dtype: torch.dtype, what: str, repetitions: int) -> R
     for way in WAYS:
         if way.transformed and what != FIXED:
             continue
-        if way.tile == 4 and (dtype == torch.bfloat16 or shape[1] < LEAST_CHANNELS):
+        if way.tile == 4 and shape[1] < LEAST_CHANNELS:
             continue
         if way.tile:
             rms, largest, within = errors(shape, way, dtype, what)
-            row[f"errors {way}"] = [round(rms, 2), round(largest, 2)]
+            row[f"errors {way.text(dtype)}"] = [round(rms, 2), round(largest, 2)]
             if not within:
                 continue
         ways.append(way)
@@ -159,7 +159,7 @@ def measured(shape: Shape, dtype: torch.dtype, what: str, repetitions: int) -> R
             if repetition:
                 seen.append(time.perf_counter() - start)
     us = [statistics.median(seen) * 1e6 for seen in times]
-    row["us"] = {str(way): round(t, 1) for way, t in zip(ways, us, strict=True)}
+    row["us"] = {way.text(dtype): round(t, 1) for way, t in zip(ways, us, strict=True)}
     row["way"] = list(taken(dict(zip(ways, us, strict=True))))
     return row
 

@@ -265,7 +265,7 @@ void conv3x3(py::handle x, py::handle x2, py::handle weights, py::handle bias, p
   of.channels = of.channels_1 + (more.given ? more.size[1] : 0);
   of.out_channels = to.size[1];
   of.half = is_half(from, "x");
-  of.tile = checked_tile(tile, of.half, false);
+  of.tile = checked_tile(tile, false);
   of.transformed = transformed;
   of.x = image_of(from, "x", from, of.channels_1);
   of.x2 = image_of(more, "x2", from, of.channels - of.channels_1);
@@ -298,7 +298,7 @@ void conv3x3_gradient(py::handle x, py::handle dy, py::handle to, int64_t tile, 
   const Tensor from(x, "x"), grad(dy, "dy"), result(to, "to");
   if (!from.given || from.dims != 4 || !grad.given || grad.dims != 4) throw py::value_error("x, dy: not of four dimensions");
   if (is_half(from, "x")) throw py::value_error("x: not float32");
-  Conv3x3Gradient of{from.size[0], from.size[2], from.size[3], from.size[1], grad.size[1], checked_tile(tile, false, false),
+  Conv3x3Gradient of{from.size[0], from.size[2], from.size[3], from.size[1], grad.size[1], checked_tile(tile, false),
                      image_of(from, "x", from, from.size[1]), image_of(grad, "dy", from, grad.size[1]),
                      whole<float>(result, Dtype::float32, "to")};
   if (!result.has_shape({of.out_channels, of.channels, 3, 3})) throw py::value_error("to: not [K, C, 3, 3]");

@@ -9,9 +9,9 @@
 
 namespace ddpm::cpu {
 
-inline int checked_tile(int64_t tile, bool half, bool or_none) {
-  if (tile == 2 || (tile == 4 && !half) || (tile == 0 && or_none)) return int(tile);
-  throw py::value_error("tile: " + std::to_string(tile) + ", where 2 or, in float32, 4 is possible");
+inline int checked_tile(int64_t tile, bool or_none) {
+  if (tile == 2 || tile == 4 || (tile == 0 && or_none)) return int(tile);
+  throw py::value_error("tile: " + std::to_string(tile) + ", where 2 and 4 are possible");
 }
 
 inline bool is_half(const Tensor& tensor, const char* name) {
@@ -26,7 +26,7 @@ inline Conv3x3Weights weights_of(const Tensor& weight, const Tensor& to, int64_t
     throw py::value_error("weight: not [K, C, 3, 3]");
   }
   const int64_t *size = weight.size, *stride = weight.stride;
-  Conv3x3Weights w{size[1], size[0], checked_tile(tile, half, true), half, is_half(weight, "weight"), weight.data,
+  Conv3x3Weights w{size[1], size[0], checked_tile(tile, true), half, is_half(weight, "weight"), weight.data,
                    stride[0], stride[1], stride[2], stride[3], to.data};
   if (gradient) {
     std::swap(w.channels, w.out_channels);

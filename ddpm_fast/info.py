@@ -47,7 +47,7 @@ def convolutions() -> list[str]:
         for channels, side in ((128, 32), (256, 16), (256, 8), (256, 4)):
             ways = {n: choose(dtype, (n, channels, side, side), channels, what) for n in (1, 4, 16, 64)}
             found |= any(way.tile for way in ways.values())
-            text = ", ".join(f"{n}: {way}" for n, way in ways.items())
+            text = ", ".join(f"{n}: {way.text(dtype)}" for n, way in ways.items())
             lines.append(f"{KINDS[dtype]:<9} {use:<16} {channels:>4} channels {side:>3}x{side:<3} {text}")
     return lines if found else []
 

@@ -40,7 +40,13 @@ def test_a_row(what: str) -> None:
         if row[f"errors {name}"][0] <= table.RMS and row[f"errors {name}"][1] <= table.LARGEST
     }
     assert set(row["us"]) == within and "F(2x2)" in within
-    assert str(Way(*row["way"])) in within and min(row["us"].values()) > 0
+    assert Way(*row["way"]).text(torch.float32) in within and min(row["us"].values()) > 0
+
+
+def test_in_bf16_tiles_have_two_rows() -> None:
+    with torch.no_grad():
+        row = table.measured((2, 64, 64, 8), torch.bfloat16, FIXED, 1)
+    assert set(row["us"]) == {"direct", "F(2x2)", "F(2x4)", "F(2x2) prepared", "F(2x4) prepared"}
 
 
 def test_a_way_beyond_the_bound_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,9 @@ constexpr int64_t whole_steps(int64_t channels) {
 }
 
 // Nine vectors of weights, load(tap), to those of each position.
-template <int M, class Load, class Store>
+template <int M, int N, class Load, class Store>
 DDPM_INLINED inline void transform_weight(const Load& load, const Store& store) {
-  constexpr int S = M + 2;
+  constexpr int S = M + 2, R = N + 2;
   Floats half[S][3];
   for (int j = 0; j < 3; ++j) {
     const Floats g[3] = {load(j), load(3 + j), load(6 + j)};
@@ -30,27 +30,26 @@ DDPM_INLINED inline void transform_weight(const Load& load, const Store& store) 
     for (int i = 0; i < S; ++i) half[i][j] = column[i];
   }
   for (int i = 0; i < S; ++i) {
-    Floats u[S];
-    Winograd<M>::weight(half[i], u);
-    for (int j = 0; j < S; ++j) store(i * S + j, u[j]);
+    Floats u[R];
+    Winograd<N>::weight(half[i], u);
+    for (int j = 0; j < R; ++j) store(i * R + j, u[j]);
   }
 }
 
 // Of one panel, [channels][9][kPanel] to [positions][channels][kPanel], positions `step` apart.
-template <int M, class T>
+template <int M, int N, class T>
 void transform_weights(const T* w, int64_t channels, T* u, int64_t step) {
-  constexpr int S = M + 2;
   for (int64_t c = 0; c < channels; c += kStep<T>, w += kTaps * kPanel * kStep<T>, u += kPanel * kStep<T>) {
     for (int64_t lane = 0; lane < kPanel * kStep<T>; lane += kVec * kStep<T>) {
       const auto at = [=](int tap) { return w + tap * kPanel * kStep<T> + lane; };
       if constexpr (kStep<T> == 1) {
-        transform_weight<M>([=](int tap) { return load(at(tap)); },
+        transform_weight<M, N>([=](int tap) { return load(at(tap)); },
                             [=](int p, Floats x) { store(u + p * step + lane, x); });
       } else {
-        Floats low[S * S];
-        transform_weight<M>([=](int tap) { return low_halves(read_as<Words32>(at(tap))); },
+        Floats low[(M + 2) * (N + 2)];
+        transform_weight<M, N>([=](int tap) { return low_halves(read_as<Words32>(at(tap))); },
                             [&](int p, Floats x) { low[p] = x; });
-        transform_weight<M>([=](int tap) { return high_halves(read_as<Words32>(at(tap))); },
+        transform_weight<M, N>([=](int tap) { return high_halves(read_as<Words32>(at(tap))); },
                             [&](int p, Floats x) {
                               const Words32 both = paired(low[p], x);
                               std::memcpy(u + p * step + lane, &both, sizeof both);
@@ -60,7 +59,7 @@ void transform_weights(const T* w, int64_t channels, T* u, int64_t step) {
   }
 }
 
-template <class T, int M>
+template <class T, int M, int N>
 class Convolution {
  public:
   explicit Convolution(const Conv3x3& of)
@@ -102,7 +101,7 @@ class Convolution {
   }
 
  private:
-  static constexpr int S = M + 2, kPositions = S * S;
+  static constexpr int S = M + 2, R = N + 2, kPositions = S * R;
 
   // Room for the call, after zeros for the pixels outside of an image.
   float* room_of(int64_t count) {
@@ -144,7 +143,7 @@ class Convolution {
       const T* w = static_cast<const T*>(of_.weights) + from * whole_steps<T>(of_.channels) * kTaps * kPanel;
       for (int64_t c = 0; c < of_.channels; c += piece_, w += piece_ * kTaps * kPanel) {
         const int64_t channels = least(of_.channels - c, piece_);
-        transform_weights<M>(w, channels, u, u_step());
+        transform_weights<M, N>(w, channels, u, u_step());
         const T* next = w + channels * kTaps * kPanel;
         for (int p = 0; p < kPositions; ++p, next += channels * kPanel) {
           const T* const tiles = v + p * v_.position() + c * v_.rows;
@@ -179,25 +178,25 @@ class Convolution {
   }
 
   // A tile's sums of the output channels from c on to the result, with all that is added there.
-  void write(typename Tiles<T, M>::Place at, int64_t c, const float* m) const {
+  void write(typename Tiles<T, M, N>::Place at, int64_t c, const float* m) const {
     const int64_t count = least(of_.out_channels - c, kVec);
-    const int64_t high = least(of_.height - at.y, M), wide = least(of_.width - at.x, M);
+    const int64_t high = least(of_.height - at.y, M), wide = least(of_.width - at.x, N);
     const auto pixel = [&](const Image& image) {
       return static_cast<T*>(image.data) + at.image * image.image + (at.y * of_.width + at.x) * image.pixel + c;
     };
     T* const y = pixel(of_.y);
     const T* const residual = of_.residual.data != nullptr ? pixel(of_.residual) : nullptr;
     const Floats bias = of_.bias != nullptr ? load_some(of_.bias + c, count) : Floats{};
-    Floats half[M][S];
-    for (int j = 0; j < S; ++j) {
+    Floats half[M][R];
+    for (int j = 0; j < R; ++j) {
       Floats d[S], column[M];
-      for (int i = 0; i < S; ++i) d[i] = load(m + (i * S + j) * kVec);
+      for (int i = 0; i < S; ++i) d[i] = load(m + (i * R + j) * kVec);
       Winograd<M>::output(d, column);
       for (int i = 0; i < M; ++i) half[i][j] = column[i];
     }
     for (int64_t i = 0; i < high; ++i) {
-      Floats out[M];
-      Winograd<M>::output(half[i], out);
+      Floats out[N];
+      Winograd<N>::output(half[i], out);
       for (int64_t j = 0; j < wide; ++j) {
         const int64_t p = i * of_.width + j;
         Floats sum = out[j] + bias;
@@ -212,8 +211,8 @@ class Convolution {
   }
 
   const Conv3x3& of_;
-  const Tiles<T, M> tiles_;
-  Matrices<T, M> v_;  // of a block
+  const Tiles<T, M, N> tiles_;
+  Matrices<T, M, N> v_;  // of a block
   const int64_t panels_, group_, piece_;
   const T* zeros_ = nullptr;
 };
@@ -243,7 +242,7 @@ void gather(const Conv3x3Weights& w, int64_t panel, int64_t channel, T* to) {
   }
 }
 
-template <class T, int M>
+template <class T, int M, int N>
 void lay_out(const Conv3x3Weights& w, int threads) {
   const int64_t channels = whole_steps<T>(w.channels), panels = up(w.out_channels, kPanel);
   parallel(panels * (channels / kStep<T>), threads, [&](int64_t task) {
@@ -252,41 +251,50 @@ void lay_out(const Conv3x3Weights& w, int threads) {
     if constexpr (M == 0) {
       gather(w, panel, channel, to + (panel * channels + channel) * kTaps * kPanel);
     } else {
-      constexpr int64_t kPositions = (M + 2) * (M + 2);
+      constexpr int64_t kPositions = (M + 2) * (N + 2);
       const int64_t first = panel / kGroup * kGroup, in_group = least(panels - first, kGroup);
       T nine[kTaps * kPanel * kStep<T>];
       gather(w, panel, channel, nine);
       T* const u = to + (first * kPositions + (panel - first)) * channels * kPanel + channel * kPanel;
-      transform_weights<M>(nine, kStep<T>, u, in_group * channels * kPanel);
+      transform_weights<M, N>(nine, kStep<T>, u, in_group * channels * kPanel);
     }
   });
+}
+
+// Calls body(number of the dtype, Count<rows>, Count<columns>) for tiles of a precision.
+template <class Body>
+void with_tiles(bool half, int tile, const Body& body) {
+  if (half) {
+    tile == 2 ? body(bf16{}, Count<2>{}, Count<2>{}) : body(bf16{}, Count<2>{}, Count<4>{});
+  } else {
+    tile == 2 ? body(float{}, Count<2>{}, Count<2>{}) : body(float{}, Count<4>{}, Count<4>{});
+  }
 }
 
 }  // namespace
 
 void conv3x3(const Conv3x3& of, int threads) {
-  if (of.half) {
-    Convolution<bf16, 2>(of).run(threads);
-  } else if (of.tile == 2) {
-    Convolution<float, 2>(of).run(threads);
-  } else {
-    Convolution<float, 4>(of).run(threads);
-  }
+  with_tiles(of.half, of.tile, [&](auto kind, auto rows, auto columns) {
+    Convolution<decltype(kind), rows.value, columns.value>(of).run(threads);
+  });
 }
 
 void conv3x3_room(const Conv3x3Weights& of, int64_t* numbers) {
-  const int64_t channels = of.half ? whole_steps<bf16>(of.channels) : of.channels, side = of.tile + 2;
-  *numbers = channels * up(of.out_channels, kPanel) * kPanel * (of.tile == 0 ? kTaps : side * side);
+  const int64_t channels = of.half ? whole_steps<bf16>(of.channels) : of.channels;
+  int64_t numbers_of_nine = kTaps;
+  if (of.tile != 0) {
+    with_tiles(of.half, of.tile, [&](auto, auto rows, auto columns) {
+      numbers_of_nine = (rows.value + 2) * (columns.value + 2);
+    });
+  }
+  *numbers = channels * up(of.out_channels, kPanel) * kPanel * numbers_of_nine;
 }
 
 void conv3x3_weights(const Conv3x3Weights& of, int threads) {
-  if (of.half) {
-    of.tile == 0 ? lay_out<bf16, 0>(of, threads) : lay_out<bf16, 2>(of, threads);
-  } else if (of.tile == 0) {
-    lay_out<float, 0>(of, threads);
-  } else {
-    of.tile == 2 ? lay_out<float, 2>(of, threads) : lay_out<float, 4>(of, threads);
-  }
+  if (of.tile == 0) return of.half ? lay_out<bf16, 0, 0>(of, threads) : lay_out<float, 0, 0>(of, threads);
+  with_tiles(of.half, of.tile, [&](auto kind, auto rows, auto columns) {
+    lay_out<decltype(kind), rows.value, columns.value>(of, threads);
+  });
 }
 
 }  // namespace ddpm::cpu::DDPM_ISA

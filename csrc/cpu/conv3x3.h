@@ -10,8 +10,8 @@ namespace ddpm::cpu {
 
 struct Conv3x3 {
   int64_t images, height, width, channels, channels_1, out_channels;  // channels_1 of them are in x, the rest in x2
-  int tile;             // rows and columns of a tile of the result: 2 or 4
-  bool half;            // bf16 storage and products (tiles of 2), or float32
+  int tile;             // columns of a tile of the result, 2 or 4, and its rows, which in bf16 are 2
+  bool half;            // bf16 storage and products, or float32
   bool transformed;     // the weights; else they are in the kernel, which takes longer but reads less
   Image x, x2;
   const void* weights;  // as conv3x3_weights left them

@@ -87,8 +87,8 @@ class WeightGradient {
   }
 
   const Conv3x3Gradient& of_;
-  const Tiles<float, M> tiles_;
-  const Matrices<float, M> v_, d_;
+  const Tiles<float, M, M> tiles_;
+  const Matrices<float, M, M> v_, d_;
   const int64_t row_;
 };
 

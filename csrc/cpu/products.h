@@ -83,7 +83,11 @@ template <int R, bool More, bool Fetch, class T>
 __attribute__((noinline)) void product(Rows<T> v, const T* u, int64_t channels, Sums to, const char* ahead) {
   constexpr bool kInParts = sizeof(T) == sizeof(float);
   Floats sum[R][2];
-  for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = Floats{};
+  for (int r = 0; r < R; ++r) {
+    for (int h = 0; h < 2; ++h) {
+      sum[r][h] = More && !kInParts ? load(to.data + r * to.row + h * to.half) : Floats{};
+    }
+  }
   for (int64_t first = 0; first < channels; first += kDepth, v.data += v.block) {
     const int64_t count = channels - first < kDepth ? channels - first : kDepth;
 #pragma GCC unroll 2
@@ -99,7 +103,7 @@ __attribute__((noinline)) void product(Rows<T> v, const T* u, int64_t channels, 
       }
     }
     if (!kInParts && first + kDepth < channels) continue;
-    const bool added = More || (kInParts && first > 0);
+    const bool added = kInParts && (More || first > 0);
     for (int r = 0; r < R; ++r) {
       for (int h = 0; h < 2; ++h) {
         float* const m = to.data + r * to.row + h * to.half;

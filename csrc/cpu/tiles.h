@@ -34,9 +34,9 @@ struct OfGradient {
 
 // Where transformed tiles lie: [positions][channels / kDepth][rows][kDepth], a row a tile. The line between positions keeps
 // their equal places from falling together in a cache.
-template <class T, int M>
+template <class T, int M, int N>
 struct Matrices {
-  static constexpr int kPositions = (M + 2) * (M + 2);
+  static constexpr int kPositions = (M + 2) * (N + 2);
   int64_t channels, rows;
 
   int64_t block() const { return rows * kDepth; }
@@ -44,28 +44,28 @@ struct Matrices {
   int64_t floats() const { return whole_pages(up(kPositions * position(), kStep<T>)); }
 };
 
-// The images' tiles of M x M pixels of the result.
-template <class T, int M>
+// The images' tiles of M x N pixels of the result.
+template <class T, int M, int N>
 class Tiles {
  public:
-  static constexpr int S = M + 2;
+  static constexpr int S = M + 2, R = N + 2;  // rows and columns of a transformed tile
 
   Tiles(int64_t images, int64_t height, int64_t width)
-      : height_(height), width_(width), down_(up(height, M)), across_(up(width, M)), count(images * down_ * across_) {}
+      : height_(height), width_(width), down_(up(height, M)), across_(up(width, N)), count(images * down_ * across_) {}
 
   struct Place {
     int64_t image, y, x;
   };
-  Place place(int64_t tile) const { return {tile / (down_ * across_), tile / across_ % down_ * M, tile % across_ * M}; }
+  Place place(int64_t tile) const { return {tile / (down_ * across_), tile / across_ % down_ * M, tile % across_ * N}; }
 
   // The channels [first, end), which are those of this image, to a row. Pixels outside are read from `zeros`.
   template <class Of>
-  void transform(const Image& image, Place at, const T* zeros, int64_t first, int64_t end, Matrices<T, M> as, int64_t row,
+  void transform(const Image& image, Place at, const T* zeros, int64_t first, int64_t end, Matrices<T, M, N> as, int64_t row,
                  T* to) const {
-    constexpr int P = Of::template kSide<M>;
-    const T* pixel[P][P];
+    constexpr int P = Of::template kSide<M>, Q = Of::template kSide<N>;
+    const T* pixel[P][Q];
     for (int i = 0; i < P; ++i) {
-      for (int j = 0; j < P; ++j) {
+      for (int j = 0; j < Q; ++j) {
         const int64_t y = at.y + i - Of::kBefore, x = at.x + j - Of::kBefore;
         const bool inside = y >= 0 && y < height_ && x >= 0 && x < width_;
         pixel[i][j] =
@@ -87,25 +87,25 @@ class Tiles {
     }
     if (end == as.channels && end % kStep<T> != 0) {  // what the last channel's pair lacks
       T* const there = to + end / kDepth * as.block() + row * kDepth + end % kDepth;
-      for (int p = 0; p < S * S; ++p) there[p * step] = T{};
+      for (int p = 0; p < S * R; ++p) there[p * step] = T{};
     }
   }
 
  private:
   // Columns, then rows.
-  template <class Of, int P, class Load, class Store>
-  DDPM_INLINED static inline void both(const T* const (&pixel)[P][P], int64_t c, const Load& load, const Store& store) {
-    Floats half[S][P];
-    for (int j = 0; j < P; ++j) {
+  template <class Of, int P, int Q, class Load, class Store>
+  DDPM_INLINED static inline void both(const T* const (&pixel)[P][Q], int64_t c, const Load& load, const Store& store) {
+    Floats half[S][Q];
+    for (int j = 0; j < Q; ++j) {
       Floats d[P], column[S];
       for (int i = 0; i < P; ++i) d[i] = load(pixel[i][j] + c);
       Of::template one<M>(d, column);
       for (int i = 0; i < S; ++i) half[i][j] = column[i];
     }
     for (int i = 0; i < S; ++i) {
-      Floats v[S];
-      Of::template one<M>(half[i], v);
-      for (int j = 0; j < S; ++j) store(i * S + j, v[j]);
+      Floats v[R];
+      Of::template one<N>(half[i], v);
+      for (int j = 0; j < R; ++j) store(i * R + j, v[j]);
     }
   }
 

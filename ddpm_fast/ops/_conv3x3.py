@@ -21,13 +21,15 @@ from ._dispatch import forced
 class Way(NamedTuple):
     """How to convolve."""
 
-    tile: int = 0  # rows and columns of Winograd's tiles, 2 or 4; 0 for the library's direct convolution
+    tile: int = 0  # columns of Winograd's tiles, 2 or 4; their rows, but in bf16 2; 0 for the library's convolution
     transformed: bool = False  # of weights that were transformed beforehand, which takes up to four times their memory
 
-    def __str__(self) -> str:
+    def text(self, dtype: torch.dtype) -> str:
+        """What it is called."""
         if not self.tile:
             return "direct"
-        return f"F({self.tile}x{self.tile})" + (" prepared" if self.transformed else "")
+        rows = 2 if dtype is torch.bfloat16 else self.tile
+        return f"F({rows}x{self.tile})" + (" prepared" if self.transformed else "")
 
 
 DIRECT = Way()
@@ -88,9 +90,10 @@ def _table() -> Any:
 def lay_out(weight: Tensor, way: Way, dtype: torch.dtype, gradient: bool = False) -> Tensor:
     """The numbers of a weight [K, C, 3, 3] as `convolve` takes them; with `gradient`, as the one that makes of the
     result's gradient that of x."""
-    weight, kernels, tile = weight.detach(), _native.load(), way.tile if way.transformed else 0
-    to = torch.empty(kernels.conv3x3_room(weight, tile, dtype == torch.bfloat16, gradient), dtype=dtype, device="cpu")
-    kernels.conv3x3_weights(weight, to, tile, gradient, _native.threads())
+    weight, tile = weight.detach(), way.tile if way.transformed else 0
+    numbers = _native.load().conv3x3_room(weight, tile, dtype == torch.bfloat16, gradient)
+    to = torch.empty(numbers, dtype=dtype, device="cpu")
+    _native.kernel("conv3x3_weights")(weight, to, tile, gradient, _native.threads())
     return to
 
 
@@ -116,14 +119,14 @@ def convolve(
     shape = (n, out_channels, height, width)
     y = torch.empty(shape, dtype=x.dtype, device="cpu", memory_format=LAST)
     images = (x, x2, weights, bias, residual, y)
-    _native.load().conv3x3(*images, way.tile, way.transformed, _native.threads())
+    _native.kernel("conv3x3")(*images, way.tile, way.transformed, _native.threads())
     return y
 
 
 def weight_gradient(x: Tensor, dy: Tensor, way: Way) -> Tensor:
     """The gradient [K, C, 3, 3] of a weight, for float32 images in channels_last."""
     dw = torch.empty((dy.shape[1], x.shape[1], 3, 3), dtype=torch.float32, device="cpu")
-    _native.load().conv3x3_gradient(x, dy, dw, way.tile, _native.threads())
+    _native.kernel("conv3x3_gradient")(x, dy, dw, way.tile, _native.threads())
     return dw
 
 

@@ -72,7 +72,7 @@ def forward(
     dropout: Dropout | None,
 ) -> tuple[Tensor, Tensor | None]:
     """y, and h where there is a residual."""
-    kernel, rest = _native.load().group_norm_silu, (groups, eps, _CODES[activation], _dropout(dropout))
+    kernel, rest = _native.kernel("group_norm_silu"), (groups, eps, _CODES[activation], _dropout(dropout))
     parameters = tuple(parameters)
     if x2 is None:
         y = torch.empty_like(x)
@@ -111,7 +111,7 @@ def backward(
         x, x2: the forward's; with a residual, h in place of x: its gradient is that of both.
     """
     parameters = tuple(parameters)
-    kernel, rest = _native.load().group_norm_silu_backward, (groups, eps, _CODES[activation], _dropout(dropout))
+    kernel, rest = _native.kernel("group_norm_silu_backward"), (groups, eps, _CODES[activation], _dropout(dropout))
     rooms = tuple([None if v is None or not need else _room(v) for v, need in zip(parameters, needed, strict=True)])
     dx, dx2 = torch.empty_like(x), None if x2 is None else torch.empty_like(x2)
     dy, dh = dy if dy is None else dy.resolve_neg(), dh if dh is None else dh.resolve_neg()

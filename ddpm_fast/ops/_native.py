@@ -3,6 +3,10 @@
 import functools
 import importlib
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +61,32 @@ def load(name: str = "_C") -> Any:
     return module
 
 
+_NOTED: ContextVar[Callable[..., Any] | None] = ContextVar("ddpm_fast_noted", default=None)
+
+
+@contextmanager
+def noted(run: Callable[..., Any]) -> Iterator[None]:
+    """In here a network's kernels run by way of `run(kernel, *arguments)`, which may note them, beside a dispatch mode
+    that notes torch's operators."""
+    token = _NOTED.set(run)
+    try:
+        yield
+    finally:
+        _NOTED.reset(token)
+
+
+def kernel(name: str) -> Callable[..., Any]:
+    """The kernel of this name."""
+    run, note = getattr(load(), name), _NOTED.get()
+    return run if note is None else partial(note, run)
+
+
+def is_watched() -> bool:
+    """Whether a dispatch mode wants to see torch's own operators, and not kernels in their place."""
+    modes: int = _C._len_torch_dispatch_stack()
+    return modes > 0 and modes > (_NOTED.get() is not None)
+
+
 def dtype_names(dtypes: tuple[torch.dtype, ...]) -> str:
     """For a text: "float32 and bfloat16"."""
     return " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -85,7 +115,7 @@ def unfit(*values: Tensor | None, device: str = "cpu") -> str | None:
 
 def in_the_way() -> str | None:
     """What of torch's present state would not see a kernel's work."""
-    if _C._len_torch_dispatch_stack() or _C._get_tracing_state() is not None:
+    if is_watched() or _C._get_tracing_state() is not None:
         return "a dispatch mode or tracer wants to see torch's own operators"
     if _C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
         return "has no transforms of torch.func and no forward-mode gradient"

@@ -16,7 +16,7 @@ _NODE = composition("attention(Tensor q, Tensor k, Tensor v) -> Tensor", referen
 def _native_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = torch.empty(q.shape, dtype=torch.float32, device="cpu")
     q, k, v = (t if t.shape[2] == 1 or t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
-    _native.load().attention(q, k, v, out, q.shape[2] ** -0.5, _native.threads())
+    _native.kernel("attention")(q, k, v, out, q.shape[2] ** -0.5, _native.threads())
     return out
 
 

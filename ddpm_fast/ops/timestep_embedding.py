@@ -28,13 +28,13 @@ def _rejects(fit: Any, t: Tensor, dim: int, scale: float) -> str | None:
 
 
 def _load() -> Callable[..., Tensor]:
-    native = _native.load().timestep_embedding
+    _native.load()
 
     def run(t: Tensor, dim: int, scale: float) -> Tensor:
         out = torch.empty(t.shape[0], dim, dtype=torch.float32, device="cpu")
         half = dim // 2
         ratio = math.exp(-math.log(10000) / half)
-        native(out, t, half, scale, ratio, _native.threads())
+        _native.kernel("timestep_embedding")(out, t, half, scale, ratio, _native.threads())
         return out
 
     return run

@@ -21,7 +21,7 @@ pytestmark = FORCED
 
 CHANNELS_LAST = torch.channels_last
 FLOAT, HALF = torch.float32, torch.bfloat16
-WAYS = [(FLOAT, Way(tile, made)) for tile in (2, 4) for made in (False, True)] + [(HALF, Way(2)), (HALF, Way(2, True))]
+WAYS = [(dtype, Way(tile, made)) for dtype in (FLOAT, HALF) for tile in (2, 4) for made in (False, True)]
 Shape = tuple[int, int, int, int, int, int]
 Tensors = dict[str, Tensor]
 
@@ -62,7 +62,7 @@ def dirty(dtype: torch.dtype) -> None:
     """Leaves NaN in the memory that the kernel keeps for its next call, so that what is read unwritten shows."""
     weight, threads = torch.zeros(8, 1024, 3, 3), torch.get_num_threads()
     torch.set_num_threads(1)
-    for tile in (2, 4) if dtype is FLOAT else (2,):
+    for tile in (2, 4):
         nan = torch.full((4, 1024, 16, 16), float("nan"), dtype=dtype).contiguous(memory_format=CHANNELS_LAST)
         convolve(nan, lay_out(weight, Way(tile), dtype), Way(tile), 8)
     torch.set_num_threads(threads)
@@ -78,8 +78,8 @@ def expected(tensors: Tensors) -> tuple[Tensor, Tensor]:
     return reference.conv3x3(**{k: v.double() for k, v in tensors.items()}), reference.conv3x3(**kinds)
 
 
-def in_torch(x: Tensor, weight: Tensor, tile: int) -> Tensor:
-    """Winograd's filtering of these points, with matrices made by Lagrange's formulas, in x's dtype."""
+def matrices(tile: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of inputs, weights and outputs for these points, by Lagrange's formulas, in float64."""
     points, side = ((0, 1, -1) if tile == 2 else (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)), tile + 2
     exact = functools.partial(torch.zeros, dtype=torch.float64)
     inputs, weights, outputs = exact(side, side), exact(side, 3), exact(tile, side)
@@ -91,15 +91,22 @@ def in_torch(x: Tensor, weight: Tensor, tile: int) -> Tensor:
         inputs[i, : side - 1] = polynomial(others)
     weights[-1, -1] = outputs[-1, -1] = 1
     inputs[-1] = polynomial(list(points))
-    inputs, weights, outputs = (m.to(x.dtype) for m in (inputs, weights, outputs))
+    return inputs, weights, outputs
+
+
+def in_torch(x: Tensor, weight: Tensor, rows: int, columns: int) -> Tensor:
+    """Winograd's filtering in x's dtype; in bf16 transforms and sums are float32's."""
+    kind = FLOAT if x.dtype is HALF else x.dtype
+    (b, g, a), (b_2, g_2, a_2) = ([m.to(kind) for m in matrices(tile)] for tile in (rows, columns))
     n, _, h, w = x.shape
-    down, across = -(-h // tile), -(-w // tile)
-    padded = F.pad(x, (1, across * tile + 1 - w, 1, down * tile + 1 - h))
-    d = padded.unfold(2, side, tile).unfold(3, side, tile)
-    v, u = inputs @ d @ inputs.mT, weights @ weight @ weights.mT
+    down, across = -(-h // rows), -(-w // columns)
+    padded = F.pad(x.to(kind), (1, across * columns + 1 - w, 1, down * rows + 1 - h))
+    d = padded.unfold(2, rows + 2, rows).unfold(3, columns + 2, columns)
+    v, u = (t.to(x.dtype).to(kind) for t in (b @ d @ b_2.mT, g @ weight.to(kind) @ g_2.mT))
     m = torch.einsum("nchwij,kcij->nkhwij", v, u)
-    y = outputs @ m @ outputs.mT
-    return y.permute(0, 1, 2, 4, 3, 5).reshape(n, -1, down * tile, across * tile)[..., :h, :w]
+    y = a @ m @ a_2.mT
+    y = y.permute(0, 1, 2, 4, 3, 5).reshape(n, -1, down * rows, across * columns)
+    return y[..., :h, :w].to(x.dtype)
 
 
 def polynomial(roots: list[float]) -> Tensor:
@@ -112,23 +119,24 @@ def polynomial(roots: list[float]) -> Tensor:
 
 def test_the_filtering_in_torch_is_a_convolution() -> None:
     x, weight = torch.randn(2, 5, 7, 9).double(), torch.randn(4, 5, 3, 3).double()
-    for tile in (2, 4):
-        assert error(in_torch(x, weight, tile), F.conv2d(x, weight, padding=1)) < 1e-14
+    for rows, columns in ((2, 2), (2, 4), (4, 4)):
+        assert error(in_torch(x, weight, rows, columns), F.conv2d(x, weight, padding=1)) < 1e-14
 
 
 @pytest.mark.parametrize("isa", _C.isas())
 @pytest.mark.parametrize(("dtype", "way"), WAYS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_way_on_every_set(shape: Shape, dtype: torch.dtype, way: Way, isa: str, poison_empty: None) -> None:
-    """Any number of threads gives the same bits: they share out tiles and output channels, never a sum. F(4x4) of few
-    channels may round more than BOUND, and no convolution chosen by the table does: what its matrices cost in any
+    """Any number of threads gives the same bits: they share out tiles and output channels, never a sum. Tiles of 4 of
+    few channels may round more than BOUND, and no convolution chosen by the table does: what its matrices cost in any
     order of the sums is what they cost in torch, within a factor of 2."""
     _C.force_isa(isa)
     tensors = arguments(shape, dtype)
     truth, plain = expected(tensors)
     if way.tile == 4:
         whole = torch.cat([tensors[k] for k in ("x", "x2") if k in tensors], 1)
-        plain = in_torch(whole, tensors["weight"], 4) + tensors["bias"][:, None, None] + tensors["residual"]
+        plain = in_torch(whole, tensors["weight"], 4 if dtype is FLOAT else 2, 4)
+        plain = (plain + tensors["bias"][:, None, None] + tensors["residual"]).to(dtype)
     results = []
     for threads in (1, 2, 3, 1):
         torch.set_num_threads(threads)
