@@ -1,5 +1,6 @@
 """The denoising loop: runs any plan, eagerly or by a recorded step, and never waits for the device by itself."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -14,6 +15,7 @@ from .ops import X_T, NoiseState
 from .ops import _checks as checks
 from .ops import noise as draw_noise
 from .samplers import Plan
+from .tape import Repeated
 
 # How a chain may run, by the name that a table has for it: steps in a recording, 0 without. The first is the rule.
 WAYS = {"graph": 1, "graph8": 8, "graph32": 32, "eager": 0}
@@ -138,12 +140,26 @@ def denoise(
             graphs.tell(why, engine == "graph")
     # Rows whose noise torch's generator draws; a plan lies on the host.
     drawn = (plan.column("c_z") != 0).tolist() if noise is None else [False] * len(plan)
+    if engine == "graph" or engine == "auto" and len(plan) >= WORTH:
+        network = repeated(network, x, alone=on_step is None and not corrections)
     for k, draws in enumerate(drawn):
         z = torch.randn(x.shape, dtype=x.dtype, device=x.device) if draws else None
         chain.step(network, z)
         if on_step is not None:
             on_step(k, x)
     return x
+
+
+def repeated(network: Network, x: Tensor, alone: bool) -> Network:
+    """The network; on a CPU what it does is recorded, where that is the same in each call."""
+    if not x.is_cpu or not isinstance(network, Predictor) or network.model is None:
+        return network
+    by = copy.copy(network)
+    try:
+        by.call = Repeated(network.model, network.call, alone)
+    except NotRecorded:
+        return network
+    return by
 
 
 def fastest_way(model: nn.Module, x: Tensor) -> str:

@@ -18,7 +18,7 @@ LEVELS = (
     "reference",
     "kernels _C _cuda",
     "ops schedules predictions objectives samplers variational",
-    "engine chain corrections functional adaptive graphs footprint memory models progress",
+    "engine chain corrections functional adaptive graphs tape footprint memory models progress",
     "diffusion sampling losses conditions",
     "editing training evaluation interop demo unet ema utils script_utils",
     "__init__ __main__ arguments cli commands info options",

@@ -10,6 +10,8 @@ from torch import nn
 
 _STOCK = {nn.GroupNorm, nn.InstanceNorm2d, nn.BatchNorm2d, nn.Identity, nn.Conv2d, nn.Dropout, nn.Sequential}
 
+_HELD = {nn.Linear, nn.SiLU, nn.Embedding, nn.ModuleList}
+
 
 class TakesNoiseState(nn.Module):
     """A module whose forward has the argument `noise_state`, from which dropout draws; a subclass may lack it."""
@@ -44,6 +46,12 @@ def is_untouched(*modules: nn.Module) -> bool:
         if "forward" in m.__dict__ or getattr(m, "_compiled_call_impl", None) is not None:
             return False
     return True
+
+
+def is_known_throughout(module: nn.Module, *ours: type[nn.Module]) -> bool:
+    """Whether all in it is of these classes or PyTorch's, in eval mode, and nobody else's."""
+    classes, modules = _STOCK | _HELD | set(ours), list(module.modules())
+    return all(type(m) in classes and not m.training for m in modules) and is_untouched(*modules)
 
 
 def is_convolution(conv: nn.Module) -> bool:

@@ -205,16 +205,21 @@ class ResidualBlock(TakesNoiseState):
         h_2 = norm_act(norm_2, activation, raw, add=add, dropout=dropout)
         drawn = dropout is not None and dropout.state is None
         with kept(h_2, keep or drawn or not reads_sums(norm_2), second):
-            out = x.convolved(h_2, conv_2, convolve3x3)
-        if type(self.residual_connection) is nn.Identity and is_plain(self.residual_connection):
-            out = out.plus(x if skip is None else x.joined(skip))
-        else:
-            out = out.through(self.residual_connection, x, skip)
+            out = self._onto(x, h_2, conv_2, skip)
         if type(self.attention) is nn.Identity and is_plain(self.attention):
             return out
         if type(self.attention) is AttentionBlock and is_untouched(self.attention):
             return self.attention.summed(out)
         return Sum(self.attention(out.tensor()), later=x.later)
+
+    def _onto(self, x: Sum, h: Tensor, conv: nn.Conv2d, skip: Sum | None) -> Sum:
+        """conv(h) + residual_connection(x), with a skip as if concatenated."""
+        connection = self.residual_connection
+        same = type(connection) is nn.Identity and is_plain(connection)
+        if not x.later:
+            return Sum(convolve3x3(h, conv, residual=x.x if same else convolve(x.x, connection)), own=True)
+        out = x.convolved(h, conv, convolve3x3)
+        return out.plus(x if skip is None else x.joined(skip)) if same else out.through(connection, x, skip)
 
     def recomputed(
         self, x: Sum, bias: Tensor, y: Tensor | None, noise_state: NoiseState | None = None, skip: Sum | None = None
@@ -287,3 +292,7 @@ class ResidualBlock(TakesNoiseState):
         except IndexError as error:
             raise ValueError(f"y must lie in [0, {self.num_classes}), got {y.tolist()}") from error
         return label if bias is None else bias + label
+
+
+# All that a network of ours is made of, beside PyTorch's own modules.
+LAYERS = PositionalEmbedding, Downsample, NearestUpsample, Upsample, ResidualBlock, AttentionBlock

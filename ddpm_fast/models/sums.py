@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..ops.residual_sum import OP as RESIDUAL_SUM
 from .fusing import is_convolution, is_pointwise
 from .norms import Activation, norm_act, reads_sums
-from .weights import computed_in, convolve, once, transformed
+from .weights import computed_in, convolve, once, plus
 
 
 class Sum:
@@ -97,14 +97,11 @@ class Sum:
         """Both, where nothing but a bias is to be added to the other."""
         if self.later:
             return Sum(self.x, added(self.bias, other.bias), other.settled(), True)
-        if not self.own or torch.is_grad_enabled() or self.x.dtype is not other.x.dtype or transformed():
-            return Sum(self.x + other.x)
-        return Sum(self.x.add_(other.x))
+        return Sum(plus(self.x, other.x) if self.own else self.x + other.x)
 
     def through(self, conv: nn.Module, x: "Sum", skip: "Sum | None" = None) -> "Sum":
-        """This and a 1x1 convolution of x, with a skip as if concatenated, after a norm has read both."""
-        if not self.later:
-            return self.plus(Sum(convolve(x.x, conv)))
+        """This and a 1x1 convolution of x, with a skip as if concatenated, after a norm has read both; where sums are
+        made later."""
         if not self.own or not is_pointwise(conv):
             h = (x if skip is None else x.joined(skip)).tensor()
             return self.plus(Sum(cast(Tensor, conv(h)), later=True))

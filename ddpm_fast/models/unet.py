@@ -13,10 +13,10 @@ from ..ops import DROPOUT, NoiseState
 from ..ops import _checks as checks
 from ..ops._dispatch import forced
 from ..reference.philox import MAX_STREAM
-from .fusing import TakesNoiseState, is_untouched
+from .fusing import TakesNoiseState, is_known_throughout, is_untouched
 from .inputs import Switch, check_input, check_labels, check_size
-from .layers import Downsample, PositionalEmbedding, ResidualBlock, Upsample
-from .norms import Activation, checked_activation, get_norm
+from .layers import LAYERS, Downsample, PositionalEmbedding, ResidualBlock, Upsample
+from .norms import Activation, checked_activation, get_norm, is_known
 from .passes import Pass
 from .recomputing import RECOMPUTE
 from .sums import Sum
@@ -230,6 +230,11 @@ class UNet(TakesNoiseState):
             return None
         time_emb = mlp(t)
         return torch.cat([b.embed(time_emb) for b in blocks], dim=1)
+
+    def repeats(self) -> bool:
+        """Whether each call does the same to its arguments and to weights: all in it is known, and nothing is drawn."""
+        activations = [m.activation for m in self.modules() if isinstance(m, (UNet, ResidualBlock))]
+        return all(map(is_known, activations)) and is_known_throughout(self, UNet, *LAYERS)
 
     def _layers(self) -> list[nn.Module]:
         """In the order in which they run."""

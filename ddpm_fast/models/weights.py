@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from ..ops._conv3x3 import CHANGING, FIXED, Way, choose, computed_in, is_exact, lay_out, room
 from ..ops._conv3x3 import convolve as convolve_tiles
 from ..ops._dispatch import forced
-from ..ops._native import wanted
+from ..ops._native import is_watched, wanted
 from ..ops.conv3x3 import OP as CONV3X3
 from .fusing import is_convolution
 
@@ -135,7 +135,7 @@ class Prepared:
         self.filters = weight.shape[2:] == (3, 3) and stride == (1, 1) and padding == (1, 1)
         self._packed: Tensor | None = None
         self._laid_out: dict[Way, Tensor] = {}
-        self._ways: dict[torch.Size, Callable[[Tensor, Tensor | None], Tensor]] = {}  # by x's shape
+        self._ways: dict[torch.Size, _Run] = {}  # by x's shape
 
     @cached_property
     def weight(self) -> Tensor:
@@ -147,16 +147,16 @@ class Prepared:
         """[O, I] of a 1x1 convolution."""
         return self.weight.flatten(1)
 
-    def __call__(self, x: Tensor, with_bias: bool = True) -> Tensor:
-        """x [N, I, H, W] in channels_last -> [N, O, ...] likewise."""
+    def __call__(self, x: Tensor, with_bias: bool = True, residual: Tensor | None = None) -> Tensor:
+        """x [N, I, H, W] in channels_last -> [N, O, ...] likewise, plus a residual like it."""
         if x.dtype is not self.dtype:
             x = x.to(self.dtype)
         way = self._ways.get(x.shape)
         if way is None:
             way = self._ways[x.shape] = self._way(x)
-        return way(x, self.bias if with_bias else None)
+        return way(x, self.bias if with_bias else None, residual)
 
-    def _way(self, x: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+    def _way(self, x: Tensor) -> "_Run":
         n, _, height, width = x.shape
         if self.packs and self.filters and wanted():
             way = choose(self.dtype, tuple(x.shape), self._given.shape[0], FIXED)
@@ -172,7 +172,7 @@ class Prepared:
         """Bytes of its weights that were transformed for tiles."""
         return sum(t.nbytes for way, t in self._laid_out.items() if way.transformed)
 
-    def _filtering(self, way: Way, x: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+    def _filtering(self, way: Way, x: Tensor) -> "_Run":
         if way not in self._laid_out:
             if way.transformed:
                 table = cast(Table, _MADE.get())
@@ -182,16 +182,20 @@ class Prepared:
             self._laid_out[way] = lay_out(self._given, way, self.dtype)
         weights, bias = self._laid_out[way], None if self.bias is None else self.bias.float()
         out_channels = self._given.shape[0]
-        return lambda x, given: convolve_tiles(x, weights, way, out_channels, None if given is None else bias)
 
-    def _plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        def run(x: Tensor, given: Tensor | None, residual: Tensor | None) -> Tensor:
+            return convolve_tiles(x, weights, way, out_channels, None if given is None else bias, residual=residual)
+
+        return run
+
+    def _plain(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         y = F.conv2d(x, self.weight, bias, self.stride, self.padding)
-        return y.contiguous(memory_format=torch.channels_last)
+        return plus(y.contiguous(memory_format=torch.channels_last), residual)
 
-    def _multiplying(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x.permute(0, 2, 3, 1), self.matrix, bias).permute(0, 3, 1, 2)
+    def _multiplying(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        return plus(F.linear(x.permute(0, 2, 3, 1), self.matrix, bias).permute(0, 3, 1, 2), residual)
 
-    def _packing(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _packing(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         if self._packed is None:
             pack: Any = _C._nn.mkldnn_reorder_conv2d_weight
             self._packed = pack(self._given.to_mkldnn(self.dtype), self.padding, self.stride, (1, 1), 1, x.shape)
@@ -199,7 +203,19 @@ class Prepared:
         y: Tensor = torch.ops.mkldnn._convolution_pointwise.default(
             x, self._packed, bias, self.padding, self.stride, (1, 1), 1, "none", (), ""
         )
+        return plus(y, residual)
+
+
+_Run = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]  # (x, bias, residual) -> y
+
+
+def plus(y: Tensor, residual: Tensor | None) -> Tensor:
+    """Their sum, which may take y's memory: nobody else holds it."""
+    if residual is None:
         return y
+    if torch.is_grad_enabled() or residual.dtype is not y.dtype or transformed():
+        return y + residual
+    return y.add_(residual)
 
 
 def prepared(conv: nn.Module, x: Tensor) -> Prepared | None:
@@ -226,7 +242,7 @@ def _takes(x: Tensor) -> bool:
     """Whether what is prepared takes x; a dispatch mode wants to see torch's own operators."""
     if not x.is_cpu:
         return True
-    seen = _C._len_torch_dispatch_stack() and forced() in (None, "native")
+    seen = is_watched() and forced() in (None, "native")
     plain = type(x) is Tensor and not x.is_neg() and _C._get_tracing_state() is None
     return plain and not seen and x.is_contiguous(memory_format=torch.channels_last)
 
@@ -242,12 +258,14 @@ def convolve(x: Tensor, conv: nn.Module, with_bias: bool = True) -> Tensor:
     return F.conv2d(x, c.weight, None, c.stride, c.padding)
 
 
-def convolve3x3(x: Tensor, conv: nn.Conv2d, with_bias: bool = True) -> Tensor:
-    """The same where `is_conv3x3`."""
+def convolve3x3(x: Tensor, conv: nn.Conv2d, with_bias: bool = True, residual: Tensor | None = None) -> Tensor:
+    """The same where `is_conv3x3`, plus a residual [N, O, H, W]."""
     fast = prepared(conv, x)
     if fast is not None:
-        return fast(x, with_bias)
+        if residual is None or residual.dtype is fast.dtype and _takes(residual):
+            return fast(x, with_bias, residual)
+        return plus(fast(x, with_bias), residual)
     if not torch.compiler.is_compiling() and is_exact():  # in this order
-        return F.conv2d(x, conv.weight, conv.bias if with_bias else None, padding=1)
+        return plus(F.conv2d(x, conv.weight, conv.bias if with_bias else None, padding=1), residual)
     y: Tensor = CONV3X3.unchecked(x, conv.weight, conv.bias if with_bias else None, None, None, None, False)
-    return y
+    return plus(y, residual)

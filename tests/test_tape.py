@@ -1,0 +1,240 @@
+"""Chains on a CPU that run what their second step recorded, beside those that run each step."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from recordings import network
+from torch import Tensor, nn
+
+from ddpm_fast import Diffusion, UNet, engine, generate_linear_schedule, ops, tape
+from ddpm_fast.chain import Predictor
+from ddpm_fast.tape import MOST, Repeated
+
+BETAS = generate_linear_schedule(20, 1e-2, 0.3)
+pytestmark = pytest.mark.filterwarnings("ignore:no CUDA graph")
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A number for each recording: how often it ran."""
+    counts: list[int] = []
+    record = tape._Recording.replay
+
+    def counted(self: Any, result: Tensor) -> Callable[..., Tensor]:
+        run, place = record(self, result), len(counts)
+        counts.append(0)
+
+        def again(*given: Tensor) -> Tensor:
+            counts[place] += 1
+            return run(*given)
+
+        return again
+
+    monkeypatch.setattr(tape._Recording, "replay", counted)
+    return counts
+
+
+def sampled(engine: str, net: nn.Module, callback: Any = None, size: int = 3, **options: Any) -> Tensor:
+    torch.manual_seed(0)
+    made = {k: options.pop(k) for k in ("num_classes", "label_dropout", "learned_variance") if k in options}
+    channels = net.img_channels if isinstance(net, UNet) else 1
+    diffusion = Diffusion(net, (8, 8), channels, made.pop("num_classes", None), BETAS, engine=engine, **made)
+    return diffusion.sample(size, "cpu", use_ema=False, seed=1, callback=callback, **options)
+
+
+def same(net: nn.Module, make_callback: Callable[[], Any] = lambda: None, **options: Any) -> None:
+    expected = sampled("eager", net, make_callback(), **options)
+    assert torch.equal(sampled("graph", net, make_callback(), **options), expected)
+
+
+WIDE = {"base_channels": 64, "num_groups": 32}  # where convolutions are ours
+NETWORKS = {
+    "small": {},
+    "wide": WIDE,
+    "on both paths": WIDE | {"fused": True},
+    "on the plain path": WIDE | {"fused": False},
+    "without a norm": {"norm": None},
+    "instance norm": {"norm": "in", "activation": nn.functional.mish},
+    "batch norm": {"norm": "bn", "activation": torch.relu},
+    "without time": {"time_emb_dim": None},
+    "padded": {"initial_pad": 2},
+    "attention everywhere": {"attention_resolutions": (0, 1), "base_channels": 40},
+}
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
+def test_the_same_bits(options: dict[str, Any], bf16: bool, replays: list[int]) -> None:
+    net = network(**options)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        same(net)
+    assert replays == [len(BETAS) - 2]
+
+
+def test_the_same_bits_by_any_sampler(replays: list[int]) -> None:
+    for sampler in ("ddim", "heun", "dpmpp_2m_sde"):
+        same(network(), sampler=sampler, num_steps=12)
+    assert len(replays) == 3 and min(replays) >= 10
+
+
+def test_the_same_bits_with_classes_guidance_and_learned_variance(replays: list[int]) -> None:
+    y = torch.tensor([0, 2, 1])
+    same(network(num_classes=4), num_classes=3, label_dropout=0.1, y=y, guidance=2.0)
+    same(network(out_channels=2), learned_variance=True)
+    assert replays == [len(BETAS) - 2] * 2
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_on_a_forced_backend(backend: str, replays: list[int]) -> None:
+    pytest.importorskip("ddpm_fast._C")
+    with ops.use_backend(backend):
+        same(network())
+    assert replays == [len(BETAS) - 2]
+
+
+def test_short_chains_and_eager_ones_are_not_recorded(replays: list[int]) -> None:
+    sampled("eager", network())
+    sampled("auto", network(), sampler="ddim", num_steps=engine.WORTH - 1)
+    assert not replays
+    sampled("auto", network(), sampler="ddim", num_steps=engine.WORTH)
+    assert replays == [engine.WORTH - 2]
+
+
+def unknown(kind: str) -> nn.Module:
+    net = network()
+    if kind == "activation":
+        return network(activation=lambda x: nn.functional.silu(x))
+    if kind == "hook":
+        net.mid[0].register_forward_hook(lambda *_: None)
+    if kind == "layer":
+        net.mid[0].attention = nn.Sequential(nn.Tanh())
+    if kind == "subclass":
+        net.__class__ = type("Own", (UNet,), {})
+    if kind == "forward":
+        net.out_conv.forward = lambda x: nn.Conv2d.forward(net.out_conv, x)
+    return net
+
+
+@pytest.mark.parametrize("kind", ["activation", "hook", "layer", "subclass", "forward"])
+def test_what_is_not_known_runs_each_time(kind: str, replays: list[int]) -> None:
+    same(unknown(kind))
+    assert not replays
+
+
+def test_noise_of_torchs_generator(replays: list[int]) -> None:
+    """Is drawn outside of what is recorded; with the original's numbers each step embeds its time, and runs."""
+    torch.manual_seed(0)
+    net, x = network(), torch.randn(2, 1, 8, 8)
+    plan = Diffusion(net, (8, 8), 1, None, BETAS).plan()
+    states = []
+    for how in ("eager", "graph"):
+        torch.manual_seed(1)
+        with engine.eval_mode(net):
+            states.append(engine.denoise(Predictor(net, lambda x, t: net(x, t)), x.clone(), plan, None, engine=how))
+    assert torch.equal(*states) and replays == [len(BETAS) - 2]
+
+
+class Changing:
+    """A callback that does something to the network after some steps."""
+
+    def __init__(self, net: UNet, steps: tuple[int, ...], change: Callable[[UNet], None]):
+        self.net, self.steps, self.change = net, steps, change
+
+    def __call__(self, k: int, x: Tensor) -> None:
+        if k in self.steps:
+            self.change(self.net)
+
+
+def double(net: UNet) -> None:
+    with torch.no_grad():
+        net.mid[1].conv_1.weight.mul_(2)
+
+
+def replace(net: UNet) -> None:
+    net.mid[1].conv_1 = nn.Conv2d(*net.mid[1].conv_1.weight.shape[1::-1], 3, padding=1)
+
+
+def hook(net: UNet) -> None:
+    net.mid[1].norm_1.register_forward_hook(lambda _, args, y: y * 2)
+
+
+@pytest.mark.parametrize("change", [double, replace, hook])
+def test_what_a_callback_changes_counts_from_the_next_step_on(change: Any, replays: list[int]) -> None:
+    images = []
+    for how in ("eager", "graph"):
+        net = network()
+        images.append(sampled(how, net, Changing(net, (5,), change)))
+    plain = sampled("eager", network())
+    assert torch.equal(*images) and not torch.equal(images[0], plain)
+    assert replays[0] == 4
+
+
+def test_a_network_that_changes_all_the_time_is_recorded_a_few_times_only(replays: list[int]) -> None:
+    images = []
+    for how in ("eager", "graph"):
+        net = network()
+        images.append(sampled(how, net, Changing(net, tuple(range(0, 20, 3)), double)))
+    assert torch.equal(*images) and len(replays) == MOST
+
+
+def test_who_asks_for_a_number_runs_each_time(monkeypatch: pytest.MonkeyPatch, replays: list[int]) -> None:
+    plain = UNet.forward
+
+    def forward(self: UNet, x: Tensor, *rest: Any) -> Tensor:
+        return plain(self, x, *rest) * (2 if float(x.mean()) > 0 else 1)
+
+    monkeypatch.setattr(UNet, "forward", forward)
+    same(network())
+    assert not replays
+
+
+def repeated(net: UNet) -> Repeated:
+    return Repeated(net.eval(), lambda x, t: net(x, t), alone=True)
+
+
+@torch.no_grad()
+def test_results_stay_and_room_is_shared() -> None:
+    """A result is nobody's room; what else is written takes much less memory than each of it for itself."""
+    net, t = network(**WIDE), torch.zeros(2)
+    images = [torch.randn(2, 1, 8, 8) for _ in range(5)]
+    run = repeated(net)
+    results = [run(x, t) for x in images]
+    for x, y in zip(images, results, strict=True):
+        assert torch.equal(y, net(x, t))
+    space = run._replay.__globals__
+    made = [v for k, v in space.items() if k.startswith("x") and isinstance(v, Tensor)]
+    memory = max((v.untyped_storage() for v in made), key=lambda storage: storage.nbytes())
+    rooms = [v for v in made if v.untyped_storage().data_ptr() == memory.data_ptr()]
+    assert memory.nbytes() < sum(room.nbytes for room in rooms) / 4
+
+
+@torch.no_grad()
+def test_conditions_are_read_each_time() -> None:
+    net, y = network(num_classes=3).eval(), torch.tensor([0, 1])
+    run = Repeated(net, lambda x, t, y: net(x, t, y), alone=True)
+    x, t = torch.randn(2, 1, 8, 8), torch.zeros(2)
+    for label in (0, 0, 0, 1, 2):
+        y.fill_(label)
+        assert torch.equal(run(x, t, y), net(x, t, y))
+
+
+@torch.no_grad()
+def test_another_threads_work_is_not_recorded(monkeypatch: pytest.MonkeyPatch, replays: list[int]) -> None:
+    """Whose kernels run while this one records."""
+    pytest.importorskip("ddpm_fast._C")
+    net, other = network(**WIDE), network(**WIDE)
+    x, t, plain = torch.randn(2, 1, 8, 8), torch.zeros(2), UNet.forward
+    with ThreadPoolExecutor(1) as pool:
+
+        def forward(self: UNet, *args: Any) -> Tensor:
+            if self is net:
+                pool.submit(torch.no_grad()(lambda: plain(other, x + 1, t))).result()
+            return plain(self, *args)
+
+        monkeypatch.setattr(UNet, "forward", forward)
+        run = repeated(net)
+        results = [run(x, t) for _ in range(4)]
+    assert all(torch.equal(results[0], y) for y in results[1:]) and replays == [2]
