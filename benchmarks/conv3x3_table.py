@@ -100,9 +100,10 @@ def calls(shape: Shape, way: Way, dtype: torch.dtype, what: str) -> Callable[[],
         if way.tile:
             return lambda: native.weight_gradient(x, dy, way)
         return lambda: gradient(x, dy, weight)
-    copies = range(max(2, COLD // (weight.numel() * 4)))
+    num_bytes = native.room(weight, way, dtype) if fixed and way.tile else weight.numel() * dtype.itemsize
+    copies = range(max(2, COLD // num_bytes))
     if fixed and way.tile:
-        laid = itertools.cycle([native.lay_out(weight, way, dtype) for _ in copies[: max(2, len(copies) // 3)]])
+        laid = itertools.cycle([native.lay_out(weight, way, dtype) for _ in copies])
         return lambda: native.convolve(x, next(laid), way, shape[2])
     if fixed:
         pack, plain = torch._C._nn.mkldnn_reorder_conv2d_weight, weight.to_mkldnn(dtype)
@@ -177,6 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     p = Parser(__doc__.splitlines()[0])
     p.add_argument("--isa", choices=("avx2", "avx512", "avx512bf16"), help="as on a processor that has no more")
     p.add_argument("--what", nargs="+", choices=USES, default=list(USES), help="which uses of a convolution")
+    p.add_argument("--precision", nargs="+", choices=tuple(KINDS.values()), help="which (default: those of the set)")
     p.add_argument("--repetitions", type=count, default=9, help="timed calls of each way (default: 9)")
     p.add_argument("--json", type=output_file, metavar="FILE", help="write the header and the rows there")
     p.add_argument("--write", action="store_true", help="put this instruction set's ways into the table of ddpm_fast")
@@ -190,6 +192,8 @@ def main(argv: list[str] | None = None) -> int:
     dtypes = tuple(KINDS) if isa == "avx512bf16" else (torch.float32,)
     with torch.no_grad():
         for dtype, what, shape in itertools.product(dtypes, args.what, shapes()):
+            if args.precision and KINDS[dtype] not in args.precision:
+                continue
             if what == WEIGHT and dtype != torch.float32:  # the library's
                 continue
             rows.append(measured(shape, dtype, what, args.repetitions))
