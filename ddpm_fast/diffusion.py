@@ -60,9 +60,9 @@ class Diffusion(SamplingDiffusion, TrainingLoss):
         time_input: what the network is told of the noise: "timestep", an integer; or "noise_level", sqrt(abar), in
             training a random one between those of neighbouring timesteps (Chen et al. 2021; SR3).
         cond_channels: channels of an image condition, which the network is given beside x_t: torch.cat([x_t, cond], 1).
-        engine: how chains run: "eager"; "graph" - on a GPU one recorded step is replayed, wherever the network can be
-            recorded; or "auto" - where that pays, too. A network whose Python must run in every step (it draws from
-            Python's random, or reads globals that change) needs "eager".
+        engine: how chains run: "eager"; "graph" - one recorded step is replayed, on a GPU as a CUDA graph, wherever the
+            network can be recorded; or "auto" - where that pays, too. A network whose Python must run in every step (it
+            draws from Python's random, or reads globals that change) needs "eager".
         exact: convolutions are the library's direct ones. Else on CPUs some are computed by Winograd's filtering, which
             is two to three times as fast; in float32 it rounds as much, up to three times that (docs/convolution.md).
             rng="torch" implies it.

@@ -198,7 +198,7 @@ def sample(
         seed, first_index: as in `Diffusion.sample`.
         device, dtype: of the chain; by default those of x, else of `model_fn`'s parameters, else the CPU and float32.
         graphs: a `Graphs()` of the caller's, in which recorded steps of a Module are kept from call to call on a GPU;
-            without it the steps are eager.
+            without it the steps are eager there.
         progress, callback: as in `Diffusion.sample`.
 
     Returns:

@@ -7,11 +7,13 @@ from the third on runs what was recorded.
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import count
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .footprint import Footprint, NotRecorded, switches
@@ -19,6 +21,8 @@ from .ops import _native
 
 MOST = 3  # recordings of a chain whose callback changes the network
 APART = 256  # bytes between the places of results
+
+_ALONE = Lock()
 
 aten = torch.ops.aten
 EMPTY = aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.new_empty.default
@@ -44,7 +48,7 @@ class _Line(NamedTuple):
     text: str
     makes: list[str]
     reads: list[str]  # of what lines before it made, or what is given
-    is_view: bool = False  # whether it makes no more than other views of what it reads
+    of: str | None = None  # what all that it makes are other views of, "" for what was there before
     room: _Room | None = None
 
 
@@ -91,16 +95,25 @@ class _Recording(TorchDispatchMode):
         results = list(out) if isinstance(out, (tuple, list)) else [out]
         if not all(isinstance(tensor, Tensor) for tensor in results):
             raise NotRecorded(f"{func} asks for a number")
-        call = self._call(func, args, kwargs, reads)
+        call, of = self._call(func, args, kwargs, reads), self._viewed(results, (args, kwargs))
         makes = [self._made(tensor) for tensor in results if tensor not in self._names]  # else it was written in place
+        if makes and len(makes) < len(results):
+            raise NotRecorded(f"{func} returns something twice")
         text = f"{', '.join(makes)}{'' if isinstance(out, Tensor) else ','} = {call}"
-        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         room = None
         if makes and (func in EMPTY or func in INTO):
             filled = self._call(INTO[func], args, kwargs | {"out": out}, []) if func in INTO else ""
             room = _Room(out.dtype, out.size(), out.stride(), out.untyped_storage().nbytes(), filled)
-        self._lines.append(_Line(text if makes else call, makes, reads, views, room))
+        self._lines.append(_Line(text if makes else call, makes, reads, of, room))
         return out
+
+    def _viewed(self, results: list[Tensor], given: Any) -> str | None:
+        """What the results are views of, as `_Line.of`. By their memory: not every operator says that it makes a view,
+        and some may make one or a copy."""
+        memory = {_memory(t): t for t in tree_leaves(given) if isinstance(t, Tensor) and t.layout is torch.strided}
+        bases = {_memory(t) for t in results if t.layout is torch.strided}
+        base = memory.get(bases.pop()) if len(bases) == 1 else None
+        return None if base is None else self._names.get(base, "")
 
     def kernel(self, run: Callable[..., Any], *args: Any) -> Any:
         """Run one of our own, which writes into tensors that it is given."""
@@ -129,14 +142,14 @@ class _Recording(TorchDispatchMode):
                 lines.append(f"    {text}" + (f"; del {', '.join(last)}" if last else ""))
         lines.append(f"def replay({', '.join(self._given)}):")
         exec("\n".join(reversed(lines)), self._space)
-        run: Callable[..., Tensor] = self._space["replay"]
+        run: Callable[..., Tensor] = self._space.pop("replay")  # else it would keep itself
         return run
 
     def _place(self, end: str) -> set[str]:
         """Put into the space the room of all but the result, and views of it; their names."""
         whole = {name: name for name in self._given}  # of which memory each name is a view
         for line in self._lines:
-            whole |= {name: whole[line.reads[0]] if line.is_view and line.reads else name for name in line.makes}
+            whole |= {name: whole[line.of] if line.of else name for name in line.makes}
         rooms = {line.makes[0]: line.room for line in self._lines if line.room and line.makes[0] != whole[end]}
         first: dict[str, int] = {}
         last: dict[str, int] = {}
@@ -160,10 +173,14 @@ class _Recording(TorchDispatchMode):
             self._space[name] = piece.as_strided(room.size, room.stride)
         there = set(rooms)
         for line in self._lines:
-            if line.is_view and there.issuperset(line.reads):
+            if line.of is not None and there.issuperset(line.reads):
                 exec(line.text, self._space)
                 there.update(line.makes)
         return there
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def up(number: int, multiple: int) -> int:
@@ -185,8 +202,8 @@ class Repeated:
     """
 
     def __init__(self, model: nn.Module, call: Callable[..., Tensor], alone: bool):
-        repeats = getattr(type(model), "repeats", None)
-        if repeats is None or not repeats(model):
+        same = getattr(type(model), "does_the_same_each_time", None)
+        if not callable(same) or same(model) is not True:
             raise NotRecorded("what this network does in each call is not known")
         self._call, self._alone, self._seen = call, alone, Footprint(model)
         self._weights = [t for t in (*model.parameters(), *model.buffers()) if not t.is_inference()]
@@ -213,7 +230,8 @@ class Repeated:
         self._left -= 1
         recording = _Recording(x, t)
         try:
-            with recording, _native.noted(recording.kernel):
+            # One at a time: entering and leaving a mode changes flags that are the process's.
+            with _ALONE, recording, _native.noted(recording.kernel):
                 out = self._call(x, t, *inputs)
         except NotRecorded:
             self._left = 0

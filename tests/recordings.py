@@ -13,13 +13,16 @@ from ddpm_fast import Diffusion, UNet, ops
 def network(**options) -> UNet:
     torch.manual_seed(0)
     kwargs = {
+        "img_channels": 1,
         "base_channels": 8,
+        "channel_mults": (1, 2),
+        "num_res_blocks": 1,
         "time_emb_dim": 8,
         "num_groups": 4,
         "attention_resolutions": (1,),
         "activation": nn.functional.silu,
     }
-    return UNet(1, channel_mults=(1, 2), num_res_blocks=1, **kwargs | options)
+    return UNet(**kwargs | options)
 
 
 def pair(net: nn.Module | None = None, **options) -> tuple[Diffusion, Diffusion]:

@@ -1,5 +1,7 @@
 """Chains on a CPU that run what their second step recorded, beside those that run each step."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -8,7 +10,9 @@ import pytest
 import torch
 from recordings import network
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import ddpm_fast
 from ddpm_fast import Diffusion, UNet, engine, generate_linear_schedule, ops, tape
 from ddpm_fast.chain import Predictor
 from ddpm_fast.tape import MOST, Repeated
@@ -18,7 +22,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:no CUDA graph")
 
 
 @pytest.fixture
-def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def recordings() -> list[Any]:
+    """All that were finished, if `replays` is asked for, too."""
+    return []
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch, recordings: list[Any]) -> list[int]:
     """A number for each recording: how often it ran."""
     counts: list[int] = []
     record = tape._Recording.replay
@@ -26,6 +36,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def counted(self: Any, result: Tensor) -> Callable[..., Tensor]:
         run, place = record(self, result), len(counts)
         counts.append(0)
+        recordings.append(self)
 
         def again(*given: Tensor) -> Tensor:
             counts[place] += 1
@@ -39,9 +50,10 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def sampled(engine: str, net: nn.Module, callback: Any = None, size: int = 3, **options: Any) -> Tensor:
     torch.manual_seed(0)
-    made = {k: options.pop(k) for k in ("num_classes", "label_dropout", "learned_variance") if k in options}
-    channels = net.img_channels if isinstance(net, UNet) else 1
-    diffusion = Diffusion(net, (8, 8), channels, made.pop("num_classes", None), BETAS, engine=engine, **made)
+    given = "num_classes", "label_dropout", "learned_variance", "cond_channels", "exact"
+    made = {k: options.pop(k) for k in given if k in options}
+    img_size = options.pop("img_size", (8, 8))
+    diffusion = Diffusion(net, img_size, 1, made.pop("num_classes", None), BETAS, engine=engine, **made)
     return diffusion.sample(size, "cpu", use_ema=False, seed=1, callback=callback, **options)
 
 
@@ -196,7 +208,7 @@ def repeated(net: UNet) -> Repeated:
 
 
 @torch.no_grad()
-def test_results_stay_and_room_is_shared() -> None:
+def test_results_stay_and_room_is_shared(recordings: list[Any], replays: list[int]) -> None:
     """A result is nobody's room; what else is written takes much less memory than each of it for itself."""
     net, t = network(**WIDE), torch.zeros(2)
     images = [torch.randn(2, 1, 8, 8) for _ in range(5)]
@@ -204,11 +216,72 @@ def test_results_stay_and_room_is_shared() -> None:
     results = [run(x, t) for x in images]
     for x, y in zip(images, results, strict=True):
         assert torch.equal(y, net(x, t))
-    space = run._replay.__globals__
-    made = [v for k, v in space.items() if k.startswith("x") and isinstance(v, Tensor)]
-    memory = max((v.untyped_storage() for v in made), key=lambda storage: storage.nbytes())
-    rooms = [v for v in made if v.untyped_storage().data_ptr() == memory.data_ptr()]
-    assert memory.nbytes() < sum(room.nbytes for room in rooms) / 4
+    (recording,) = recordings
+    rooms = {line.makes[0]: line.room.num_bytes for line in recording._lines if line.room}
+    memory = {v.untyped_storage().data_ptr(): v.untyped_storage() for k, v in recording._space.items() if k in rooms}
+    (whole,) = memory.values()
+    assert len(rooms) > 30 and whole.nbytes() < sum(rooms.values()) / 4
+
+
+def test_a_chain_leaves_nothing(recordings: list[Any], replays: list[int]) -> None:
+    """Without waiting for a collection of garbage."""
+    gc.collect()
+    gc.disable()
+    try:
+        sampled("graph", network(**WIDE))
+        (recording,) = recordings
+        rooms = [recording._space.get(line.makes[0]) for line in recording._lines if line.room]
+        held = [weakref.ref(room) for room in rooms if room is not None]
+        del recording, rooms
+        recordings.clear()
+        assert len(held) > 30 and not any(ref() is not None for ref in held)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_with_an_image_condition(inference: bool, replays: list[int]) -> None:
+    """In inference mode operators come as they are called, and one that may make a view or a copy says the first."""
+    with torch.inference_mode(inference):
+        same(network(img_channels=3, out_channels=1), cond_channels=2, cond=torch.randn(3, 2, 8, 8))
+    assert replays == [len(BETAS) - 2]
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+def test_attention_of_torchs(backend: SDPBackend, replays: list[int]) -> None:
+    with sdpa_kernel(backend), ops.use_backend("reference"):
+        same(network())
+    assert replays == [len(BETAS) - 2]
+
+
+def test_upsampling_in_phases(replays: list[int]) -> None:
+    same(network(base_channels=64, channel_mults=(1, 2), num_groups=32), exact=True, img_size=(16, 16), size=4)
+    assert replays == [len(BETAS) - 2]
+
+
+def test_chains_of_any_callable(replays: list[int]) -> None:
+    net, plan = network().eval(), Diffusion(network(), (8, 8), 1, None, BETAS).plan()
+    images = [ddpm_fast.sample(call, (2, 1, 8, 8), plan, seed=0) for call in (net, net.forward)]
+    assert replays == [len(BETAS) - 2] and (images[0] - images[1]).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_what_fails_while_it_is_recorded_fails_for_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x, t, plain = network(), torch.randn(2, 1, 8, 8), torch.zeros(2), UNet.forward
+    run, calls = repeated(net), []
+
+    def forward(self: UNet, *args: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError("no room")
+        return plain(self, *args)
+
+    monkeypatch.setattr(UNet, "forward", forward)
+    expected = run(x, t)
+    with pytest.raises(MemoryError, match="no room"):
+        run(x, t)
+    assert not torch._C._len_torch_dispatch_stack()
+    assert all(torch.equal(run(x, t), expected) for _ in range(3)) and len(calls) == 3
 
 
 @torch.no_grad()
@@ -222,11 +295,15 @@ def test_conditions_are_read_each_time() -> None:
 
 
 @torch.no_grad()
-def test_another_threads_work_is_not_recorded(monkeypatch: pytest.MonkeyPatch, replays: list[int]) -> None:
+def test_another_threads_work_is_not_recorded(
+    monkeypatch: pytest.MonkeyPatch, recordings: list[Any], replays: list[int]
+) -> None:
     """Whose kernels run while this one records."""
     pytest.importorskip("ddpm_fast._C")
     net, other = network(**WIDE), network(**WIDE)
     x, t, plain = torch.randn(2, 1, 8, 8), torch.zeros(2), UNet.forward
+    alone = repeated(net)
+    expected = [alone(x, t) for _ in range(3)]
     with ThreadPoolExecutor(1) as pool:
 
         def forward(self: UNet, *args: Any) -> Tensor:
@@ -237,4 +314,5 @@ def test_another_threads_work_is_not_recorded(monkeypatch: pytest.MonkeyPatch, r
         monkeypatch.setattr(UNet, "forward", forward)
         run = repeated(net)
         results = [run(x, t) for _ in range(4)]
-    assert all(torch.equal(results[0], y) for y in results[1:]) and replays == [2]
+    assert all(torch.equal(expected[0], y) for y in results) and replays == [1, 2]
+    assert len(recordings[0]._lines) == len(recordings[1]._lines) > 0

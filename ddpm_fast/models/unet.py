@@ -231,7 +231,7 @@ class UNet(TakesNoiseState):
         time_emb = mlp(t)
         return torch.cat([b.embed(time_emb) for b in blocks], dim=1)
 
-    def repeats(self) -> bool:
+    def does_the_same_each_time(self) -> bool:
         """Whether each call does the same to its arguments and to weights: all in it is known, and nothing is drawn."""
         activations = [m.activation for m in self.modules() if isinstance(m, (UNet, ResidualBlock))]
         return all(map(is_known, activations)) and is_known_throughout(self, UNet, *LAYERS)

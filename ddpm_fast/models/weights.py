@@ -262,7 +262,8 @@ def convolve3x3(x: Tensor, conv: nn.Conv2d, with_bias: bool = True, residual: Te
     """The same where `is_conv3x3`, plus a residual [N, O, H, W]."""
     fast = prepared(conv, x)
     if fast is not None:
-        if residual is None or residual.dtype is fast.dtype and _takes(residual):
+        shape = (x.shape[0], conv.out_channels, *x.shape[2:])
+        if residual is None or residual.dtype is fast.dtype and residual.shape == shape and _takes(residual):
             return fast(x, with_bias, residual)
         return plus(fast(x, with_bias), residual)
     if not torch.compiler.is_compiling() and is_exact():  # in this order
