@@ -51,8 +51,10 @@ def _repeatable() -> Iterator[None]:
     cudnn.benchmark, cudnn.deterministic = False, True
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="no CUDA graph")  # nothing may fall back
-            warnings.filterwarnings("ignore", message="no CUDA graph: CUDA graphs need a GPU|sampling from ema_model")
+            warnings.filterwarnings("error", message="no recorded step")  # nothing may fall back
+            warnings.filterwarnings(
+                "ignore", message="no recorded step: CUDA graphs need a GPU|sampling from ema_model"
+            )
             yield
     finally:
         cudnn.benchmark, cudnn.deterministic = before

@@ -119,7 +119,8 @@ def denoise(
         on_step: called with (k, x) after row k; x is the loop's own tensor, to be read and not kept.
         graphs: where recorded steps are kept.
         engine: "eager", "graph" to replay a recorded step wherever one can be made, or "auto": where it also pays.
-        corrections: functions of (x0_hat, now) that change x0_hat in each step, one after the other; then it is eager.
+        corrections: functions of (x0_hat, now) that change x0_hat in each step, one after the other; then no step is
+            recorded as a graph.
 
     Returns:
         x after the last row.
@@ -128,7 +129,8 @@ def denoise(
         chain: Chain = CorrectedChain(x, plan, noise, corrections)
     else:
         chain = Chain(x, plan, noise, told_by(network, plan.timesteps(x.device)))
-    if graphs is not None and (engine == "graph" or engine == "auto" and possible(x.device)):
+    by_graph = possible(x.device) or engine == "graph" and not x.is_cpu
+    if graphs is not None and engine != "eager" and by_graph:
         try:
             if corrections:
                 raise NotRecorded("what corrects x0_hat is Python, which must run in every step")
@@ -140,8 +142,12 @@ def denoise(
             graphs.tell(why, engine == "graph")
     # Rows whose noise torch's generator draws; a plan lies on the host.
     drawn = (plan.column("c_z") != 0).tolist() if noise is None else [False] * len(plan)
-    if engine == "graph" or engine == "auto" and len(plan) >= WORTH:
-        network = repeated(network, x, alone=on_step is None and not corrections)
+    if not by_graph and (engine == "graph" or engine == "auto" and len(plan) >= WORTH):
+        try:
+            network = repeated(network, alone=on_step is None and not corrections)
+        except NotRecorded as why:
+            if graphs is not None:
+                graphs.tell(why, engine == "graph")
     for k, draws in enumerate(drawn):
         z = torch.randn(x.shape, dtype=x.dtype, device=x.device) if draws else None
         chain.step(network, z)
@@ -150,16 +156,26 @@ def denoise(
     return x
 
 
-def repeated(network: Network, x: Tensor, alone: bool) -> Network:
-    """The network; on a CPU what it does is recorded, where that is the same in each call."""
-    if not x.is_cpu or not isinstance(network, Predictor) or network.model is None:
-        return network
-    by = copy.copy(network)
-    try:
-        by.call = Repeated(network.model, network.call, alone)
-    except NotRecorded:
-        return network
+def repeated(network: Network, alone: bool) -> Predictor:
+    """The network, whose second call on a CPU is recorded.
+
+    Raises:
+        NotRecorded: it may do something else in each call.
+    """
+    by = copy.copy(known(network))
+    by.call = Repeated(cast(nn.Module, by.model), by.call, alone)
     return by
+
+
+def known(network: Network) -> Predictor:
+    """The network, if it is known what it looks at.
+
+    Raises:
+        NotRecorded: it isn't.
+    """
+    if not isinstance(network, Predictor) or network.model is None:
+        raise NotRecorded("what this network looks at is not known")
+    return network
 
 
 def fastest_way(model: nn.Module, x: Tensor) -> str:
@@ -188,9 +204,8 @@ def _recorded(network: Network, chain: Chain, graphs: Graphs, engine: str) -> Re
     x, told, steps = chain.x, chain.told, len(chain.rows)
     if chain.kind.noisy and chain.noise is None:
         raise NotRecorded("the noise comes from torch's generator, in the original code's order")
-    if not isinstance(network, Predictor) or network.model is None:
-        raise NotRecorded("what this network looks at is not known")
-    model = network.model
+    network = known(network)
+    model = cast(nn.Module, network.model)
     unroll = WAYS[fastest_way(model, x)]
     if engine == "auto" and not unroll:
         raise NotRecorded("it would be slower here")

@@ -242,7 +242,7 @@ class Graphs:
         said = self._why.setdefault(text, False)
         if not said and (wanted or text.startswith(FAILED)):
             self._why[text] = True
-            warnings.warn(f"no CUDA graph: {text}; running eagerly", stacklevel=_depth_of_the_caller())
+            warnings.warn(f"no recorded step: {text}; running eagerly", stacklevel=_depth_of_the_caller())
 
 
 def _depth_of_the_caller() -> int:

@@ -120,7 +120,7 @@ class SamplingDiffusion(Conditions):
                 plan. Each step then works on twice the images.
             cond: [batch_size, cond_channels, H, W], the image condition of a network that takes one.
             corrections: functions (x0_hat, now) -> x0_hat that run in each step, such as `dynamic_threshold()` and
-                `classifier_guidance(...)`; the steps are then eager.
+                `classifier_guidance(...)`; on a GPU the steps are then eager.
             seed: of all noise; by default drawn from torch's generator.
             first_index: index of the first image.
             noise: [batch_size, C, H, W], x_T; by default drawn.

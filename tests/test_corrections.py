@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from tape import Tape
 from toys import BETAS, Pixelwise, pixelwise, small
 
 from ddpm_fast import Diffusion, Plan, classifier_guidance, dynamic_threshold, make_plan, sample
@@ -184,7 +185,7 @@ def test_what_predicts_a_mean_has_no_x0_hat() -> None:
         Own(Pixelwise(), (5, 7), 2, None, BETAS).sample(1, "cpu", corrections=dynamic_threshold())
 
 
-def test_a_graph_says_why_it_is_eager() -> None:
+def test_a_graph_says_why_it_is_eager(tape: Tape) -> None:
     diffusion = small(engine="graph")
     with pytest.warns(UserWarning, match="what corrects x0_hat is Python"):
         diffusion.sample(1, "cpu", seed=1, corrections=[dynamic_threshold()])

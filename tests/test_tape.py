@@ -15,10 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import ddpm_fast
 from ddpm_fast import Diffusion, UNet, engine, generate_linear_schedule, ops, tape
 from ddpm_fast.chain import Predictor
+from ddpm_fast.corrections import dynamic_threshold
 from ddpm_fast.tape import MOST, Repeated
 
 BETAS = generate_linear_schedule(20, 1e-2, 0.3)
-pytestmark = pytest.mark.filterwarnings("ignore:no CUDA graph")
+pytestmark = pytest.mark.filterwarnings("error:no recorded step")
 
 
 @pytest.fixture
@@ -99,6 +100,11 @@ def test_the_same_bits_with_classes_guidance_and_learned_variance(replays: list[
     assert replays == [len(BETAS) - 2] * 2
 
 
+def test_corrections_run_between_the_calls(replays: list[int]) -> None:
+    same(network(), corrections=[dynamic_threshold()])
+    assert replays == [len(BETAS) - 2]
+
+
 @pytest.mark.parametrize("backend", ["reference", "native"])
 def test_on_a_forced_backend(backend: str, replays: list[int]) -> None:
     pytest.importorskip("ddpm_fast._C")
@@ -132,7 +138,10 @@ def unknown(kind: str) -> nn.Module:
 
 @pytest.mark.parametrize("kind", ["activation", "hook", "layer", "subclass", "forward"])
 def test_what_is_not_known_runs_each_time(kind: str, replays: list[int]) -> None:
-    same(unknown(kind))
+    net = unknown(kind)
+    expected = sampled("eager", net)
+    with pytest.warns(UserWarning, match="no recorded step: what this network does in each call is not known"):
+        assert torch.equal(sampled("graph", net), expected)
     assert not replays
 
 
