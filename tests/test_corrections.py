@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 from tape import Tape
+from torch import Tensor, nn
 from toys import BETAS, Pixelwise, pixelwise, small
 
 from ddpm_fast import Diffusion, Plan, classifier_guidance, dynamic_threshold, make_plan, sample
