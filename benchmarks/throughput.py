@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
+
 from benchmarks import ceilings, memory, peers
 from benchmarks.harness import (
     DTYPES,
@@ -19,6 +21,7 @@ from benchmarks.options import Parser, count, device, output_file
 from benchmarks.peers import expected
 from benchmarks.problem import Builder, Check, Problem, flops_per_image, measure
 from ddpm_fast.models.presets import preset
+from ddpm_fast.models.weights import onednn_takes_bf16
 
 MODELS = ("cifar10", "digits")
 NUM_TIMESTEPS = 1000  # of the schedule in training
@@ -31,7 +34,12 @@ def parser(description: str, unit: str) -> Parser:
     p.add_argument("--model", choices=MODELS, default="cifar10", help="network preset")
     p.add_argument("--batch", type=count, nargs="+", help="batch sizes (default: by device)")
     p.add_argument("--steps", type=count, help=f"{unit} per timed run (default: by device and model)")
-    p.add_argument("--precision", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="bf16 is autocast")
+    p.add_argument(
+        "--precision",
+        nargs="+",
+        choices=list(DTYPES),
+        help="bf16 is autocast (default: both, but for CPUs without bf16, where PyTorch takes a hundred times as long)",
+    )
     p.add_argument("--repetitions", type=count, help="timed runs of each contender (default: 5 if --quick, else 15)")
     p.add_argument("--json", type=output_file, metavar="FILE", help="also write the header and the rows there")
     p.add_argument("--quick", action="store_true", help="one small batch, few runs, no torch.compile: minutes on a CPU")
@@ -80,6 +88,11 @@ def usual_steps(model: str, training: bool, on_gpu: bool) -> int:
     return 50 if model == "digits" or on_gpu else 10
 
 
+def usual_precisions(on_gpu: bool) -> list[str]:
+    """Return those in which PyTorch computes in no more time than in float32."""
+    return [name for name, dtype in DTYPES.items() if on_gpu or dtype is torch.float32 or onednn_takes_bf16()]
+
+
 def run(args: argparse.Namespace, case: str, contenders: Callable[[bool], dict[str, Builder]], check: Check) -> int:
     """Measure every precision and batch, print the tables, write the JSON; return 1 where ours failed, else 0."""
     on_gpu = args.device.type == "cuda"
@@ -95,7 +108,7 @@ def run(args: argparse.Namespace, case: str, contenders: Callable[[bool], dict[s
     head = header(args.device)
     print(f"{markdown_header(head)}\n- {flops * 1e-9:.3f} GFLOP per image and step, {steps} steps per timed run\n")
     rows: list[Row] = []
-    for precision in args.precision:
+    for precision in args.precision or usual_precisions(on_gpu):
         progress(f"matrix-product ceiling, {precision}")
         ceiling = ceilings.matmul(args.device, DTYPES[precision])["tflops"]
         for batch in batches:

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from networks import DTYPES, NETWORKS, PLACES, N, hold, hooked, inputs, network, parametrized, replaced, run
 from oracle import assert_rule, error
+from torch import Tensor
 
 from ddpm_fast import ResidualBlock
-from ddpm_fast.models import attention
+from ddpm_fast.models import attention, weights
 from ddpm_fast.models.sums import Sum
 from ddpm_fast.models.weights import fixed_weights
 
@@ -33,6 +34,31 @@ def test_with_weights_that_are_fixed(options: dict, dtype: torch.dtype, fused: b
     plain = run(net, False, dtype)
     with fixed_weights():
         first, second = run(net, fused, dtype), run(net, fused, dtype)
+    assert torch.equal(first[0], second[0])
+    hold(second, plain, run(net.double(), False))
+
+
+def wide(product: Callable) -> Callable:
+    """The product, which is to be one of float32."""
+
+    def run(*images: Tensor, **more: object) -> Tensor:
+        assert all(image.dtype is torch.float32 for image in images)
+        return product(*images, **more)
+
+    return run
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_bf16_on_a_cpu_that_has_none(fused: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of images are float32's, which are far faster there."""
+    net = network(attention_resolutions=(0, 1), base_channels=32).eval()
+    monkeypatch.setattr(weights, "onednn_takes_bf16", lambda: True)
+    plain = run(net, False, torch.bfloat16)
+    monkeypatch.setattr(weights, "onednn_takes_bf16", lambda: False)
+    for name in ("bmm", "baddbmm"):
+        monkeypatch.setattr(torch, name, wide(getattr(torch, name)))
+    with fixed_weights():
+        first, second = run(net, fused, torch.bfloat16), run(net, fused, torch.bfloat16)
     assert torch.equal(first[0], second[0])
     hold(second, plain, run(net.double(), False))
 

@@ -1,5 +1,6 @@
 """What chains make of weights once, and what they must notice meanwhile."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ddpm_fast import Diffusion, Upsample, generate_cosine_schedule
+from ddpm_fast.models import weights
 from ddpm_fast.models.sums import Sum
 from ddpm_fast.models.weights import Prepared, convolve, fixed_weights
 
@@ -38,6 +40,26 @@ def test_a_convolution_in_chains(
     plain = F.conv2d(several, conv.weight, None, stride, padding)[:images]
     assert_rule("y", fast, conv(several)[:images], truth(x.double()), 2)
     assert_rule("without bias", bare, plain, truth(x.double()) - bias, 2)
+
+
+@pytest.mark.parametrize(("size", "channels"), [(1, 64), (3, 16), (3, 160)])
+@torch.no_grad()
+def test_bf16_on_a_cpu_that_has_none(size: int, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is rounded but the result: products are float32's, which there is far faster than the library's bf16."""
+    monkeypatch.setattr(weights, "onednn_takes_bf16", lambda: False)
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, channels, size, padding=size // 2)
+    x, residual = torch.randn(2, 2, channels, 16, 16).bfloat16()
+    x, residual = (i.contiguous(memory_format=torch.channels_last) for i in (x, residual))
+    truth = copy.deepcopy(conv).double()(x.double())
+    with fixed_weights(), torch.autocast("cpu", torch.bfloat16):
+        y, bare = convolve(x, conv), convolve(x, conv, False)
+        more = weights.convolve3x3(x, conv, residual=residual) if size == 3 else None
+    half = torch.finfo(torch.bfloat16).eps / 2
+    for got, expected in ((y, truth), (bare, truth - conv.bias[:, None, None])):
+        assert got.dtype is torch.bfloat16 and got.is_contiguous(memory_format=torch.channels_last)
+        assert ((got - expected).abs() <= half * expected.abs() + 1e-5).all()
+    assert more is None or torch.equal(more, y + residual)
 
 
 def test_they_are_made_once_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,16 @@ from torch.nn import functional as F
 
 from benchmarks.ops import Case, Inputs
 from ddpm_fast import ops
-from ddpm_fast.models.weights import convolve3x3, fixed_weights
+from ddpm_fast.models.weights import convolve3x3, fixed_weights, onednn_takes_bf16
 
 SHAPES = (  # channels, output channels, size: those of most FLOP at each size, and both ends of a row
     *((128, 128, 32), (384, 128, 32), (256, 256, 32), (256, 256, 16), (512, 256, 16)),
     *((256, 256, 8), (512, 256, 8), (256, 256, 4)),
 )
+
+
+def _is_packed(dtype: torch.dtype) -> bool:
+    return torch.backends.mkldnn.is_available() and (dtype is torch.float32 or onednn_takes_bf16())
 
 
 class Kept:
@@ -30,7 +34,7 @@ class Kept:
             convolve3x3(x, self.conv, False)
             self.prepared = next(iter(made.values())).value if made else None
         self.packed = None
-        if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        if x.device.type == "cpu" and _is_packed(weight.dtype):
             pack: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
             self.packed = pack(weight.to_mkldnn(), (1, 1), (1, 1), (1, 1), 1, x.shape)
 
@@ -95,7 +99,7 @@ def _case(batch: int, channels: int, out_channels: int, size: int, dtype: torch.
         flops,
         (0, 1) if training else (),
         backends=training,
-        peers={} if training else {"torch frozen": _frozen},
+        peers={"torch frozen": _frozen} if not training and _is_packed(dtype) else {},
         peers_on="cpu",
         errors=True,
         factor=3.0 if dtype == torch.float32 else None,

@@ -16,7 +16,7 @@ from .fusing import is_pointwise
 from .inputs import check_input
 from .norms import get_norm
 from .sums import Sum, added
-from .weights import Prepared, are_fixed, computed_in, convolve, is_tiny, made
+from .weights import Prepared, are_fixed, computed_in, convolve, is_tiny, made, widens
 
 # Where products are faster on CPUs than the fused kernel (docs/performance.md): in bf16 from so many tokens on, in
 # float32 up to so many, of several images; and not beyond so many scores, which are memory.
@@ -100,6 +100,10 @@ class Folded(NamedTuple):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T C^-0.5) v for [N, H W, C] each."""
+    if widens(q):
+        with torch.autocast("cpu", enabled=False):
+            keys = k.float()
+            return attend(q.float(), keys, keys if v is k else v.float()).to(q.dtype)
     if q.is_cpu and not torch.compiler.is_compiling() and _products_pay(q):
         scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=q.shape[2] ** -0.5)
         return torch.bmm(scores.softmax(dim=-1), v)

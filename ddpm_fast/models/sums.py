@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..ops.residual_sum import OP as RESIDUAL_SUM
 from .fusing import is_convolution, is_pointwise
 from .norms import Activation, norm_act, reads_sums
-from .weights import computed_in, convolve, once, plus
+from .weights import computed_in, convolve, once, plus, widens
 
 
 class Sum:
@@ -116,7 +116,12 @@ class Sum:
         """x + the images times matrices [C, channels of the image], in x's own memory: a product adds in passing."""
         rows = _rows(self.x)
         for image, part in zip(images, parts, strict=True):
-            rows.addmm_(_rows(image).to(rows.dtype), part.t())
+            row = _rows(image).to(rows.dtype)
+            if widens(rows):
+                with torch.autocast("cpu", enabled=False):
+                    rows.add_(row.float() @ part.t().float())
+            else:
+                rows.addmm_(row, part.t())
         n, channels, height, width = self.x.shape
         return Sum(rows.view(n, height, width, channels).permute(0, 3, 1, 2), bias, later=True, own=True)
 

@@ -7,7 +7,7 @@ other weights that stand for several (phases of upsampling, products of attentio
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -109,6 +109,20 @@ def once(what: Hashable, of: Sequence[Tensor | None], make: Callable[[], T]) -> 
     return made(what, of, make) if are_fixed() else make()
 
 
+@cache
+def onednn_takes_bf16() -> bool:
+    """Whether the library has bf16 on this CPU; else torch takes up to a hundred times as long in it as in float32, in
+    which products of bf16 numbers are exact."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def widens(x: Tensor) -> bool:
+    """Whether products of x are computed in float32 for that reason."""
+    if torch.compiler.is_compiling() or x.dtype is not torch.bfloat16 or not x.is_cpu:  # in this order
+        return False
+    return forced() in (None, "native") and not onednn_takes_bf16()
+
+
 class Prepared:
     """A convolution whose weight is laid out for many calls.
 
@@ -127,11 +141,13 @@ class Prepared:
         padding: tuple[int, int] = (0, 0),
     ):
         self._given = weight.detach()
-        self.bias = None if bias is None else bias.detach().to(dtype)
         self.dtype, self.stride, self.padding = dtype, stride, padding
         self.pointwise = weight.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0)
         packable = weight.is_cpu and dtype in (torch.float32, torch.bfloat16)
         self.packs = packable and forced() in (None, "native") and torch.backends.mkldnn.is_available()
+        self._widens = self.packs and dtype is torch.bfloat16 and not onednn_takes_bf16()
+        self._kind = torch.float32 if self._widens else dtype
+        self.bias = None if bias is None else bias.detach().to(self._kind)
         self.filters = weight.shape[2:] == (3, 3) and stride == (1, 1) and padding == (1, 1)
         self._packed: Tensor | None = None
         self._laid_out: dict[Way, Tensor] = {}
@@ -154,12 +170,15 @@ class Prepared:
         way = self._ways.get(x.shape)
         if way is None:
             way = self._ways[x.shape] = self._way(x)
-        return way(x, self.bias if with_bias else None, residual)
+        bias = self.bias if with_bias else None
+        if self._widens:
+            return plus(way(x.float(), bias, None).to(self.dtype), residual)
+        return way(x, bias, residual)
 
     def _way(self, x: Tensor) -> "_Run":
         n, _, height, width = x.shape
         if self.packs and self.filters and wanted():
-            way = choose(self.dtype, tuple(x.shape), self._given.shape[0], FIXED)
+            way = choose(self._kind, tuple(x.shape), self._given.shape[0], FIXED)
             if way.tile:
                 return self._filtering(way, x)
         products = n * height * width * self._given.numel() // (self.stride[0] * self.stride[1])
@@ -176,10 +195,10 @@ class Prepared:
         if way not in self._laid_out:
             if way.transformed:
                 table = cast(Table, _MADE.get())
-                if table.transformed() + room(self._given, way, self.dtype) > MOST_TRANSFORMED:
-                    way = choose(self.dtype, tuple(x.shape), self._given.shape[0], CHANGING)
+                if table.transformed() + room(self._given, way, self._kind) > MOST_TRANSFORMED:
+                    way = choose(self._kind, tuple(x.shape), self._given.shape[0], CHANGING)
                     return self._filtering(way, x) if way.tile else self._packing
-            self._laid_out[way] = lay_out(self._given, way, self.dtype)
+            self._laid_out[way] = lay_out(self._given, way, self._kind)
         weights, bias = self._laid_out[way], None if self.bias is None else self.bias.float()
         out_channels = self._given.shape[0]
 
@@ -198,7 +217,7 @@ class Prepared:
     def _packing(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         if self._packed is None:
             pack: Any = _C._nn.mkldnn_reorder_conv2d_weight
-            self._packed = pack(self._given.to_mkldnn(self.dtype), self.padding, self.stride, (1, 1), 1, x.shape)
+            self._packed = pack(self._given.to_mkldnn(self._kind), self.padding, self.stride, (1, 1), 1, x.shape)
         # What torch's own compiler calls where weights are frozen.
         y: Tensor = torch.ops.mkldnn._convolution_pointwise.default(
             x, self._packed, bias, self.padding, self.stride, (1, 1), 1, "none", (), ""
