@@ -111,9 +111,9 @@ def once(what: Hashable, of: Sequence[Tensor | None], make: Callable[[], T]) -> 
 
 @cache
 def onednn_takes_bf16() -> bool:
-    """Whether the library has bf16 on this CPU; else torch takes up to a hundred times as long in it as in float32, in
-    which products of bf16 numbers are exact."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether oneDNN, where torch has it, has bf16 on this CPU; else torch takes up to a hundred times as long in it as
+    in float32, in which products of bf16 numbers are exact."""
+    return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def widens(x: Tensor) -> bool:
@@ -129,7 +129,7 @@ class Prepared:
     Args:
         weight: [O, I, kh, kw].
         bias: [O], or None.
-        dtype: in which it computes.
+        dtype: of its results, in which it computes where the CPU can.
     """
 
     def __init__(
