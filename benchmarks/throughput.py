@@ -38,7 +38,7 @@ def parser(description: str, unit: str) -> Parser:
         "--precision",
         nargs="+",
         choices=list(DTYPES),
-        help="bf16 is autocast (default: both, but for CPUs without bf16, where PyTorch takes a hundred times as long)",
+        help="bf16 is autocast (default: both, but for CPUs without bf16, where PyTorch takes many times as long)",
     )
     p.add_argument("--repetitions", type=count, help="timed runs of each contender (default: 5 if --quick, else 15)")
     p.add_argument("--json", type=output_file, metavar="FILE", help="also write the header and the rows there")

@@ -55,8 +55,8 @@ def test_bf16_on_a_cpu_that_has_none(fused: bool | None, monkeypatch: pytest.Mon
     monkeypatch.setattr(weights, "onednn_takes_bf16", lambda: True)
     plain = run(net, False, torch.bfloat16)
     monkeypatch.setattr(weights, "onednn_takes_bf16", lambda: False)
-    for name in ("bmm", "baddbmm"):
-        monkeypatch.setattr(torch, name, wide(getattr(torch, name)))
+    for owner, name in ((torch, "bmm"), (torch, "baddbmm"), (Tensor, "addmm_")):
+        monkeypatch.setattr(owner, name, wide(getattr(owner, name)))
     with fixed_weights():
         first, second = run(net, fused, torch.bfloat16), run(net, fused, torch.bfloat16)
     assert torch.equal(first[0], second[0])

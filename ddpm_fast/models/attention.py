@@ -100,7 +100,7 @@ class Folded(NamedTuple):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T C^-0.5) v for [N, H W, C] each."""
-    if widens(q):
+    if q.is_cpu and widens(q.dtype):
         with torch.autocast("cpu", enabled=False):
             keys = k.float()
             return attend(q.float(), keys, keys if v is k else v.float()).to(q.dtype)

@@ -117,7 +117,7 @@ class Sum:
         rows = _rows(self.x)
         for image, part in zip(images, parts, strict=True):
             row = _rows(image).to(rows.dtype)
-            if widens(rows):
+            if rows.is_cpu and widens(rows.dtype):
                 with torch.autocast("cpu", enabled=False):
                     rows.add_(row.float() @ part.t().float())
             else:

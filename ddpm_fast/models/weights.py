@@ -112,13 +112,13 @@ def once(what: Hashable, of: Sequence[Tensor | None], make: Callable[[], T]) -> 
 @cache
 def onednn_takes_bf16() -> bool:
     """Whether oneDNN, where torch has it, has bf16 on this CPU; else torch takes up to a hundred times as long in it as
-    in float32, in which products of bf16 numbers are exact."""
+    in float32, where products of bf16 numbers are exact."""
     return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def widens(x: Tensor) -> bool:
-    """Whether products of x are computed in float32 for that reason."""
-    if torch.compiler.is_compiling() or x.dtype is not torch.bfloat16 or not x.is_cpu:  # in this order
+def widens(dtype: torch.dtype) -> bool:
+    """Whether products of numbers of this dtype are computed in float32 on this CPU, for that reason."""
+    if torch.compiler.is_compiling() or dtype is not torch.bfloat16:  # in this order
         return False
     return forced() in (None, "native") and not onednn_takes_bf16()
 
@@ -129,7 +129,7 @@ class Prepared:
     Args:
         weight: [O, I, kh, kw].
         bias: [O], or None.
-        dtype: of its results, in which it computes where the CPU can.
+        dtype: of its results.
     """
 
     def __init__(
@@ -145,8 +145,7 @@ class Prepared:
         self.pointwise = weight.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0)
         packable = weight.is_cpu and dtype in (torch.float32, torch.bfloat16)
         self.packs = packable and forced() in (None, "native") and torch.backends.mkldnn.is_available()
-        self._widens = self.packs and dtype is torch.bfloat16 and not onednn_takes_bf16()
-        self._kind = torch.float32 if self._widens else dtype
+        self._kind = torch.float32 if self.packs and widens(dtype) else dtype  # in which it computes
         self.bias = None if bias is None else bias.detach().to(self._kind)
         self.filters = weight.shape[2:] == (3, 3) and stride == (1, 1) and padding == (1, 1)
         self._packed: Tensor | None = None
@@ -165,15 +164,15 @@ class Prepared:
 
     def __call__(self, x: Tensor, with_bias: bool = True, residual: Tensor | None = None) -> Tensor:
         """x [N, I, H, W] in channels_last -> [N, O, ...] likewise, plus a residual like it."""
-        if x.dtype is not self.dtype:
-            x = x.to(self.dtype)
+        if x.dtype is not self._kind:
+            x = x.to(self._kind)
         way = self._ways.get(x.shape)
         if way is None:
             way = self._ways[x.shape] = self._way(x)
         bias = self.bias if with_bias else None
-        if self._widens:
-            return plus(way(x.float(), bias, None).to(self.dtype), residual)
-        return way(x, bias, residual)
+        if self._kind is self.dtype:
+            return way(x, bias, residual)
+        return plus(way(x, bias, None).to(self.dtype), residual)
 
     def _way(self, x: Tensor) -> "_Run":
         n, _, height, width = x.shape
