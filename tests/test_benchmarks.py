@@ -336,6 +336,12 @@ def test_bad_options_are_refused_in_one_line(entry, options, tmp_path, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_no_product_is_larger_than_one_that_takes_long(monkeypatch):
+    monkeypatch.setattr(ceilings, "LONG_MS", 0.0)
+    impossible = -1
+    assert ceilings.matmul(CPU, torch.float32, (16, impossible))["case"] == "matrix product [16, 16]"
+
+
 def test_the_folder_of_the_results_is_made_first(tmp_path):
     throughput.parser("", "steps").parse_args(["--json", str(tmp_path / "a" / "b" / "out.json")])
     assert (tmp_path / "a" / "b").is_dir()
