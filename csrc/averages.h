@@ -8,22 +8,6 @@
 
 namespace ddpm::cpu {
 
-// Whether its elements fill its memory, in whatever order of dimensions.
-inline bool dense(const Tensor& tensor) {
-  if (tensor.contiguous()) return true;
-  std::array<int, 8> order{};
-  if (tensor.dims > int(order.size())) return false;
-  for (int d = 0; d < tensor.dims; ++d) order[size_t(d)] = d;
-  const auto end = order.begin() + tensor.dims;
-  std::stable_sort(order.begin(), end, [&](int a, int b) { return tensor.stride[a] < tensor.stride[b]; });
-  int64_t step = 1;
-  return std::all_of(order.begin(), end, [&](int d) {
-    const bool fits = tensor.size[d] == 1 || tensor.stride[d] == step;
-    step *= tensor.size[d];
-    return fits;
-  });
-}
-
 // Pairs of an average and what goes into it. Empty ones are left out; not fit where the kernel can't take them.
 class Averages {
  public:
@@ -34,7 +18,7 @@ class Averages {
     pairs_.reserve(size_t(count));
     for (Py_ssize_t i = 0; i < count; ++i) {
       const Tensor to(PyList_GET_ITEM(averages.ptr(), i)), from(PyList_GET_ITEM(values.ptr(), i));
-      if (!plain(to) || !plain(from) || !to.like(from) || !dense(to)) return;
+      if (!plain(to) || !plain(from) || !to.like(from) || !to.dense()) return;
       for (int d = 0; d < to.dims; ++d) {
         if (to.size[d] > 1 && to.stride[d] != from.stride[d]) return;
       }

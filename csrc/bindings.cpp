@@ -11,6 +11,7 @@
 #include "arrays.h"
 #include "averages.h"
 #include "convolutions.h"
+#include "digests.h"
 #include "dispatch.h"
 #include "images.h"
 #include "losses.h"
@@ -317,6 +318,8 @@ void ema_update(py::handle averages, py::handle values, double weight, int threa
   run(stretches.data(), int64_t(stretches.size()), float(weight), threads);
 }
 
+py::list digests(const py::list& tensors, int threads) { return digests_of(tensors, kernels(), threads); }
+
 template <class T>
 void scaled(std::vector<double>& to, const Tensor& t, double scale) {
   const auto* from = static_cast<const T*>(t.data);
@@ -385,5 +388,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("diffusion_loss_backward", &diffusion_loss_backward, "out"_a, "grad_loss"_a, "model_out"_a, "noise"_a,
         "noise_coef"_a, "x_coef"_a, "x_start"_a, "loss_type"_a, "threads"_a);
   m.def("ema_update", &ema_update, "averages"_a, "values"_a, "weight"_a, "threads"_a);
+  m.def("digests", &digests, "tensors"_a, "threads"_a);
   m.def("timestep_embedding", &timestep_embedding, "out"_a, "t"_a, "half"_a, "scale"_a, "ratio"_a, "threads"_a);
 }

@@ -111,6 +111,30 @@ class Tensor {
     }
     return true;
   }
+  // Whether its elements fill its memory, in whatever order of dimensions.
+  bool dense() const {
+    if (contiguous()) return true;
+    std::array<int, 8> order{};
+    if (dims > int(order.size())) return false;
+    for (int d = 0; d < dims; ++d) order[size_t(d)] = d;
+    const auto end = order.begin() + dims;
+    std::stable_sort(order.begin(), end, [&](int a, int b) { return stride[a] < stride[b]; });
+    int64_t step = 1;
+    return std::all_of(order.begin(), end, [&](int d) {
+      const bool fits = size[d] == 1 || stride[d] == step;
+      step *= size[d];
+      return fits;
+    });
+  }
+  int64_t element_bytes() const {
+    switch (dtype) {
+      case Dtype::bf16: return 2;
+      case Dtype::float32: case Dtype::int32: return 4;
+      case Dtype::float64: case Dtype::int64: return 8;
+      case Dtype::other: break;
+    }
+    return 0;
+  }
   int64_t elements() const {
     int64_t product = 1;
     for (int d = 0; d < dims; ++d) product *= size[d];

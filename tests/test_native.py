@@ -220,3 +220,47 @@ def test_no_set_lends_its_code_to_another() -> None:
         p[2] for p in lines if len(p) == 3 and p[1] == "T" and not any(f"cpu::{name}::" in p[2] for name in SETS)
     ]
     assert lines and not shared and not outside
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_digests_tell_every_change(name: str, isa: None) -> None:
+    """Of a bit, of all signs, of the order; at every place in memory that fills no vector, and in several pieces."""
+    _C.force_isa(name)
+    for size in (*range(1, 40), 129, 1000, 40_003):
+        numbers = torch.randn(size)
+        (before,) = _C.digests([numbers], 1)
+        assert _C.digests([numbers.clone(), numbers], 3) == [before, before]
+        changed = [-numbers, numbers * 1.5]
+        changed += [numbers.roll(shift) for shift in {1, size // 2} if 0 < shift < size]
+        for place in {0, size // 2, size - 1}:
+            changed.append(numbers.clone())
+            changed[-1].view(torch.int32)[place] ^= 1 << place % 31
+        digests = _C.digests(changed, 2)
+        assert len({before, *digests}) == 1 + len(changed)
+
+
+def test_what_digests_are_taken_of() -> None:
+    """Whatever lies without gaps, in any order of dimensions; a bit alike in two numbers does not cancel out."""
+    image = torch.randn(4, 3, 5, 5)
+    last = image.contiguous(memory_format=torch.channels_last)
+    kinds = [image, last, image.bfloat16(), image.double(), torch.arange(6), torch.tensor(1.0), torch.zeros(0)]
+    digests = _C.digests([*kinds, torch.nn.Parameter(image)], 2)
+    assert len(set(digests)) == len(kinds) and digests[-1] == digests[0]
+    for other in (
+        image[:, :2],
+        image.half(),
+        torch.empty(2, device="meta"),
+        image.to_sparse(),
+        image.expand(2, *image.shape),
+    ):
+        assert _C.digests([other], 1) == [None]
+    assert _C.digests([], 1) == []
+    with pytest.raises(TypeError):
+        _C.digests(image, 1)
+    zeros = torch.zeros(512)
+    seen = set()
+    for k in range(256):
+        pair = zeros.clone()
+        pair[k] = pair[k + 256] = -0.0
+        seen |= set(_C.digests([pair], 1))
+    assert len(seen) == 256 and _C.digests([zeros], 1)[0] not in seen

@@ -69,6 +69,11 @@ struct Stretch {
   int64_t count;
 };
 
+struct Bytes {
+  const char* data;
+  int64_t count;
+};
+
 enum class Loss { l1, l2, huber };
 
 // Without coefficients the target is the noise.
@@ -91,6 +96,7 @@ struct DiffusionLoss {
 //   sampler_step, q_sample   as in ddpm_fast/reference
 //   timestep_embedding       sines and cosines of t times the frequencies; [num_samples, 2 half]
 //   ema_update               average += weight (value - average), for each stretch
+//   digests                  a number for each of the pieces that any change of its bits, or of their order, changes
 //   attention                softmax(q k' scale) v
 //   conv3x3                  as in ddpm_fast/reference, of weights that conv3x3_weights laid out; conv3x3_room tells how
 //                            many numbers these are; conv3x3_gradient is that of the weight
@@ -113,6 +119,7 @@ struct DiffusionLoss {
   KERNEL(conv3x3_room, (const Conv3x3Weights& of, int64_t* numbers))                                       \
   KERNEL(conv3x3_weights, (const Conv3x3Weights& of, int threads))                                          \
   KERNEL(ema_update, (const Stretch* stretches, int64_t count, float weight, int threads))                \
+  KERNEL(digests, (const Bytes* pieces, int64_t count, uint64_t* digests, int threads))                   \
   KERNEL(diffusion_loss, (const DiffusionLoss& of, double* sums, int threads))                            \
   KERNEL(diffusion_loss_backward, (const DiffusionLoss& of, const float* grad, int64_t step, double count,  \
                                    const Array& out, int threads))
