@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.harness import ROOT
 from ddpm_fast import UNet, preset
-from ddpm_fast.models.weights import fixed_weights
+from ddpm_fast.models.made import fixed_weights
 from ddpm_fast.ops import NoiseState
 
 sys.path.insert(0, str(ROOT / "tests" / "ops"))

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from benchmarks import original_unet
 from benchmarks.harness import Row, header, write_json
 from ddpm_fast import preset
-from ddpm_fast.models.weights import fixed_weights
+from ddpm_fast.models.made import fixed_weights
 from ddpm_fast.ops._dispatch import Op
 
 aten = torch.ops.aten

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .graphs import Recorder
-from .models.weights import fixed_weights
+from .models.made import fixed_weights
 from .ops import NoiseState
 from .ops import _checks as checks
 from .ops.sampler_step import OP as SAMPLER_STEP

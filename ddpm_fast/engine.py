@@ -1,7 +1,7 @@
 """The denoising loop: runs any plan, eagerly or by a recorded step, and never waits for the device by itself."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .chain import Chain, CorrectedChain, Correction, Network, OnStep, Predictor, RecordedChain, told_by
 from .footprint import Footprint, NotRecorded, switches
 from .graphs import Graphs, possible
+from .models.made import in_use
 from .ops import X_T, NoiseState
 from .ops import _checks as checks
 from .ops import noise as draw_noise
@@ -144,7 +145,7 @@ def denoise(
     drawn = (plan.column("c_z") != 0).tolist() if noise is None else [False] * len(plan)
     if not by_graph and (engine == "graph" or engine == "auto" and len(plan) >= WORTH):
         try:
-            network = repeated(network, alone=on_step is None and not corrections)
+            network = repeated(network, chain, alone=on_step is None and not corrections)
         except NotRecorded as why:
             if graphs is not None:
                 graphs.tell(why, engine == "graph")
@@ -156,15 +157,24 @@ def denoise(
     return x
 
 
-def repeated(network: Network, alone: bool) -> Predictor:
-    """The network, whose second call on a CPU is recorded.
+def repeated(network: Network, chain: Chain, alone: bool) -> Predictor:
+    """The network, whose second call in such a chain on a CPU is recorded, if none was before.
 
     Raises:
         NotRecorded: it may do something else in each call.
     """
     by = copy.copy(known(network))
-    by.call = Repeated(cast(nn.Module, by.model), by.call, alone)
+    strides = [None if i is None else i.stride() for i in by.inputs]
+    key = *_kind(by, chain), *strides
+    by.call = Repeated(cast(nn.Module, by.model), by.call, alone, in_use(), key)
     return by
+
+
+def _kind(network: Predictor, chain: Chain) -> tuple[Hashable, ...]:
+    """What tells apart calls of a network in chains: what kind of tensors it is given."""
+    x, told = chain.x, chain.told
+    given = *(None if i is None else (tuple(i.shape), i.dtype) for i in network.inputs), network.guided
+    return tuple(x.shape), x.stride(), x.dtype, tuple(told.shape[1:]), told.dtype, given
 
 
 def known(network: Network) -> Predictor:
@@ -201,7 +211,7 @@ def _recorded(network: Network, chain: Chain, graphs: Graphs, engine: str) -> Re
     Raises:
         NotRecorded: and why.
     """
-    x, told, steps = chain.x, chain.told, len(chain.rows)
+    x, steps = chain.x, len(chain.rows)
     if chain.kind.noisy and chain.noise is None:
         raise NotRecorded("the noise comes from torch's generator, in the original code's order")
     network = known(network)
@@ -211,9 +221,7 @@ def _recorded(network: Network, chain: Chain, graphs: Graphs, engine: str) -> Re
         raise NotRecorded("it would be slower here")
     unroll = max(1, unroll)
     room = max(ROOM, 1 << (steps - 1).bit_length())
-    given = *(None if i is None else (tuple(i.shape), i.dtype) for i in network.inputs), network.guided
-    arrays = tuple(x.shape), x.stride(), x.dtype, tuple(told.shape[1:]), told.dtype, given
-    key = (id(model), chain.kind, *arrays, room, unroll, *switches(x.device))
+    key = (id(model), chain.kind, *_kind(network, chain), room, unroll, *switches(x.device))
     due = engine == "graph" or steps >= WORTH
     made: RecordedChain | None = graphs.get(
         key,

@@ -13,8 +13,8 @@ from .chain import Correction, OnStep, Predictor, guided, halves
 from .engine import Start, denoise, eval_mode, philox_start
 from .graphs import Graphs
 from .memory import batch_that_fits, in_parts, out_of_memory
+from .models.made import Kept, fixed_weights
 from .models.state import fresh_seed
-from .models.weights import fixed_weights
 from .ops import NoiseState
 from .ops import _checks as checks
 from .progress import progress_bar
@@ -132,6 +132,7 @@ def run_chains(
     callback: OnStep | None = None,
     whole: bool = False,
     place: torch.device | str | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """The chains of a batch, in as many parts as the memory asks for.
 
@@ -140,6 +141,7 @@ def run_chains(
         start: where that starts.
         whole: never split.
         place: where the images are collected; by default where they are made.
+        kept: what chains before have made of the network's weights on a CPU.
     """
     with _bar(progress, batch_size * way.steps, way.unit) as show:
 
@@ -152,7 +154,7 @@ def run_chains(
             x, state = start(part)
             watched = watch if progress or callback is not None else None
             fixed = way.steps >= STEPS_OF_FIXED_WEIGHTS or not x.is_cpu
-            with fixed_weights() if fixed else nullcontext():
+            with fixed_weights(kept if x.is_cpu else None) if fixed else nullcontext():
                 images = way.go(predict(part), x, state, watched)
             return images if place is None else images.to(place)
 
@@ -197,8 +199,8 @@ def sample(
         corrections: functions (x0_hat, now) -> x0_hat, such as `dynamic_threshold()`.
         seed, first_index: as in `Diffusion.sample`.
         device, dtype: of the chain; by default those of x, else of `model_fn`'s parameters, else the CPU and float32.
-        graphs: a `Graphs()` of the caller's, in which recorded steps of a Module are kept from call to call on a GPU;
-            without it the steps are eager there.
+        graphs: a `Graphs()` of the caller's, which keeps recorded steps of a Module from call to call, and on a CPU
+            what was made of its weights; without it steps are eager on a GPU.
         progress, callback: as in `Diffusion.sample`.
 
     Returns:
@@ -242,7 +244,8 @@ def sample(
     start = philox_start(shape, dtype, place, fresh_seed() if seed is None else seed, first_index, noise)
     way = by_plan(plan, place, graphs, engine="auto", corrections=corrections)
     with nullcontext() if module is None else eval_mode(module):
-        return run_chains(way, predict, start, shape[0], progress=progress, callback=callback)
+        kept = None if graphs is None else graphs.made_of(model_fn)
+        return run_chains(way, predict, start, shape[0], progress=progress, callback=callback, kept=kept)
 
 
 def _without(without: object, conditions: Sequence[Tensor]) -> list[Tensor]:

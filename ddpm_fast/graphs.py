@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .footprint import Footprint, NotRecorded
+from .models.made import Kept
 
 ENGINES = ("auto", "eager", "graph")
 MOST = 8  # recordings that are kept at a time
@@ -121,10 +122,13 @@ class _Entry:
 
 
 class Graphs:
-    """Recordings by key.
+    """Recordings by key; and on a CPU, what was made of a network's weights.
 
-    `print(graphs)` lists them with the device memory that they take, or why something couldn't be recorded;
-    `clear()` releases them.
+    `print(graphs)` lists them with the memory that they take, or why something couldn't be recorded; `clear()` releases
+    them.
+
+    Attributes:
+        made: the latter.
     """
 
     def __init__(self) -> None:
@@ -133,14 +137,19 @@ class Graphs:
         self._changes: Counter[Key] = Counter()  # recordings in turn that were of no more use
         self._recorder: Recorder | None = None
         self._busy = False
+        self.made = Kept()
+        self._of: tuple[object, ...] = ()  # what `made` is for
         self._why: dict[str, bool] = {}  # reasons why something ran eagerly, and whether they were said
 
     def __len__(self) -> int:
-        """How many there are."""
-        return len(self._entries)
+        """How many recordings there are."""
+        return len(self._entries) + len(self.made.recorded)
 
     def __repr__(self) -> str:
         lines = [f"\n  {entry.made}" for entry in self._entries.values()]
+        lines += [f"\n  {recorded}" for recorded in self.made.recorded.values()]
+        if self.made:
+            lines.append(f"\n  made of weights: {self.made.num_bytes() / 2**20:.0f} MiB")
         lines += [f"\n  eager: {why}" for why in self._why]
         return "Graphs:" + ("".join(lines) or " none")
 
@@ -152,8 +161,15 @@ class Graphs:
 
     def clear(self) -> None:
         """Release them and their memory; what is still wanted is recorded again, with another stream and pool."""
+        self.made.clear()
         self._entries.clear()
         self._recorder = None
+
+    def made_of(self, *of: object) -> Kept:
+        """`made`, for the chains of a network and whatever else they depend on; of others nothing is kept."""
+        if len(of) != len(self._of) or any(a is not b for a, b in zip(of, self._of, strict=True)):
+            self.made, self._of = Kept(), of
+        return self.made
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import ops
 from .chain import halves
 from .conditions import Conditions, given
+from .graphs import Graphs
 from .objectives import WORDS, LossSecondMoment, TimestepSampler, loss_weights, timestep_sampler
 from .ops import NoiseState
 from .predictions import target_coefficients
@@ -31,6 +32,7 @@ class TrainingLoss(Conditions):
     loss_weights: Tensor | None
     posterior_c_0: Tensor
     log_variances: Tensor
+    graphs: Graphs
 
     def __init__(self, betas: Any, prediction: str, seed: int | None):
         super().__init__(betas, prediction, seed)
@@ -114,6 +116,8 @@ class TrainingLoss(Conditions):
         cond = self._checked_cond(cond, x.shape[0], x.device)
         if self.training:  # written and not read, or a compiler would guard it
             self._trained = True
+            if not torch.compiler.is_compiling():
+                self.graphs.made.clear()  # weights will change
         state = self._state
         if state is None:
             calls = self.count_call()

@@ -14,6 +14,7 @@ from .conditions import Conditions, given
 from .engine import Start, eval_mode, philox_start, torch_start
 from .functional import Way, by_adaptive_steps, by_plan, check_callback, check_corrections, run_chains
 from .graphs import ENGINES, Graphs
+from .models.made import Kept
 from .models.state import fresh_seed
 from .ops import _checks as checks
 from .samplers import ADAPTIVE, Plan, checked_options, make_plan, mean_plan
@@ -32,7 +33,7 @@ class SamplingDiffusion(Conditions):
 
     def __init__(self, betas: Any, prediction: str, seed: int | None):
         super().__init__(betas, prediction, seed)
-        self.graphs = Graphs()  # recorded steps: print(graphs) lists them, graphs.clear() releases their memory
+        self.graphs = Graphs()  # what is kept from chain to chain: print(graphs) lists it, graphs.clear() releases it
         self._trained = False  # whether forward ran in train mode, for a warning
 
     @torch.no_grad()
@@ -142,9 +143,14 @@ class SamplingDiffusion(Conditions):
         start = self._start(batch_size, device, seed, first_index, noise)
         whole = self.rng == "torch"  # one generator for the whole batch: it can't be split
         with eval_mode(self._sampled(use_ema)) as model:
-            predict = partial(call, model, inputs)
+            predict, kept = partial(call, model, inputs), self._kept(model)
             return run_chains(
-                way, predict, start, batch_size, progress=progress, callback=callback, whole=whole, place="cpu"
+                *(way, predict, start, batch_size),
+                progress=progress,
+                callback=callback,
+                whole=whole,
+                place="cpu",
+                kept=kept,
             )
 
     def sample_diffusion_sequence(
@@ -172,9 +178,12 @@ class SamplingDiffusion(Conditions):
         sequence = [x.cpu().clone()]
         with eval_mode(self._sampled(use_ema)) as model:
             keep = lambda k, x: sequence.append(x.cpu().clone())  # noqa: E731
-            predict = partial(call, model, inputs)
-            run_chains(way, predict, lambda part: (x, state), batch_size, callback=keep, whole=True)
+            predict, kept = partial(call, model, inputs), self._kept(model)
+            run_chains(way, predict, lambda part: (x, state), batch_size, callback=keep, whole=True, kept=kept)
         return sequence
+
+    def _kept(self, model: nn.Module) -> Kept:
+        return self.graphs.made_of(model, self.exact)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SamplingDiffusion":
         self.graphs.clear()  # what they read moves away

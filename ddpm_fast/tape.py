@@ -1,10 +1,10 @@
 """A network's call that comes again and again on a CPU, recorded as the operators and kernels that it consists of.
 
 A step for a single image takes a quarter of its time in the Python around them. So a chain records its second call, and
-from the third on runs what was recorded.
+from the third on it runs what was recorded, as do chains to come.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from itertools import count
 from threading import Lock
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .footprint import Footprint, NotRecorded, switches
+from .models.made import Table
 from .ops import _native
 
 MOST = 3  # recordings of a chain whose callback changes the network
@@ -123,14 +124,14 @@ class _Recording(TorchDispatchMode):
             self._lines.append(_Line(self._call(run, args, {}, reads), [], reads))
         return done
 
-    def replay(self, result: Tensor) -> Callable[..., Tensor]:
+    def replay(self, result: Tensor) -> tuple[Callable[..., Tensor], int]:
         """What does all of it again, for other tensors in the place of those given, and returns what `result` then is.
 
         Room that is written lies in one piece of memory, where others of it aren't read any more; views of it are made
-        here, once.
+        here, once. The second result is how many bytes that takes.
         """
         end = self._text(result, [])
-        there = self._place(end)
+        there, num_bytes = self._place(end)
         lines, kept = [f"    return {end}"], {end, *there}
         for line in reversed(self._lines):
             text = line.text
@@ -143,10 +144,10 @@ class _Recording(TorchDispatchMode):
         lines.append(f"def replay({', '.join(self._given)}):")
         exec("\n".join(reversed(lines)), self._space)
         run: Callable[..., Tensor] = self._space.pop("replay")  # else it would keep itself
-        return run
+        return run, num_bytes
 
-    def _place(self, end: str) -> set[str]:
-        """Put into the space the room of all but the result, and views of it; their names."""
+    def _place(self, end: str) -> tuple[set[str], int]:
+        """Put into the space the room of all but the result, and views of it; their names, and its bytes."""
         whole = {name: name for name in self._given}  # of which memory each name is a view
         for line in self._lines:
             whole |= {name: whole[line.of] if line.of else name for name in line.makes}
@@ -176,7 +177,7 @@ class _Recording(TorchDispatchMode):
             if line.of is not None and there.issuperset(line.reads):
                 exec(line.text, self._space)
                 there.update(line.makes)
-        return there
+        return there, memory.nbytes
 
 
 def _memory(tensor: Tensor) -> int:
@@ -188,47 +189,68 @@ def up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+class Recorded(NamedTuple):
+    """A call of a network that was recorded."""
+
+    seen: Footprint
+    state: Any
+    replay: Callable[..., Tensor]
+    num_bytes: int
+    text: str
+
+    def __repr__(self) -> str:
+        return f"{self.text}: {self.num_bytes / 2**20:.0f} MiB"
+
+
 class Repeated:
     """A network that is called again and again, in a chain: what it does is recorded where that is always the same.
 
     Args:
         model: the network.
-        call: (x, t or row, *inputs) -> model_out, which calls it; always with tensors of the same kind, and the inputs
-            always the same ones.
+        call: (x, t or row, *inputs) -> model_out, which calls it; always with tensors of the same kind.
         alone: whether nobody's code runs between the calls. Else each of them looks whether something has changed.
+        table: what was made of its weights, and recorded of such calls under this key, before, or will be.
 
     Raises:
         NotRecorded: it may do something else in each call.
     """
 
-    def __init__(self, model: nn.Module, call: Callable[..., Tensor], alone: bool):
+    def __init__(self, model: nn.Module, call: Callable[..., Tensor], alone: bool, table: Table, key: Hashable):
         same = getattr(type(model), "does_the_same_each_time", None)
         if not callable(same) or same(model) is not True:
             raise NotRecorded("what this network does in each call is not known")
-        self._call, self._alone, self._seen = call, alone, Footprint(model)
-        self._weights = [t for t in (*model.parameters(), *model.buffers()) if not t.is_inference()]
+        self._model, self._call, self._alone, self._table, self._key = model, call, alone, table, key
+        self._modules, self._weights = [*model.modules()], [*model.parameters(), *model.buffers()]
         self._state: Any = None  # at the last call that looked
         self._replay: Callable[..., Tensor] | None = None
-        self._left = MOST
+        self._left, self._looks = MOST, True
+        before = table.recorded.get(key)
+        if before is not None and before.seen.unchanged():
+            self._seen, self._state, self._replay = before.seen, before.state, before.replay
+        else:
+            self._seen = Footprint(model)
 
     def __call__(self, x: Tensor, t: Tensor, *inputs: Tensor | None) -> Tensor:
-        if (self._state is None or not self._alone) and self._has_changed(x.device):
+        looks, self._looks = self._looks, not self._alone
+        if looks and self._has_changed(x.device):
             self._replay = None
             return self._call(x, t, *inputs)  # in which weights are prepared for all calls
         if self._replay is None:
             return self._recorded(x, t, *inputs) if self._left else self._call(x, t, *inputs)
         with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
-            return self._replay(x, t)
+            return self._replay(x, t, *(i for i in inputs if i is not None))
 
     def _has_changed(self, device: torch.device) -> bool:
         """Whether anything has since the last look, which decides about what a call does."""
-        before, versions = self._state, [weight._version for weight in self._weights]
-        self._state = versions, _native.threads(), switches(device)
+        versions = [weight._version for weight in self._weights if not weight.is_inference()]
+        code = [type(module).forward for module in self._modules]
+        before, self._state = self._state, (versions, code, _native.threads(), switches(device))
         return self._state != before or not self._seen.unchanged()
 
     def _recorded(self, x: Tensor, t: Tensor, *inputs: Tensor | None) -> Tensor:
         self._left -= 1
-        recording = _Recording(x, t)
+        recording = _Recording(x, t, *(i for i in inputs if i is not None))
+        self._table.note(self._weights)  # also those that are cast for all calls, or read as they are
         try:
             # One at a time: entering and leaving a mode changes flags that are the process's.
             with _ALONE, recording, _native.noted(recording.kernel):
@@ -236,5 +258,7 @@ class Repeated:
         except NotRecorded:
             self._left = 0
             return self._call(x, t, *inputs)
-        self._replay = recording.replay(out)
+        self._replay, num_bytes = recording.replay(out)
+        text = f"{type(self._model).__name__} on {str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+        self._table.recorded[self._key] = Recorded(self._seen, self._state, self._replay, num_bytes, text)
         return out

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ddpm_fast import _C, ops
 from ddpm_fast.models import weights
-from ddpm_fast.models.weights import Prepared, Table, convolve, fixed_weights
+from ddpm_fast.models.made import Table, fixed_weights
+from ddpm_fast.models.weights import Prepared, convolve
 from ddpm_fast.ops import _conv3x3, exact_convolutions
 from ddpm_fast.ops._conv3x3 import CHANGING, DIRECT, FIXED, KINDS, WEIGHT, Way, choose, lay_out
 

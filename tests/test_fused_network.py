@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ddpm_fast import ResidualBlock
 from ddpm_fast.models import attention, weights
+from ddpm_fast.models.made import fixed_weights
 from ddpm_fast.models.sums import Sum
-from ddpm_fast.models.weights import fixed_weights
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -16,6 +16,7 @@ import ddpm_fast
 from ddpm_fast import Diffusion, UNet, engine, generate_linear_schedule, ops, tape
 from ddpm_fast.chain import Predictor
 from ddpm_fast.corrections import dynamic_threshold
+from ddpm_fast.models.made import Table
 from ddpm_fast.tape import MOST, Repeated
 
 BETAS = generate_linear_schedule(20, 1e-2, 0.3)
@@ -34,8 +35,8 @@ def replays(monkeypatch: pytest.MonkeyPatch, recordings: list[Any]) -> list[int]
     counts: list[int] = []
     record = tape._Recording.replay
 
-    def counted(self: Any, result: Tensor) -> Callable[..., Tensor]:
-        run, place = record(self, result), len(counts)
+    def counted(self: Any, result: Tensor) -> tuple[Callable[..., Tensor], int]:
+        (run, num_bytes), place = record(self, result), len(counts)
         counts.append(0)
         recordings.append(self)
 
@@ -43,7 +44,7 @@ def replays(monkeypatch: pytest.MonkeyPatch, recordings: list[Any]) -> list[int]
             counts[place] += 1
             return run(*given)
 
-        return again
+        return again, num_bytes
 
     monkeypatch.setattr(tape._Recording, "replay", counted)
     return counts
@@ -213,7 +214,7 @@ def test_who_asks_for_a_number_runs_each_time(monkeypatch: pytest.MonkeyPatch, r
 
 
 def repeated(net: UNet) -> Repeated:
-    return Repeated(net.eval(), lambda x, t: net(x, t), alone=True)
+    return Repeated(net.eval(), lambda x, t: net(x, t), True, Table(), ())
 
 
 @torch.no_grad()
@@ -296,7 +297,7 @@ def test_what_fails_while_it_is_recorded_fails_for_the_caller(monkeypatch: pytes
 @torch.no_grad()
 def test_conditions_are_read_each_time() -> None:
     net, y = network(num_classes=3).eval(), torch.tensor([0, 1])
-    run = Repeated(net, lambda x, t, y: net(x, t, y), alone=True)
+    run = Repeated(net, lambda x, t, y: net(x, t, y), True, Table(), ())
     x, t = torch.randn(2, 1, 8, 8), torch.zeros(2)
     for label in (0, 0, 0, 1, 2):
         y.fill_(label)

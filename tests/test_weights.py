@@ -13,8 +13,9 @@ from torch.autograd import forward_ad
 
 from ddpm_fast import Diffusion, Upsample, generate_cosine_schedule
 from ddpm_fast.models import weights
+from ddpm_fast.models.made import fixed_weights
 from ddpm_fast.models.sums import Sum
-from ddpm_fast.models.weights import Prepared, convolve, fixed_weights
+from ddpm_fast.models.weights import Prepared, convolve
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from benchmarks.ops import Case, Inputs
 from ddpm_fast import ops
-from ddpm_fast.models.weights import convolve3x3, fixed_weights, onednn_takes_bf16
+from ddpm_fast.models.made import fixed_weights
+from ddpm_fast.models.weights import convolve3x3, onednn_takes_bf16
 
 SHAPES = (  # channels, output channels, size: those of most FLOP at each size, and both ends of a row
     *((128, 128, 32), (384, 128, 32), (256, 256, 32), (256, 256, 16), (512, 256, 16)),

@@ -14,9 +14,10 @@ from ..ops.attention import rejects
 from ..reference.attention import attention
 from .fusing import is_pointwise
 from .inputs import check_input
+from .made import are_fixed, made
 from .norms import get_norm
 from .sums import Sum, added
-from .weights import Prepared, are_fixed, computed_in, convolve, is_tiny, made, widens
+from .weights import Prepared, computed_in, convolve, is_tiny, widens
 
 # Where products are faster on CPUs than the fused kernel (docs/performance.md): in bf16 from so many tokens on, in
 # float32 up to so many, of several images; and not beyond so many scores, which are memory.

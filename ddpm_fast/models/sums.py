@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..ops.residual_sum import OP as RESIDUAL_SUM
 from .fusing import is_convolution, is_pointwise
+from .made import once
 from .norms import Activation, norm_act, reads_sums
-from .weights import computed_in, convolve, once, plus, widens
+from .weights import computed_in, convolve, plus, widens
 
 
 class Sum:

@@ -16,11 +16,11 @@ from ..reference.philox import MAX_STREAM
 from .fusing import TakesNoiseState, is_known_throughout, is_untouched
 from .inputs import Switch, check_input, check_labels, check_size
 from .layers import LAYERS, Downsample, PositionalEmbedding, ResidualBlock, Upsample
+from .made import plain_path
 from .norms import Activation, checked_activation, get_norm, is_known
 from .passes import Pass
 from .recomputing import RECOMPUTE
 from .sums import Sum
-from .weights import plain_path
 
 
 class UNet(TakesNoiseState):

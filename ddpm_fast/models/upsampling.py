@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._conv3x3 import CHANGING, FIXED, choose
+from ..ops._conv3x3 import CHANGING, FIXED, choose, is_exact
 from ..ops._dispatch import forced
 from ..ops._native import wanted
 from .fusing import is_conv3x3
-from .weights import Prepared, are_fixed, are_trained, computed_in, made
+from .made import are_fixed, are_trained, made
+from .weights import Prepared, computed_in
 
 # Where it is faster on CPUs (docs/performance.md): channels, pixels of an image, and of the batch, in chains and in
 # training, where the weights are made in every step.
@@ -65,7 +66,7 @@ def in_phases(x: Tensor, conv: nn.Conv2d, with_bias: bool = True) -> Tensor:
         return Prepared(weight, None if conv.bias is None else conv.bias.repeat(4), kind, padding=(1, 1))
 
     if are_fixed():
-        out = made(("phases", kind), (conv.weight, conv.bias), prepare)(x, with_bias)
+        out = made(("phases", kind, is_exact()), (conv.weight, conv.bias), prepare)(x, with_bias)
     else:
         bias = conv.bias.repeat(4) if with_bias and conv.bias is not None else None
         out = F.conv2d(x, phase_weights(conv.weight), bias, padding=1)

@@ -1,19 +1,12 @@
-"""What follows from weights alone, made once where they stay as they are: for the steps of a chain.
+"""Convolutions of weights that are laid out once, where they stay as they are: for the steps of chains."""
 
-A convolution's weight in the layout and dtype in which it is multiplied, which a library else makes in each call, and
-other weights that stand for several (phases of upsampling, products of attention's, sums of biases).
-"""
-
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from functools import cache, cached_property
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import _C, Tensor, nn
-from torch.autograd import forward_ad
 
 from ..ops._conv3x3 import CHANGING, FIXED, Way, choose, computed_in, is_exact, lay_out, room
 from ..ops._conv3x3 import convolve as convolve_tiles
@@ -21,92 +14,13 @@ from ..ops._dispatch import forced
 from ..ops._native import is_watched, wanted
 from ..ops.conv3x3 import OP as CONV3X3
 from .fusing import is_convolution
-
-T = TypeVar("T")
-
-
-class _Entry(NamedTuple):
-    of: Sequence[Tensor | None]  # held, so that no other tensor takes its identity
-    versions: list[int]
-    value: Any
-
-
-class Table(dict[Hashable, _Entry]):
-    """What was made."""
-
-    def transformed(self) -> int:
-        """How many bytes of it are transformed weights of convolutions."""
-        return sum(e.value.transformed() for e in self.values() if isinstance(e.value, Prepared))
-
-
-_MADE: ContextVar[Table | None] = ContextVar("ddpm_fast_made_of_weights", default=None)
-_PLAIN = Table()  # in its place on the plain path; stays empty
+from .made import are_fixed, in_use, made, transformed
 
 # From how many products on a float32 convolution on a CPU gains from what oneDNN has packed (docs/performance.md): of a
 # single image, whose plain path is another one, or a 1x1, which else is better a matrix product.
 PRODUCTS = 1 << 21
 # Of weights that are transformed for a chain, in bytes; layers that come later transform theirs in each call.
 MOST_TRANSFORMED = 1 << 30
-
-
-@contextmanager
-def fixed_weights() -> Iterator[Table]:
-    """In here weights stay as they are: what follows from them alone is made once, and is in this table. What changed
-    nevertheless, as torch counts changes, is made anew."""
-    table = Table()
-    token = _MADE.set(table)
-    try:
-        yield table
-    finally:
-        _MADE.reset(token)
-
-
-@contextmanager
-def plain_path() -> Iterator[None]:
-    """In here nothing is made of weights, and every layer computes as it is written."""
-    token = _MADE.set(_PLAIN)
-    try:
-        yield
-    finally:
-        _MADE.reset(token)
-
-
-def transformed() -> bool:
-    """Whether transforms of torch.func or forward-mode gradients are under way, which know torch's own functions."""
-    return _C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
-
-
-def are_fixed() -> bool:
-    """Whether something can be made of weights here: in `fixed_weights`, and without gradients."""
-    if torch.compiler.is_compiling():  # compilers know no ContextVar
-        return False
-    table = _MADE.get()
-    if table is None or table is _PLAIN or torch.is_grad_enabled():
-        return False
-    return not transformed()
-
-
-def are_trained() -> bool:
-    """Whether weights change from step to step here, and gradients are those of `backward`."""
-    if torch.compiler.is_compiling() or _MADE.get() is _PLAIN:  # in this order
-        return False
-    return torch.is_grad_enabled() and not transformed()
-
-
-def made(what: Hashable, of: Sequence[Tensor | None], make: Callable[[], T]) -> T:
-    """What `make` makes of these tensors, made once; only if `are_fixed`."""
-    table = cast(Table, _MADE.get())
-    key = (what, *map(id, of))
-    entry = table.get(key)
-    versions = [t._version for t in of if t is not None and not t.is_inference()]
-    if entry is None or entry.versions != versions:
-        entry = table[key] = _Entry(of, versions, make())
-    return cast(T, entry.value)
-
-
-def once(what: Hashable, of: Sequence[Tensor | None], make: Callable[[], T]) -> T:
-    """What `make` makes of these tensors, made once if `are_fixed`."""
-    return made(what, of, make) if are_fixed() else make()
 
 
 @cache
@@ -186,6 +100,11 @@ class Prepared:
             return self._packing
         return self._multiplying if self.pointwise and (not x.is_cpu or small and n > 1) else self._plain
 
+    def num_bytes(self) -> int:
+        """Of all that it has laid out."""
+        made = [*self._laid_out.values(), self._packed, self.bias, self.__dict__.get("weight")]
+        return sum(t.nbytes for t in made if t is not None)
+
     def transformed(self) -> int:
         """Bytes of its weights that were transformed for tiles."""
         return sum(t.nbytes for way, t in self._laid_out.items() if way.transformed)
@@ -193,8 +112,7 @@ class Prepared:
     def _filtering(self, way: Way, x: Tensor) -> "_Run":
         if way not in self._laid_out:
             if way.transformed:
-                table = cast(Table, _MADE.get())
-                if table.transformed() + room(self._given, way, self._kind) > MOST_TRANSFORMED:
+                if in_use().transformed() + room(self._given, way, self._kind) > MOST_TRANSFORMED:
                     way = choose(self._kind, tuple(x.shape), self._given.shape[0], CHANGING)
                     return self._filtering(way, x) if way.tile else self._packing
             self._laid_out[way] = lay_out(self._given, way, self._kind)

@@ -4,7 +4,7 @@ from oracle import assert_rule, check, laid_out, typed_backends
 
 from ddpm_fast import ops
 from ddpm_fast.models.attention import AttentionBlock
-from ddpm_fast.models.weights import fixed_weights
+from ddpm_fast.models.made import fixed_weights
 from ddpm_fast.ops import _native
 from ddpm_fast.ops.attention import OP
 from ddpm_fast.reference.attention import attention as reference

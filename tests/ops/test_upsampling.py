@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ddpm_fast import Diffusion, UNet, Upsample, generate_cosine_schedule, ops
 from ddpm_fast.models import layers
+from ddpm_fast.models.made import fixed_weights, plain_path
 from ddpm_fast.models.upsampling import in_phases, phase_weights, phases_pay
-from ddpm_fast.models.weights import fixed_weights, plain_path
 from ddpm_fast.ops._dispatch import forced
 
 LAST = torch.channels_last
