@@ -251,9 +251,10 @@ void conv3x3_weights(py::handle weight, py::handle to, int64_t tile, bool gradie
   run(of, threads);
 }
 
-// The weights are as conv3x3_weights laid them out, `transformed` for this tile or not.
-void conv3x3(py::handle x, py::handle x2, py::handle weights, py::handle bias, py::handle residual, py::handle y,
-             int64_t tile, bool transformed, int threads) {
+// The weights are as conv3x3_weights laid them out, `transformed` for this tile or not. `norm` is empty, or scale and shift
+// [N, C] and an activation; `moments` is empty, or where y's mean and squares around it go, [N, K].
+void conv3x3(py::handle x, py::handle x2, const py::tuple& norm, py::handle weights, py::handle bias,
+             py::handle residual, py::handle y, const py::tuple& moments, int64_t tile, bool transformed, int threads) {
   const Tensor from(x, "x"), more(x2, "x2"), laid_out(weights, "weights"), add(bias, "bias"), sum(residual, "residual"),
       to(y, "y");
   if (!from.given || from.dims != 4 || !to.given || to.dims != 4) throw py::value_error("x, y: not of four dimensions");
@@ -286,6 +287,17 @@ void conv3x3(py::handle x, py::handle x2, py::handle weights, py::handle bias, p
     throw py::value_error("bias: not float32 [K]");
   }
   of.weights = laid_out.data;
+  if (!norm.empty()) {
+    const Tensor scale(norm[0], "scale"), shift(norm[1], "shift");
+    of.scale = numbers_of(scale, "scale", {of.images, of.channels});
+    of.shift = numbers_of(shift, "shift", {of.images, of.channels});
+    of.activation = activation_of(py::cast<int>(norm[2]));
+  }
+  if (!moments.empty()) {
+    const Tensor mean(moments[0], "mean"), squares(moments[1], "squares");
+    of.mean = numbers_of(mean, "mean", {of.images, of.out_channels});
+    of.squares = numbers_of(squares, "squares", {of.images, of.out_channels});
+  }
   of.bias = static_cast<const float*>(add.data);
   if (to.elements() == 0) return;
   if (of.channels == 0) throw py::value_error("x: without channels");
@@ -380,8 +392,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention", &attention, "q"_a, "k"_a, "v"_a, "out"_a, "scale"_a, "threads"_a);
   m.def("conv3x3_room", &conv3x3_room, "weight"_a, "tile"_a, "half"_a, "gradient"_a);
   m.def("conv3x3_weights", &conv3x3_weights, "weight"_a, "to"_a, "tile"_a, "gradient"_a, "threads"_a);
-  m.def("conv3x3", &conv3x3, "x"_a, "x2"_a, "weights"_a, "bias"_a, "residual"_a, "y"_a, "tile"_a, "transformed"_a,
-        "threads"_a);
+  m.def("conv3x3", &conv3x3, "x"_a, "x2"_a, "norm"_a, "weights"_a, "bias"_a, "residual"_a, "y"_a, "moments"_a,
+        "tile"_a, "transformed"_a, "threads"_a);
   m.def("conv3x3_gradient", &conv3x3_gradient, "x"_a, "dy"_a, "to"_a, "tile"_a, "threads"_a);
   m.def("diffusion_loss", &diffusion_loss, "loss"_a, "model_out"_a, "noise"_a, "noise_coef"_a, "x_coef"_a, "x_start"_a,
         "loss_type"_a, "threads"_a);

@@ -19,6 +19,14 @@ inline bool is_half(const Tensor& tensor, const char* name) {
   throw py::value_error(std::string(name) + ": neither float32 nor bfloat16");
 }
 
+// Float32 numbers that lie together.
+inline float* numbers_of(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) {
+  if (!tensor.given || tensor.dtype != Dtype::float32 || !tensor.has_shape(shape) || !tensor.contiguous()) {
+    throw py::value_error(std::string(name) + ": not float32 of the shape that x asks for, or not contiguous");
+  }
+  return static_cast<float*>(tensor.data);
+}
+
 // A weight [K, C, 3, 3], or with `gradient` as the one with which a result's gradient makes that of x: K and C change
 // places, and rows and columns are turned round. Without `to` only its size counts.
 inline Conv3x3Weights weights_of(const Tensor& weight, const Tensor& to, int64_t tile, bool half, bool gradient) {

@@ -44,6 +44,11 @@ class Pixels : public Tensor {
   const char* name_;
 };
 
+inline Activation activation_of(int number) {
+  if (number < 0 || number > 3) throw py::value_error("activation must be in [0, 3]");
+  return Activation(number);
+}
+
 // The arguments that forward and backward share. Keeps what was converted for as long as the kernel runs.
 class NormArguments {
  public:
@@ -54,14 +59,13 @@ class NormArguments {
     const int64_t channels = x.channels() + x2.channels();
     if (!x.given) throw py::value_error("x: None");
     if (groups < 1 || channels % groups != 0) throw py::value_error("groups must divide the channels");
-    if (activation < 0 || activation > 3) throw py::value_error("activation must be in [0, 3]");
     g.images = x.size[0];
     g.pixels = x.size[2] * x.size[3];
     g.channels = channels;
     g.channels_1 = x.channels();
     g.groups = groups;
     g.eps = eps;
-    g.activation = Activation(activation);
+    g.activation = activation_of(activation);
     g.half = x.dtype == Dtype::bf16;
     g.channels_last = x.stride[1] == 1 && x.size[1] > 1;
     fit = x.placed(g, g.channels_1, g.x) && x2.placed(g, channels - g.channels_1, g.x2);

@@ -14,9 +14,12 @@ struct Conv3x3 {
   bool half;            // bf16 storage and products, or float32
   bool transformed;     // the weights; else they are in the kernel, which takes longer but reads less
   Image x, x2;
+  const float *scale, *shift;  // [N, C], of what goes in, before its activation
+  Activation activation;
   const void* weights;  // as conv3x3_weights left them
   const float* bias;    // [K]
   Image residual, y;
+  float *mean, *squares;  // [N, K], of y: the mean and the sum of squares around it
 };
 
 // A weight [K, C, 3, 3] to be laid out for conv3x3, by panels of output channels: [panels][C][9][panel], or transformed,

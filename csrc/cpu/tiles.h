@@ -72,6 +72,12 @@ class Tiles {
             inside ? static_cast<const T*>(image.data) + at.image * image.image + (y * width_ + x) * image.pixel : zeros;
       }
     }
+    spread<Of>(pixel, first, end, as, row, to);
+  }
+
+  // The same of pixels that lie anywhere, at their first channel.
+  template <class Of, int P, int Q>
+  static void spread(const T* const (&pixel)[P][Q], int64_t first, int64_t end, Matrices<T, M, N> as, int64_t row, T* to) {
     const int64_t step = as.position();
     for (int64_t c = first, room; c < end; c += room) {
       T* const there = to + c / kDepth * as.block() + row * kDepth + c % kDepth;
@@ -113,6 +119,9 @@ class Tiles {
 
  public:
   int64_t count;
+
+  int64_t across() const { return across_; }
+  int64_t of_an_image() const { return down_ * across_; }
 };
 
 }  // namespace

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..reference.conv3x3 import Norm
+from ..reference.group_norm_silu import ACTIVATIONS
 from . import _native
 from ._dispatch import forced
 
@@ -36,6 +37,7 @@ DIRECT = Way()
 LEAST_CHANNELS = 64  # for tiles of 4: with fewer the transforms round more than the direct sums
 TABLE = Path(__file__).with_name("conv3x3_cpu.json")  # written by benchmarks/conv3x3_table.py
 LAST = torch.channels_last
+_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # as csrc/cpu/group_norm_silu.h numbers them
 KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 _EXACT: ContextVar[bool] = ContextVar("ddpm_fast_exact", default=False)
@@ -113,12 +115,14 @@ def convolve(
     bias: Tensor | None = None,  # float32
     x2: Tensor | None = None,
     residual: Tensor | None = None,
+    norm: tuple[Tensor, Tensor, int] | tuple[()] = (),  # scale and shift in float32, and the activation's code
+    moments: tuple[Tensor, Tensor] | tuple[()] = (),  # float32 [N, K] each, to be written
 ) -> Tensor:
-    """conv(cat(x, x2)) + bias + residual in channels_last, of images in it and weights that are laid out for `way`."""
+    """The reference's in channels_last, of images in it and weights that are laid out for `way`."""
     n, _, height, width = x.shape
     shape = (n, out_channels, height, width)
     y = torch.empty(shape, dtype=x.dtype, device="cpu", memory_format=LAST)
-    images = (x, x2, weights, bias, residual, y)
+    images = (x, x2, norm, weights, bias, residual, y, moments)
     _native.kernel("conv3x3")(*images, way.tile, way.transformed, _native.threads())
     return y
 
@@ -140,11 +144,16 @@ def rejects(
     stats: bool,
 ) -> str | None:
     """Why the native module doesn't take these arguments."""
-    if norm is not None or stats:
-        return "folds in no norm, and takes no statistics"
-    reason = _native.unfit(x, weight, bias, x2, residual)
+    tensors = (x, weight, bias, x2, residual, *(() if norm is None else norm[:2]))
+    reason = _native.unfit(*tensors)
     if reason is not None:
         return reason
+    if (
+        (norm is not None or stats)
+        and torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in tensors)
+    ):
+        return "has no gradient with a norm or statistics"
     kind = computed_in(x)
     for value in (x, weight, bias, x2, residual):
         if value is not None and (value.dtype not in KINDS or kind not in KINDS):
@@ -183,11 +192,17 @@ def run(
     norm: Norm | None,
     residual: Tensor | None,
     stats: bool,
-) -> Tensor:
+) -> Any:
     """conv3x3 with a gradient, where nothing rejects it."""
     way = _way(x, weight, x2)
     tensors = (x, weight, bias, x2, residual)
     how = (way if way.tile else Way(2), computed_in(x))  # where it is forced, in the tiles that round least
+    if stats:
+        n, k = x.shape[0], weight.shape[0]
+        moments = torch.empty(n, k, device="cpu"), torch.empty(n, k, device="cpu")
+        return _forward(*tensors, *how, norm, moments), *moments
+    if norm is not None:
+        return _forward(*tensors, *how, norm)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         y: Tensor = _Convolution.apply(*tensors, *how)
         return y
@@ -206,13 +221,17 @@ def _forward(
     residual: Tensor | None,
     way: Way,
     dtype: torch.dtype,
+    norm: Norm | None = None,
+    moments: tuple[Tensor, Tensor] | tuple[()] = (),
 ) -> Tensor:
     wide = None if bias is None else bias.detach().float().contiguous()
     weights = lay_out(weight, way, dtype)
     images = (_image(x2, dtype), _image(residual, dtype))
     first = _image(x, dtype)
     assert first is not None
-    return convolve(first, weights, way, weight.shape[0], wide, *images)
+    rows: Any = () if norm is None else [row.detach().float().contiguous() for row in norm[:2]]
+    code = () if norm is None else (_CODES[norm.activation],)
+    return convolve(first, weights, way, weight.shape[0], wide, *images, (*rows, *code), moments)
 
 
 class _Convolution(torch.autograd.Function):
