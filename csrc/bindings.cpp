@@ -70,6 +70,39 @@ bool group_norm_silu(py::handle x, py::handle x2, py::handle residual, const py:
   return true;
 }
 
+// rows and moments: [2, N, C]; parameters: weight, bias and add.
+void norm_of_moments(py::handle rows, py::handle moments, const py::tuple& parameters, int64_t groups, double pixels,
+                     double eps, int threads) {
+  const Tensor to(rows, "rows"), from(moments, "moments");
+  if (!to.given || to.dims != 3) throw py::value_error("rows: not of three dimensions");
+  NormOfMoments of{};
+  of.images = to.size[1];
+  of.channels = to.size[2];
+  of.groups = groups;
+  of.pixels = pixels;
+  of.eps = eps;
+  if (groups < 1 || of.channels % groups != 0) throw py::value_error("groups must divide the channels");
+  of.scale = numbers_of(to, "rows", {2, of.images, of.channels});
+  of.shift = of.scale + of.images * of.channels;
+  of.mean = numbers_of(from, "moments", {2, of.images, of.channels});
+  of.squares = of.mean + of.images * of.channels;
+  const Row weight(parameters[0]), bias(parameters[1]), add(parameters[2]);
+  for (const Row* row : {&weight, &bias, &add}) {
+    const int64_t size = row->elements();
+    if (!row->fit) throw py::value_error("parameters: neither float32 nor bfloat16, or not contiguous");
+    if (size != of.channels && size != 0 && (row != &add || size != of.images * of.channels)) {
+      throw py::value_error("parameters: not of as many channels");
+    }
+  }
+  of.weight = weight.data();
+  of.bias = bias.data();
+  of.add = add.data();
+  of.add_stride = add.elements() == of.channels ? 0 : of.channels;
+  const auto run = kernels().norm_of_moments;
+  py::gil_scoped_release unlocked;
+  run(of, threads);
+}
+
 bool group_norm_silu_backward(py::handle x, py::handle x2, py::handle dy, py::handle dh, const py::tuple& parameters,
                               py::handle statistics, py::handle dx, py::handle dx2, const py::tuple& gradients,
                               int64_t groups, double eps, int activation, py::handle dropout, int threads) {
@@ -251,10 +284,10 @@ void conv3x3_weights(py::handle weight, py::handle to, int64_t tile, bool gradie
   run(of, threads);
 }
 
-// The weights are as conv3x3_weights laid them out, `transformed` for this tile or not. `norm` is empty, or scale and shift
-// [N, C] and an activation; `moments` is empty, or where y's mean and squares around it go, [N, K].
+// The weights are as conv3x3_weights laid them out, `transformed` for this tile or not. `norm` is empty, or has scale
+// and shift, [2, N, C], and an activation; `moments` is None, or where y's mean and squares around it go, [2, N, K].
 void conv3x3(py::handle x, py::handle x2, const py::tuple& norm, py::handle weights, py::handle bias,
-             py::handle residual, py::handle y, const py::tuple& moments, int64_t tile, bool transformed, int threads) {
+             py::handle residual, py::handle y, py::handle moments, int64_t tile, bool transformed, int threads) {
   const Tensor from(x, "x"), more(x2, "x2"), laid_out(weights, "weights"), add(bias, "bias"), sum(residual, "residual"),
       to(y, "y");
   if (!from.given || from.dims != 4 || !to.given || to.dims != 4) throw py::value_error("x, y: not of four dimensions");
@@ -288,15 +321,13 @@ void conv3x3(py::handle x, py::handle x2, const py::tuple& norm, py::handle weig
   }
   of.weights = laid_out.data;
   if (!norm.empty()) {
-    const Tensor scale(norm[0], "scale"), shift(norm[1], "shift");
-    of.scale = numbers_of(scale, "scale", {of.images, of.channels});
-    of.shift = numbers_of(shift, "shift", {of.images, of.channels});
-    of.activation = activation_of(py::cast<int>(norm[2]));
+    of.scale = numbers_of(Tensor(norm[0], "norm"), "norm", {2, of.images, of.channels});
+    of.shift = of.scale + of.images * of.channels;
+    of.activation = activation_of(py::cast<int>(norm[1]));
   }
-  if (!moments.empty()) {
-    const Tensor mean(moments[0], "mean"), squares(moments[1], "squares");
-    of.mean = numbers_of(mean, "mean", {of.images, of.out_channels});
-    of.squares = numbers_of(squares, "squares", {of.images, of.out_channels});
+  if (!moments.is_none()) {
+    of.mean = numbers_of(Tensor(moments, "moments"), "moments", {2, of.images, of.out_channels});
+    of.squares = of.mean + of.images * of.out_channels;
   }
   of.bias = static_cast<const float*>(add.data);
   if (to.elements() == 0) return;
@@ -384,6 +415,8 @@ PYBIND11_MODULE(_C, m) {
         "add"_a, "residual"_a, "scale"_a, "shift"_a, "activation"_a, "dropout"_a);
   m.def("group_norm_silu", &group_norm_silu, "x"_a, "x2"_a, "residual"_a, "parameters"_a, "statistics"_a, "y"_a, "h"_a,
         "groups"_a, "eps"_a, "activation"_a, "dropout"_a, "threads"_a);
+  m.def("norm_of_moments", &norm_of_moments, "rows"_a, "moments"_a, "parameters"_a, "groups"_a, "pixels"_a, "eps"_a,
+        "threads"_a);
   m.def("group_norm_silu_backward", &group_norm_silu_backward, "x"_a, "x2"_a, "dy"_a, "dh"_a, "parameters"_a,
         "statistics"_a, "dx"_a, "dx2"_a, "gradients"_a, "groups"_a, "eps"_a, "activation"_a, "dropout"_a, "threads"_a);
   m.def("sampler_step", &sampler_step, "out"_a, "x0_out"_a, "x"_a, "model_out"_a, "hist"_a, "noise"_a, "variance"_a,

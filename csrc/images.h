@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -44,6 +45,28 @@ class Pixels : public Tensor {
   const char* name_;
 };
 
+// Numbers side by side, or none: float32, or converted to it.
+class Row {
+ public:
+  explicit Row(py::handle object) : of_(object, "a parameter") {
+    fit = !of_.given || (of_.contiguous() && (of_.dtype == Dtype::float32 || of_.dtype == Dtype::bf16));
+    if (!fit || !of_.given || of_.dtype == Dtype::float32) return;
+    const auto* from = static_cast<const uint16_t*>(of_.data);
+    converted_.resize(size_t(of_.elements()));
+    for (size_t i = 0; i < converted_.size(); ++i) converted_[i] = as<float>(uint32_t{from[i]} << 16);
+  }
+
+  int dims() const { return of_.dims; }
+  int64_t elements() const { return of_.given ? of_.elements() : 0; }
+  const float* data() const { return converted_.empty() ? static_cast<const float*>(of_.data) : converted_.data(); }
+
+  bool fit;
+
+ private:
+  Tensor of_;
+  std::vector<float> converted_;
+};
+
 inline Activation activation_of(int number) {
   if (number < 0 || number > 3) throw py::value_error("activation must be in [0, 3]");
   return Activation(number);
@@ -71,9 +94,10 @@ class NormArguments {
     fit = x.placed(g, g.channels_1, g.x) && x2.placed(g, channels - g.channels_1, g.x2);
     const float** const rows[] = {&g.weight, &g.bias, &g.add, &g.scale, &g.shift};
     for (size_t i = 0; i < 5 && fit; ++i) {
-      const Tensor row(parameters[i], "a parameter");
-      fit = floats(row, converted_[i], *rows[i]);
-      if (i == 2 && row.dims == 2) g.add_stride = channels;
+      rows_[i].emplace(parameters[i]);
+      fit = rows_[i]->fit;
+      *rows[i] = rows_[i]->data();
+      if (i == 2 && rows_[i]->dims() == 2) g.add_stride = channels;
     }
     g.statistics = static_cast<double*>(Tensor(statistics, "statistics").data);
     if (!dropout.is_none()) {
@@ -88,20 +112,7 @@ class NormArguments {
   bool fit;
 
  private:
-  static bool floats(const Tensor& row, std::vector<float>& room, const float*& to) {
-    if (!row.given) return true;
-    if (!row.contiguous()) return false;
-    to = static_cast<const float*>(row.data);
-    if (row.dtype == Dtype::float32) return true;
-    if (row.dtype != Dtype::bf16) return false;
-    const auto* from = static_cast<const uint16_t*>(row.data);
-    room.resize(size_t(row.elements()));
-    for (size_t i = 0; i < room.size(); ++i) room[i] = as<float>(uint32_t{from[i]} << 16);
-    to = room.data();
-    return true;
-  }
-
-  std::array<std::vector<float>, 5> converted_;
+  std::array<std::optional<Row>, 5> rows_;
 };
 
 // Where the gradients of the parameters go, or none: in place, or where they are bf16 by way of float32.

@@ -129,7 +129,7 @@ def test_the_kernel_takes_only_what_it_can_address(isa: str) -> None:
     weight = torch.randn(33, 12, 3, 3)
     good = {"x": image(2, 5, 6, 4), "x2": image(2, 7, 6, 4), "weights": lay_out(weight, Way(2), torch.float32)}
     good |= {"bias": torch.randn(33), "residual": image(2, 33, 6, 4), "y": image(2, 33, 6, 4), "tile": 2}
-    good |= {"transformed": False, "threads": 1, "norm": (), "moments": ()}
+    good |= {"transformed": False, "threads": 1, "norm": (), "moments": None}
     _C.conv3x3(**good)
 
     def no(text: str, **other: Any) -> None:

@@ -7,11 +7,12 @@ import pytest
 import torch
 from filtering import BEST, FORCED, looked_up_again, told, watched  # noqa: F401
 from native_state import restored  # noqa: F401
-from networks import inputs, network
+from networks import NETWORKS, inputs, network, run
 from oracle import assert_rule, error
 from torch import Tensor
 
 from ddpm_fast import _C, Diffusion, generate_cosine_schedule
+from ddpm_fast.models.made import fixed_weights
 from ddpm_fast.ops import _conv3x3, exact_convolutions
 from ddpm_fast.ops._conv3x3 import KINDS, Way
 
@@ -129,3 +130,26 @@ def test_what_is_computed_again_is_as_exact(half: bool, table: Callable[..., Non
     assert not calls
     gradients(False)
     assert calls
+
+
+# Of 17 norms; else the second ones of all 8 blocks, and the first ones of two: of mid.0 and ups.0.
+INSIDE = {"batch norm": 0, "no norm": 0, "another activation": 0, "attention at every level": 8}
+INSIDE |= {"a skip beside as many channels": 18, "no blocks before the next level": 5}
+
+
+@pytest.mark.parametrize("tile", [2, 4])
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_norms_inside_of_convolutions(name: str, tile: int, table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each that reads nothing but what convolutions in tiles wrote, and what time and classes add: the second of a
+    block always, the first behind blocks without attention, and where the skip is of such a block, too."""
+    table([*ROW, tile, False])
+    monkeypatch.setattr(_conv3x3, "LEAST_CHANNELS", 1)
+    inside, plain = [], _C.norm_of_moments
+    monkeypatch.setattr(_C, "norm_of_moments", lambda *args: inside.append(1) or plain(*args))
+    net = network(**NETWORKS[name])
+    with fixed_weights():
+        (fast,) = run(net.eval(), None)
+    assert len(inside) == INSIDE.get(name, 10)
+    slow, truth = run(net, False), run(net.double(), False)
+    assert_rule(name, fast, slow[0], truth[0], 5)

@@ -77,7 +77,7 @@ class Convolution {
     if (tiles_.count < kTiles * threads && groups >= threads) {
       // Few tiles: each thread takes some of the output channels, and so reads a part of the weights only.
       v_.rows = least(tiles_.count, most);
-      const int64_t each = strip_size() + u_size() + m_size();
+      const int64_t each = own_size();
       float* const room = room_of(v_.floats() + threads * each);
       T* const v = reinterpret_cast<T*>(room);
       for (int64_t first = 0; first < tiles_.count; first += v_.rows) {
@@ -94,7 +94,7 @@ class Convolution {
     }
     const int64_t share = up(up(tiles_.count, most), threads) * threads;  // blocks, as many for each thread
     v_.rows = up(tiles_.count, share);
-    const int64_t each = v_.floats() + strip_size() + u_size() + m_size();
+    const int64_t each = v_.floats() + own_size();
     float* const room = room_of(threads * each);
     parallel_ranked(up(tiles_.count, v_.rows), threads, [&](int64_t block, int rank) {
       float* const own = room + rank * each;
@@ -121,6 +121,11 @@ class Convolution {
     return room + outside + moments;
   }
 
+  // What a thread needs beside transformed tiles: a strip, and when that is done weights and sums.
+  int64_t own_size() const {
+    const int64_t strip = strip_size(), rest = u_size() + m_size();
+    return strip > rest ? strip : rest;
+  }
   // Sums are [rows][panels of a group, in halves][positions].
   int64_t m_size() const { return whole_pages(v_.rows * group_ * kPanel * kPositions); }
   // Of weights that are transformed here.

@@ -301,4 +301,28 @@ void group_norm_silu(const GroupNorm& g, const GroupNormForward& f, int threads)
   g.half ? forward<bf16>(g, f, threads) : forward<float>(g, f, threads);
 }
 
+void norm_of_moments(const NormOfMoments& of, int threads) {
+  const int64_t each = of.channels / of.groups;
+  parallel(of.images * of.groups, worth(threads, of.images * of.channels, 1 << 11), [&](int64_t task) {
+    const int64_t image = task / of.groups, first = task % of.groups * each, place = image * of.channels + first;
+    const float *mean = of.mean + place, *squares = of.squares + place;
+    const float* add = of.add == nullptr ? nullptr : of.add + image * of.add_stride + first;
+    const auto middle = [=](int64_t c) { return double(mean[c]) + (add == nullptr ? 0.0 : double(add[c])); };
+    double whole = 0, around = 0;
+    for (int64_t c = 0; c < each; ++c) whole += middle(c);
+    whole /= double(each);
+    for (int64_t c = 0; c < each; ++c) {
+      const double d = middle(c) - whole;
+      around += double(squares[c]) + of.pixels * d * d;
+    }
+    const double rstd = 1.0 / __builtin_sqrt(around / (double(each) * of.pixels) + of.eps);
+    for (int64_t c = 0; c < each; ++c) {
+      const double slope = of.weight == nullptr ? rstd : rstd * double(of.weight[first + c]);
+      const double offset = of.bias == nullptr ? 0.0 : double(of.bias[first + c]);
+      of.scale[place + c] = float(slope);
+      of.shift[place + c] = float(((add == nullptr ? 0.0 : double(add[c])) - whole) * slope + offset);
+    }
+  });
+}
+
 }  // namespace ddpm::cpu::DDPM_ISA

@@ -41,4 +41,15 @@ struct GroupNormBackward {
   float *dweight, *dbias, *dadd, *dscale, *dshift;      // [C], [C], like add, [N, C], [N, C]; null where not wanted
 };
 
+// A norm of images of which only the moments of each channel are needed, as a scale and a shift; all [N, C] but for the
+// parameters, which are as in GroupNorm.
+struct NormOfMoments {
+  int64_t images, channels, groups;
+  double pixels, eps;
+  const float *mean, *squares;  // and the sum of squares around it
+  const float *weight, *bias, *add;
+  int64_t add_stride;
+  float *scale, *shift;
+};
+
 }  // namespace ddpm::cpu

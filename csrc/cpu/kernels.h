@@ -109,6 +109,7 @@ struct DiffusionLoss {
                         Counter at, int threads))                                                         \
   KERNEL(group_norm_silu, (const GroupNorm& g, const GroupNormForward& f, int threads))                   \
   KERNEL(group_norm_silu_backward, (const GroupNorm& g, const GroupNormBackward& b, int threads))        \
+  KERNEL(norm_of_moments, (const NormOfMoments& of, int threads))                                         \
   KERNEL(sampler_step, (const SamplerStep& of, int threads))                                              \
   KERNEL(q_sample, (const QSample& of, int threads))                                                      \
   KERNEL(timestep_embedding, (float* out, const double* t, int64_t num_samples, const double* frequencies, \

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from ..ops import DROPOUT, Dropout, NoiseState, timestep_embedding
 from ..ops import _checks as checks
 from .attention import AttentionBlock
+from .folding import normed_conv3x3
 from .fusing import TakesNoiseState, is_conv3x3, is_plain, is_untouched
 from .inputs import check_input, check_labels
+from .made import are_fixed
 from .norms import Activation, checked_activation, get_norm, is_known, norm_act, reads_sums
 from .recomputing import check_unchanged, frozen, frozen_state, kept, whole
 from .sums import Sum
-from .upsampling import in_phases, phases_pay
+from .upsampling import NearestUpsample, Upsample
 from .weights import convolve, convolve3x3
 
 
@@ -56,45 +58,6 @@ class Downsample(nn.Module):
     def summed(self, x: Sum) -> Sum:
         """As forward, of and to a sum that need not be made yet."""
         return x.convolved(x.tensor(), self.downsample)
-
-
-class NearestUpsample(nn.Module):
-    """Doubles height and width by repetition: [N, C, H, W] -> [N, C, 2H, 2W]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            return F.interpolate(x, scale_factor=2.0, mode="nearest")
-        # The inductor of torch 2.13 loses the gradients of interpolate on CPUs, in silence.
-        n, c, h, w = x.shape
-        return x[:, :, :, None, :, None].expand(n, c, h, 2, w, 2).reshape(n, c, 2 * h, 2 * w)
-
-
-class Upsample(nn.Module):
-    """Doubles height and width: nearest neighbour, then a 3x3 convolution."""
-
-    def __init__(self, in_channels: int):
-        super().__init__()
-        self.in_channels = in_channels = checks.integer("in_channels", in_channels, 1)
-        self.upsample = nn.Sequential(NearestUpsample(), nn.Conv2d(in_channels, in_channels, 3, padding=1))
-
-    def forward(self, x: Tensor, time_emb: Tensor | None = None, y: Tensor | None = None) -> Tensor:
-        check_input(x, self.in_channels, self.upsample[-1])
-        return self.summed(Sum(x)).tensor()
-
-    def summed(self, x: Sum) -> Sum:
-        """As forward, of and to a sum that need not be made yet."""
-        if not self._is_plain():
-            return Sum(self.upsample(x.tensor()), later=x.later)
-        nearest, conv = self.upsample
-        small = x.tensor()
-        if phases_pay(small, conv, x.later):
-            return x.convolved(small, conv, in_phases)
-        return x.convolved(nearest(small), conv, convolve3x3 if is_conv3x3(conv) else convolve)
-
-    def _is_plain(self) -> bool:
-        """Whether nothing was put into or around the two steps."""
-        layers = [type(m) for m in self.upsample]
-        return layers == [NearestUpsample, nn.Conv2d] and is_untouched(self.upsample, self.upsample[0])
 
 
 class ResidualBlock(TakesNoiseState):
@@ -189,6 +152,10 @@ class ResidualBlock(TakesNoiseState):
         if skip is not None and not x.later:
             x, skip = x.joined(skip), None
         norm_1, norm_2, activation = self.norm_1, self.norm_2, self.activation
+        if not x.later and are_fixed() and not drop.training:
+            h = normed_conv3x3(x, norm_1, activation, self.conv_1, False)
+            add, residual = self._with_class(bias, h.x.shape[0], y), self._residual(x)
+            return self._attended(normed_conv3x3(h, norm_2, activation, conv_2, add=add, residual=residual), False)
 
         def first() -> Callable[[], Tensor]:
             return partial(x.as_it_is().normed, norm_1, activation, skip and skip.as_it_is())
@@ -206,20 +173,30 @@ class ResidualBlock(TakesNoiseState):
         drawn = dropout is not None and dropout.state is None
         with kept(h_2, keep or drawn or not reads_sums(norm_2), second):
             out = self._onto(x, h_2, conv_2, skip)
+        return self._attended(out, x.later)
+
+    def _attended(self, out: Sum, later: bool) -> Sum:
         if type(self.attention) is nn.Identity and is_plain(self.attention):
             return out
         if type(self.attention) is AttentionBlock and is_untouched(self.attention):
             return self.attention.summed(out)
-        return Sum(self.attention(out.tensor()), later=x.later)
+        return Sum(self.attention(out.tensor()), later=later)
 
     def _onto(self, x: Sum, h: Tensor, conv: nn.Conv2d, skip: Sum | None) -> Sum:
         """conv(h) + residual_connection(x), with a skip as if concatenated."""
-        connection = self.residual_connection
-        same = type(connection) is nn.Identity and is_plain(connection)
         if not x.later:
-            return Sum(convolve3x3(h, conv, residual=x.x if same else convolve(x.x, connection)), own=True)
+            return Sum(convolve3x3(h, conv, residual=self._residual(x)), own=True)
         out = x.convolved(h, conv, convolve3x3)
-        return out.plus(x if skip is None else x.joined(skip)) if same else out.through(connection, x, skip)
+        if self._connects_as_it_is():
+            return out.plus(x if skip is None else x.joined(skip))
+        return out.through(self.residual_connection, x, skip)
+
+    def _residual(self, x: Sum) -> Tensor:
+        """residual_connection(x), where sums are not made later."""
+        return x.x if self._connects_as_it_is() else convolve(x.x, self.residual_connection)
+
+    def _connects_as_it_is(self) -> bool:
+        return type(self.residual_connection) is nn.Identity and is_plain(self.residual_connection)
 
     def recomputed(
         self, x: Sum, bias: Tensor, y: Tensor | None, noise_state: NoiseState | None = None, skip: Sum | None = None

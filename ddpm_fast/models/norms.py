@@ -51,15 +51,20 @@ def checked_activation(activation: Activation) -> Activation:
 
 def reads_sums(norm: nn.Module) -> bool:
     """Whether `norm_act` takes more than x for this norm: it is one over groups."""
-    return _groups(norm) > 0
+    return groups_of(norm) > 0
 
 
 def is_known(activation: Activation) -> bool:
     """Whether it runs inside the norm, and so is the same whenever it runs again."""
-    return any(f is activation for f, _ in _FUSED)
+    return name_of(activation) is not None
 
 
-def _groups(norm: nn.Module) -> int:
+def name_of(activation: Activation) -> str | None:
+    """What ops call it, where it is known."""
+    return next((name for f, name in _FUSED if f is activation), None)  # by identity: it need not be hashable
+
+
+def groups_of(norm: nn.Module) -> int:
     """How many groups an op would take in this norm's place; 0 where none can."""
     if type(norm) is nn.InstanceNorm2d and not norm.track_running_stats:
         groups = norm.num_features  # a group a channel
@@ -82,9 +87,8 @@ def norm_act(
 
     One op where the norm is over groups and the activation a known one; `x2` and `residual` only if `reads_sums`.
     """
-    # By identity: a callable need not be hashable.
-    fused = "none" if activation is None else next((name for f, name in _FUSED if f is activation), None)
-    groups, h = _groups(norm), None
+    fused = "none" if activation is None else name_of(activation)
+    groups, h = groups_of(norm), None
     if groups:
         inside = (fused, dropout) if fused else ("none", None)
         norm = cast(nn.GroupNorm, norm)

@@ -29,9 +29,10 @@ class Sum:
         residual: like x, or None. The first norm that reads the sum puts x + residual in x's place.
         later: whether its terms, and those of what follows, are left to their reader.
         own: whether nobody else can hold x, so that something may be added in its memory.
+        moments: where they are known, x's mean and sum of squares around it, [2, N, C].
     """
 
-    __slots__ = "bias", "later", "own", "residual", "x"
+    __slots__ = "bias", "later", "moments", "own", "residual", "x"
 
     def __init__(
         self,
@@ -40,8 +41,10 @@ class Sum:
         residual: Tensor | None = None,
         later: bool = False,
         own: bool = False,
+        moments: Tensor | None = None,
     ):
         self.x, self.bias, self.residual, self.later, self.own = x, bias, residual, later, own
+        self.moments = moments
 
     def tensor(self) -> Tensor:
         """All of it, for whoever pads it with zeros, or may do anything with it."""
@@ -53,7 +56,8 @@ class Sum:
 
     def joined(self, skip: "Sum") -> "Sum":
         """The concatenation of both."""
-        return Sum(torch.cat([self.tensor(), skip.tensor()], dim=1), later=self.later)
+        known = None if self.moments is None or skip.moments is None else torch.cat([self.moments, skip.moments], dim=2)
+        return Sum(torch.cat([self.tensor(), skip.tensor()], dim=1), later=self.later, moments=known)
 
     def as_it_is(self) -> "Sum":
         """The same sum, whatever becomes of this one."""

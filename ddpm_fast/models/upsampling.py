@@ -14,12 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import _checks as checks
 from ..ops._conv3x3 import CHANGING, FIXED, choose, is_exact
 from ..ops._dispatch import forced
 from ..ops._native import wanted
-from .fusing import is_conv3x3
+from .fusing import is_conv3x3, is_untouched
+from .inputs import check_input
 from .made import are_fixed, are_trained, made
-from .weights import Prepared, computed_in
+from .sums import Sum
+from .weights import Prepared, computed_in, convolve, convolve3x3
 
 # Where it is faster on CPUs (docs/performance.md): channels, pixels of an image, and of the batch, in chains and in
 # training, where the weights are made in every step.
@@ -109,3 +112,42 @@ class _Separate(torch.autograd.Function):
 
 def _room(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+class NearestUpsample(nn.Module):
+    """Doubles height and width by repetition: [N, C, H, W] -> [N, C, 2H, 2W]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+        # The inductor of torch 2.13 loses the gradients of interpolate on CPUs, in silence.
+        n, c, h, w = x.shape
+        return x[:, :, :, None, :, None].expand(n, c, h, 2, w, 2).reshape(n, c, 2 * h, 2 * w)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, in_channels: int):
+        super().__init__()
+        self.in_channels = in_channels = checks.integer("in_channels", in_channels, 1)
+        self.upsample = nn.Sequential(NearestUpsample(), nn.Conv2d(in_channels, in_channels, 3, padding=1))
+
+    def forward(self, x: Tensor, time_emb: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        check_input(x, self.in_channels, self.upsample[-1])
+        return self.summed(Sum(x)).tensor()
+
+    def summed(self, x: Sum) -> Sum:
+        """As forward, of and to a sum that need not be made yet."""
+        if not self._is_plain():
+            return Sum(self.upsample(x.tensor()), later=x.later)
+        nearest, conv = self.upsample
+        small = x.tensor()
+        if phases_pay(small, conv, x.later):
+            return x.convolved(small, conv, in_phases)
+        return x.convolved(nearest(small), conv, convolve3x3 if is_conv3x3(conv) else convolve)
+
+    def _is_plain(self) -> bool:
+        """Whether nothing was put into or around the two steps."""
+        layers = [type(m) for m in self.upsample]
+        return layers == [NearestUpsample, nn.Conv2d] and is_untouched(self.upsample, self.upsample[0])

@@ -1,6 +1,7 @@
 """Convolutions of weights that are laid out once, where they stay as they are: for the steps of chains."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, cast
 
@@ -80,13 +81,22 @@ class Prepared:
         """x [N, I, H, W] in channels_last -> [N, O, ...] likewise, plus a residual like it."""
         if x.dtype is not self._kind:
             x = x.to(self._kind)
-        way = self._ways.get(x.shape)
-        if way is None:
-            way = self._ways[x.shape] = self._way(x)
+        way = self._chosen(x)
         bias = self.bias if with_bias else None
         if self._kind is self.dtype:
             return way(x, bias, residual)
         return plus(way(x, bias, None).to(self.dtype), residual)
+
+    def in_tiles(self, x: Tensor) -> "InTiles | None":
+        """What convolves x itself, where that is our own kernel."""
+        way = self._chosen(x) if x.dtype is self._kind is self.dtype else None
+        return way if isinstance(way, InTiles) else None
+
+    def _chosen(self, x: Tensor) -> "_Run":
+        way = self._ways.get(x.shape)
+        if way is None:
+            way = self._ways[x.shape] = self._way(x)
+        return way
 
     def _way(self, x: Tensor) -> "_Run":
         n, _, height, width = x.shape
@@ -116,13 +126,8 @@ class Prepared:
                     way = choose(self._kind, tuple(x.shape), self._given.shape[0], CHANGING)
                     return self._filtering(way, x) if way.tile else self._packing
             self._laid_out[way] = lay_out(self._given, way, self._kind)
-        weights, bias = self._laid_out[way], None if self.bias is None else self.bias.float()
-        out_channels = self._given.shape[0]
-
-        def run(x: Tensor, given: Tensor | None, residual: Tensor | None) -> Tensor:
-            return convolve_tiles(x, weights, way, out_channels, None if given is None else bias, residual=residual)
-
-        return run
+        bias = None if self.bias is None else self.bias.float()
+        return InTiles(self._laid_out[way], way, self._given.shape[0], bias)
 
     def _plain(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         y = F.conv2d(x, self.weight, bias, self.stride, self.padding)
@@ -142,7 +147,29 @@ class Prepared:
         return plus(y, residual)
 
 
-_Run = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]  # (x, bias, residual) -> y
+@dataclass(frozen=True)
+class InTiles:
+    """Convolves x in tiles, of weights that are laid out."""
+
+    weights: Tensor
+    way: Way
+    out_channels: int
+    bias: Tensor | None  # in float32
+
+    def __call__(
+        self,
+        x: Tensor,
+        bias: Tensor | None,  # None without one
+        residual: Tensor | None,
+        norm: tuple[Tensor, int] | tuple[()] = (),
+        moments: Tensor | None = None,
+    ) -> Tensor:
+        own = None if bias is None else self.bias
+        more: Any = {"residual": residual, "norm": norm, "moments": moments}
+        return convolve_tiles(x, self.weights, self.way, self.out_channels, own, **more)
+
+
+_Run = Callable[..., Tensor]  # (x, bias, residual) -> y
 
 
 def plus(y: Tensor, residual: Tensor | None) -> Tensor:
@@ -166,6 +193,20 @@ def prepared(conv: nn.Module, x: Tensor) -> Prepared | None:
     return made(
         (kind, stride, padding, is_exact()), (weight, bias), lambda: Prepared(weight, bias, kind, stride, padding)
     )
+
+
+def in_tiles(conv: nn.Conv2d, x: Tensor, residual: Tensor | None) -> InTiles | None:
+    """What convolves x, and images like it, with our own kernel and adds such a residual; None where others do."""
+    fast = prepared(conv, x)
+    if fast is None or residual is not None and not _fits(residual, fast, x, conv):
+        return None
+    return fast.in_tiles(x)
+
+
+def _fits(residual: Tensor, fast: Prepared, x: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether a convolution adds it while it writes."""
+    shape = (x.shape[0], conv.out_channels, *x.shape[2:])
+    return residual.dtype is fast.dtype and residual.shape == shape and _takes(residual)
 
 
 def is_tiny(x: Tensor, weights: int) -> bool:
@@ -198,8 +239,7 @@ def convolve3x3(x: Tensor, conv: nn.Conv2d, with_bias: bool = True, residual: Te
     """The same where `is_conv3x3`, plus a residual [N, O, H, W]."""
     fast = prepared(conv, x)
     if fast is not None:
-        shape = (x.shape[0], conv.out_channels, *x.shape[2:])
-        if residual is None or residual.dtype is fast.dtype and residual.shape == shape and _takes(residual):
+        if residual is None or _fits(residual, fast, x, conv):
             return fast(x, with_bias, residual)
         return plus(fast(x, with_bias), residual)
     if not torch.compiler.is_compiling() and is_exact():  # in this order

@@ -37,7 +37,7 @@ DIRECT = Way()
 LEAST_CHANNELS = 64  # for tiles of 4: with fewer the transforms round more than the direct sums
 TABLE = Path(__file__).with_name("conv3x3_cpu.json")  # written by benchmarks/conv3x3_table.py
 LAST = torch.channels_last
-_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # as csrc/cpu/group_norm_silu.h numbers them
+CODES = {name: code for code, name in enumerate(ACTIVATIONS)}  # as csrc/cpu/group_norm_silu.h numbers them
 KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 _EXACT: ContextVar[bool] = ContextVar("ddpm_fast_exact", default=False)
@@ -115,8 +115,8 @@ def convolve(
     bias: Tensor | None = None,  # float32
     x2: Tensor | None = None,
     residual: Tensor | None = None,
-    norm: tuple[Tensor, Tensor, int] | tuple[()] = (),  # scale and shift in float32, and the activation's code
-    moments: tuple[Tensor, Tensor] | tuple[()] = (),  # float32 [N, K] each, to be written
+    norm: tuple[Tensor, int] | tuple[()] = (),  # scale and shift, float32 [2, N, C], and the activation's code
+    moments: Tensor | None = None,  # mean and sum of squares around it, float32 [2, N, K], to be written
 ) -> Tensor:
     """The reference's in channels_last, of images in it and weights that are laid out for `way`."""
     n, _, height, width = x.shape
@@ -198,9 +198,8 @@ def run(
     tensors = (x, weight, bias, x2, residual)
     how = (way if way.tile else Way(2), computed_in(x))  # where it is forced, in the tiles that round least
     if stats:
-        n, k = x.shape[0], weight.shape[0]
-        moments = torch.empty(n, k, device="cpu"), torch.empty(n, k, device="cpu")
-        return _forward(*tensors, *how, norm, moments), *moments
+        moments = torch.empty((2, x.shape[0], weight.shape[0]), device="cpu")
+        return _forward(*tensors, *how, norm, moments), *moments.unbind()
     if norm is not None:
         return _forward(*tensors, *how, norm)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
@@ -222,16 +221,17 @@ def _forward(
     way: Way,
     dtype: torch.dtype,
     norm: Norm | None = None,
-    moments: tuple[Tensor, Tensor] | tuple[()] = (),
+    moments: Tensor | None = None,
 ) -> Tensor:
     wide = None if bias is None else bias.detach().float().contiguous()
     weights = lay_out(weight, way, dtype)
     images = (_image(x2, dtype), _image(residual, dtype))
     first = _image(x, dtype)
     assert first is not None
-    rows: Any = () if norm is None else [row.detach().float().contiguous() for row in norm[:2]]
-    code = () if norm is None else (_CODES[norm.activation],)
-    return convolve(first, weights, way, weight.shape[0], wide, *images, (*rows, *code), moments)
+    rows: Any = (
+        () if norm is None else (torch.stack([row.detach().float() for row in norm[:2]]), CODES[norm.activation])
+    )
+    return convolve(first, weights, way, weight.shape[0], wide, *images, rows, moments)
 
 
 class _Convolution(torch.autograd.Function):

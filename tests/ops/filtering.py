@@ -29,7 +29,7 @@ def looked_up_again() -> Iterator[None]:
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[Way]:
     """The way of every call of the kernel."""
     seen, plain = [], _C.conv3x3
-    monkeypatch.setattr(_C, "conv3x3", lambda *args: seen.append(Way(*args[6:8])) or plain(*args))
+    monkeypatch.setattr(_C, "conv3x3", lambda *args: seen.append(Way(*args[8:10])) or plain(*args))
     return seen
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddpm_fast import _C, ops
 from ddpm_fast.ops import Norm
-from ddpm_fast.ops._conv3x3 import Way, convolve, lay_out
+from ddpm_fast.ops._conv3x3 import CODES, Way, convolve, lay_out
 from ddpm_fast.reference import conv3x3 as reference
 
 pytestmark = FORCED
@@ -41,10 +41,10 @@ def given(shape: tuple[int, ...], dtype: torch.dtype, activation: str) -> tuple[
 
 
 def run(way: Way, norm: Norm | None, stats: bool, x: Tensor, weight: Tensor, **rest: Any) -> list[Tensor]:
-    room = [torch.full((x.shape[0], weight.shape[0]), float("nan")) for _ in range(2)] if stats else []
-    code = () if norm is None else (norm.scale, norm.shift, ["none", "silu", "relu", "mish"].index(norm.activation))
-    y = convolve(x, lay_out(weight, way, x.dtype), way, weight.shape[0], norm=code, moments=tuple(room), **rest)
-    return [y, *room]
+    room = torch.full((2, x.shape[0], weight.shape[0]), float("nan")) if stats else None
+    rows = () if norm is None else (torch.stack(norm[:2]), CODES[norm.activation])
+    y = convolve(x, lay_out(weight, way, x.dtype), way, weight.shape[0], norm=rows, moments=room, **rest)
+    return [y] if room is None else [y, *room]
 
 
 def told_by(y: Tensor, mean: Tensor, squares: Tensor) -> None:
@@ -110,16 +110,53 @@ def test_what_the_kernel_refuses() -> None:
     tensors, norm = given(SHAPES[1], FLOAT, "silu")
     way, k, n, c = Way(2), 3, 2, 5
     weights = lay_out(tensors["weight"], way, FLOAT)
-    right = (norm.scale, norm.shift, 1)
-    for wrong in (norm.scale[:1], norm.scale.double(), torch.rand(n, 2 * c)[:, ::2], None):
-        with pytest.raises(ValueError, match="not float32 of the shape that x asks for, or not contiguous"):
-            convolve(tensors["x"], weights, way, k, norm=(wrong, norm.shift, 1))
-        with pytest.raises(ValueError, match="shift: not float32"):
-            convolve(tensors["x"], weights, way, k, norm=(norm.scale, wrong, 1))
-    with pytest.raises(ValueError, match=r"activation must be in \[0, 3\]"):
-        convolve(tensors["x"], weights, way, k, norm=(norm.scale, norm.shift, 4))
-    for wrong in (torch.empty(n, k + 1), torch.empty(n, k).double()):
-        with pytest.raises(ValueError, match="squares: not float32"):
-            convolve(tensors["x"], weights, way, k, norm=right, moments=(torch.empty(n, k), wrong))
+    rows, room = torch.stack(norm[:2]), torch.empty(2, n, k)
+    convolve(tensors["x"], weights, way, k, norm=(rows, 1), moments=room)
+    for wrong in (rows[:1], rows[0], rows.double(), torch.rand(2, n, 2 * c)[..., ::2], None):
+        with pytest.raises(ValueError, match="norm: not float32 of the shape that x asks for, or not contiguous"):
+            convolve(tensors["x"], weights, way, k, norm=(wrong, 1))
+    for activation in (-1, 4):
+        with pytest.raises(ValueError, match=r"activation must be in \[0, 3\]"):
+            convolve(tensors["x"], weights, way, k, norm=(rows, activation))
+    for wrong in (room[:, :1], room.double(), torch.empty(2, n, k + 1)):
+        with pytest.raises(ValueError, match="moments: not float32"):
+            convolve(tensors["x"], weights, way, k, norm=(rows, 1), moments=wrong)
     with pytest.raises(IndexError):
-        convolve(tensors["x"], weights, way, k, norm=right[:1])
+        convolve(tensors["x"], weights, way, k, norm=(rows,))
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
+@pytest.mark.parametrize(("channels", "groups"), [(1, 1), (12, 4), (32, 32), (70, 7), (256, 32)])
+@pytest.mark.parametrize("isa", _C.isas())
+def test_a_norm_of_moments(isa: str, channels: int, groups: int, dtype: torch.dtype) -> None:
+    """The one over groups; parameters of any kind that there are."""
+    _C.force_isa(isa)
+    n, pixels = 3, 20
+    x = 100 + torch.randn(n, channels, pixels, dtype=torch.float64) * torch.rand(n, channels, 1)
+    mean = x.mean(2, keepdim=True)
+    moments = torch.stack([mean[..., 0], (x - mean).square().sum(2)]).float()
+    weight, bias, add, wide = (torch.randn(*size).to(dtype) for size in [(channels,)] * 3 + [(n, channels)])
+    for given in ((weight, bias, wide), (weight, bias, add), (weight, bias, None), (None, None, wide), (None,) * 3):
+        z = x if given[2] is None else x + given[2].double()[..., None]
+        expected = torch.nn.functional.group_norm(z, groups, *(p if p is None else p.double() for p in given[:2]), 1e-5)
+        found = []
+        for threads in (1, 3):
+            rows = torch.full((2, n, channels), float("nan"))
+            _C.norm_of_moments(rows, moments, given, groups, pixels, 1e-5, threads)
+            found.append(rows)
+        got = x * rows[0].double()[..., None] + rows[1].double()[..., None]
+        assert torch.equal(*found) and (got - expected).abs().max() < 1e-3, "x lies 100 from 0"
+    room = torch.empty(2, n, channels)
+    for wrong in (room[0], room[:1], room.double(), None):
+        with pytest.raises(ValueError, match="rows: "):
+            _C.norm_of_moments(wrong, moments, (None,) * 3, 1, pixels, 1e-5, 1)
+    for wrong in (moments[:, :1], moments.double(), None):
+        with pytest.raises(ValueError, match="moments: "):
+            _C.norm_of_moments(room, wrong, (None,) * 3, 1, pixels, 1e-5, 1)
+    for wrong in (torch.ones(channels + 1), torch.ones(channels).double(), torch.ones(channels, 2)[:, :1].T):
+        if wrong.is_contiguous() and wrong.dtype is FLOAT and wrong.numel() == channels:
+            continue
+        with pytest.raises(ValueError, match="parameters: "):
+            _C.norm_of_moments(room, moments, (wrong, None, None), 1, pixels, 1e-5, 1)
+    with pytest.raises(ValueError, match="groups must divide"):
+        _C.norm_of_moments(room, moments, (None,) * 3, channels + 1, pixels, 1e-5, 1)

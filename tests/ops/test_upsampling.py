@@ -8,7 +8,7 @@ from oracle import assert_rule
 from torch import Tensor, nn
 
 from ddpm_fast import Diffusion, UNet, Upsample, generate_cosine_schedule, ops
-from ddpm_fast.models import layers
+from ddpm_fast.models import upsampling
 from ddpm_fast.models.made import fixed_weights, plain_path
 from ddpm_fast.models.upsampling import in_phases, phase_weights, phases_pay
 from ddpm_fast.ops._dispatch import forced
@@ -30,8 +30,8 @@ def direct_convolutions() -> Iterator[None]:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often phases ran, and with how many images."""
     calls: list[int] = []
-    plain = layers.in_phases
-    monkeypatch.setattr(layers, "in_phases", lambda x, *rest: calls.append(x.shape[0]) or plain(x, *rest))
+    plain = upsampling.in_phases
+    monkeypatch.setattr(upsampling, "in_phases", lambda x, *rest: calls.append(x.shape[0]) or plain(x, *rest))
     return calls
 
 
