@@ -162,11 +162,14 @@ class Graphs:
     def clear(self) -> None:
         """Release them and their memory; what is still wanted is recorded again, with another stream and pool."""
         self.made.clear()
+        self._of = ()
         self._entries.clear()
         self._recorder = None
 
     def made_of(self, *of: object) -> Kept:
-        """`made`, for the chains of a network and whatever else they depend on; of others nothing is kept."""
+        """`made`, for the chains of a network and whatever else they depend on; of others nothing is kept, nor of what
+        are no longer the network's weights."""
+        of += tuple(t for m in of if isinstance(m, torch.nn.Module) for t in m.parameters())
         if len(of) != len(self._of) or any(a is not b for a, b in zip(of, self._of, strict=True)):
             self.made, self._of = Kept(), of
         return self.made

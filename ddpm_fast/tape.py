@@ -124,6 +124,10 @@ class _Recording(TorchDispatchMode):
             self._lines.append(_Line(self._call(run, args, {}, reads), [], reads))
         return done
 
+    def constants(self) -> list[Tensor]:
+        """What was there before, and is read; ask before `replay`."""
+        return [value for value in self._space.values() if isinstance(value, Tensor)]
+
     def replay(self, result: Tensor) -> tuple[Callable[..., Tensor], int]:
         """What does all of it again, for other tensors in the place of those given, and returns what `result` then is.
 
@@ -195,7 +199,8 @@ class Recorded(NamedTuple):
     seen: Footprint
     state: Any
     replay: Callable[..., Tensor]
-    num_bytes: int
+    num_bytes: int  # of memory of its own
+    held: list[Tensor]  # what was there before
     text: str
 
     def __repr__(self) -> str:
@@ -234,6 +239,9 @@ class Repeated:
         looks, self._looks = self._looks, not self._alone
         if looks and self._has_changed(x.device):
             self._replay = None
+            self._table.note(self._weights)  # before any of them is cast, or something else is made of it
+            if torch.is_autocast_enabled("cpu"):
+                torch.clear_autocast_cache()  # it sees no changes
             return self._call(x, t, *inputs)  # in which weights are prepared for all calls
         if self._replay is None:
             return self._recorded(x, t, *inputs) if self._left else self._call(x, t, *inputs)
@@ -250,7 +258,6 @@ class Repeated:
     def _recorded(self, x: Tensor, t: Tensor, *inputs: Tensor | None) -> Tensor:
         self._left -= 1
         recording = _Recording(x, t, *(i for i in inputs if i is not None))
-        self._table.note(self._weights)  # also those that are cast for all calls, or read as they are
         try:
             # One at a time: entering and leaving a mode changes flags that are the process's.
             with _ALONE, recording, _native.noted(recording.kernel):
@@ -258,7 +265,8 @@ class Repeated:
         except NotRecorded:
             self._left = 0
             return self._call(x, t, *inputs)
+        held = recording.constants()
         self._replay, num_bytes = recording.replay(out)
         text = f"{type(self._model).__name__} on {str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
-        self._table.recorded[self._key] = Recorded(self._seen, self._state, self._replay, num_bytes, text)
+        self._table.recorded[self._key] = Recorded(self._seen, self._state, self._replay, num_bytes, held, text)
         return out

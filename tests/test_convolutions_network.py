@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from filtering import BEST, FORCED, looked_up_again, told, watched  # noqa: F401
 from native_state import restored  # noqa: F401
 from networks import NETWORKS, inputs, network, run
 from oracle import assert_rule, error
-from torch import Tensor
+from torch import Tensor, nn
 
-from ddpm_fast import _C, Diffusion, generate_cosine_schedule
+from ddpm_fast import _C, Diffusion, UNet, generate_cosine_schedule
 from ddpm_fast.models.made import fixed_weights
 from ddpm_fast.ops import _conv3x3, exact_convolutions
 from ddpm_fast.ops._conv3x3 import KINDS, Way
@@ -19,6 +21,7 @@ from ddpm_fast.ops._conv3x3 import KINDS, Way
 pytestmark = FORCED
 SETS = [name for name in ("avx2", BEST) if name in _C.isas()]
 ROW = [1, 64, 64, 8]
+FLOAT = torch.float32
 
 
 @pytest.fixture(params=SETS)
@@ -153,3 +156,48 @@ def test_norms_inside_of_convolutions(name: str, tile: int, table, monkeypatch: 
     assert len(inside) == INSIDE.get(name, 10)
     slow, truth = run(net, False), run(net.double(), False)
     assert_rule(name, fast, slow[0], truth[0], 5)
+
+
+def strange_activation(net: UNet) -> UNet:
+    return network(channel_mults=(1, 1), num_res_blocks=2, activation=lambda x: F.silu(x).contiguous())
+
+
+def strange_norm(net: UNet) -> UNet:
+    net.downs[0].norm_2.weight = nn.Parameter(torch.rand(32)[::2])
+    net.downs[1].norm_2.double().register_forward_pre_hook(lambda module, args: (args[0].double(),))
+    net.downs[1].norm_2.register_forward_hook(lambda module, args, out: out.float())
+    return net
+
+
+def writing_block(net: UNet) -> UNet:
+    net.downs[1] = InPlace(net.downs[1])
+    return net
+
+
+class InPlace(nn.Module):
+    """Writes into what it is given, which is a skip, too."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        return self.block(x.relu_(), *rest)
+
+
+@pytest.mark.parametrize("change", [strange_activation, strange_norm, writing_block])
+@torch.no_grad()
+def test_what_is_not_folded(change: Callable[[UNet], UNet], table) -> None:
+    table([*ROW, 2, False])
+    net = change(network(channel_mults=(1, 1), num_res_blocks=2)).eval()
+    x, t, _ = inputs(net)
+    for kind in (FLOAT, torch.float64):
+        torch.set_default_dtype(kind)
+        try:
+            with fixed_weights():
+                fast = net(x, t)
+        finally:
+            torch.set_default_dtype(FLOAT)
+        net.fused = False
+        assert error(fast, net(x, t).double()) < 1e-5
+        net.fused = None

@@ -13,6 +13,7 @@ import pytest
 import torch
 from recordings import network
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import ddpm_fast
 from ddpm_fast import Diffusion, UNet, generate_linear_schedule, ops, tape
@@ -246,27 +247,31 @@ def test_chains_within_a_chain_and_in_threads(work: Work) -> None:
             assert torch.equal(images, expected)
 
 
-def test_a_callback_that_trains(work: Work) -> None:
-    """What it changes counts from its step on, and in the next chain."""
+@pytest.mark.parametrize(("bf16", "fused"), [(False, None), (True, None), (True, False)])
+def test_a_callback_that_trains(bf16: bool, fused: bool | None, work: Work) -> None:
+    """What it changes counts from its step on, or where torch counts no change from the next chain on."""
 
-    def half(net: nn.Module, by_data: bool) -> Any:
+    def smaller(net: nn.Module, by_data: bool, at: int) -> Any:
         def callback(k: int, x: Tensor) -> None:
-            if k == 7:
-                weight = net.out_conv.weight
-                (weight.data if by_data else weight.detach()).mul_(0.5)
+            if k == at:
+                for weight in net.parameters():
+                    (weight.data if by_data else weight.detach()).mul_(0.9)
 
         return callback
 
-    for by_data in (False, True):
-        diffusion = diffusion_of(network(**WIDE))
-        sampled(diffusion)
-        other = diffusion_of(copy.deepcopy(diffusion.model))
-        images = [sampled(d, callback=half(d.model, by_data)) for d in (diffusion, other)]
-        assert torch.equal(*images)
-        work.done()
-        images = [sampled(diffusion)]
-        assert (work.done() == NOTHING) is not by_data
-        assert torch.equal(images[0], as_anew(diffusion))
+    for by_data, at, before in ((False, 7, False), (False, 0, True), (True, 0, False), (True, 7, True)):
+        diffusion = diffusion_of(network(fused=fused, **WIDE))
+        other = Diffusion(copy.deepcopy(diffusion.model), (8, 8), 1, None, BETAS, engine="eager")
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            if before:
+                sampled(diffusion)
+            images = [sampled(d, callback=smaller(d.model, by_data, at)) for d in (diffusion, other)]
+            assert by_data or bf16 or torch.equal(*images)
+            work.done()
+            for _ in range(2):
+                images = [sampled(diffusion)]
+                assert by_data or work.done() == NOTHING
+                assert torch.equal(images[0], as_anew(diffusion)) and work.done()
 
 
 def test_an_error_in_a_chain() -> None:
@@ -310,14 +315,55 @@ def test_it_is_of_one_network(work: Work) -> None:
     assert work.done()[1] == 1 and held() is None
 
 
+def test_nothing_is_kept_of_weights_that_are_gone() -> None:
+    diffusion = diffusion_of(network(**WIDE))
+    sizes = []
+    for _ in range(3):
+        sampled(diffusion)
+        sizes.append((len(diffusion.graphs.made), diffusion.graphs.made.num_bytes()))
+        diffusion.model.load_state_dict({k: v.clone() for k, v in diffusion.model.state_dict().items()}, assign=True)
+    assert len(set(sizes)) == 1
+    graphs, net = Graphs(), network()
+    plan, held = diffusion.plan(), weakref.ref(net)
+    ddpm_fast.sample(net, (2, 1, 8, 8), plan, seed=0, graphs=graphs)
+    graphs.clear()
+    del net
+    gc.collect()
+    assert held() is None
+
+
+def test_casts_count_as_memory() -> None:
+    diffusion = diffusion_of(network(fused=False, **WIDE))
+    weights = sum(p.nbytes for p in diffusion.model.parameters() if p.ndim == 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        sampled(diffusion)
+    assert diffusion.graphs.made.num_bytes() > weights / 2
+
+
+def test_who_wants_to_see_operators(work: Work) -> None:
+    """Sees all of them, and leaves nothing of that behind."""
+    diffusion, first = diffusion_of(network(**WIDE)), FlopCounterMode(display=False)
+    with first:
+        sampled(diffusion)
+    assert not len(diffusion.graphs.made)
+    expected = sampled(diffusion)
+    with FlopCounterMode(display=False) as second:
+        sampled(diffusion)
+    assert first.get_total_flops() == second.get_total_flops() > 0
+    work.done()
+    assert torch.equal(sampled(diffusion), expected) and work.done() == NOTHING
+
+
 def test_its_limits(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     diffusion = diffusion_of(network())
     for size in range(1, made.MOST_RECORDED + 2):
         sampled(diffusion, size)
     assert len(diffusion.graphs) == 1 and len(diffusion.graphs.made) > 0
-    monkeypatch.setattr(made, "MOST_KEPT", diffusion.graphs.made.num_bytes())
-    sampled(diffusion, made.MOST_RECORDED + 1)
-    assert len(diffusion.graphs.made) == len(diffusion.graphs) == 0
+    monkeypatch.setattr(made, "MOST_KEPT", 1000)
+    for callback, error in ((None, nullcontext()), (lambda k, x: {}[k], pytest.raises(KeyError))):
+        with error:
+            sampled(diffusion, made.MOST_RECORDED + 1, callback=callback)
+        assert len(diffusion.graphs.made) == len(diffusion.graphs) == 0
 
 
 def test_short_chains_are_as_before(work: Work) -> None:

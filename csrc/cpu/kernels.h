@@ -96,7 +96,7 @@ struct DiffusionLoss {
 //   sampler_step, q_sample   as in ddpm_fast/reference
 //   timestep_embedding       sines and cosines of t times the frequencies; [num_samples, 2 half]
 //   ema_update               average += weight (value - average), for each stretch
-//   digests                  a number for each of the pieces that any change of its bits, or of their order, changes
+//   digests                  a number for each of the pieces, which a change of its bits or of their order changes
 //   attention                softmax(q k' scale) v
 //   conv3x3                  as in ddpm_fast/reference, of weights that conv3x3_weights laid out; conv3x3_room tells how
 //                            many numbers these are; conv3x3_gradient is that of the weight

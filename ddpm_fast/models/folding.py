@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _native
-from ..ops._conv3x3 import CODES
+from ..ops._conv3x3 import CODES, KINDS
 from .norms import Activation, groups_of, name_of, norm_act
 from .sums import Sum
 from .weights import convolve3x3, in_tiles
@@ -24,13 +24,24 @@ def normed_conv3x3(
     residual: Tensor | None = None,
 ) -> Sum:
     """conv(activation(norm(x + add))) + residual, where sums are not made later."""
-    tiled = in_tiles(conv, x.x, residual)
-    rows: Any = () if tiled is None or x.moments is None else _rows(x.x, x.moments, norm, activation, add)
-    h = x.x if rows else norm_act(norm, activation, x.x, add=add)
+    bias = conv.bias if with_bias else None
+    if x.moments is not None:
+        tiled = in_tiles(conv, x.x, residual)
+        rows = () if tiled is None else _rows(x.x, x.moments, norm, activation, add)
+        if tiled is not None and rows:
+            moments = _room(x.x, conv.out_channels)
+            return Sum(tiled(x.x, bias, residual, rows, moments), own=True, moments=moments)
+    h = norm_act(norm, activation, x.x, add=add)
+    tiled = in_tiles(conv, h, residual)
     if tiled is None:
         return Sum(convolve3x3(h, conv, with_bias, residual), own=True)
-    moments = torch.empty((2, h.shape[0], conv.out_channels), device="cpu")
-    return Sum(tiled(h, conv.bias if with_bias else None, residual, rows, moments), own=True, moments=moments)
+    moments = _room(h, conv.out_channels)
+    return Sum(tiled(h, bias, residual, (), moments), own=True, moments=moments)
+
+
+def _room(x: Tensor, channels: int) -> Tensor:
+    """For two numbers of each image and channel."""
+    return torch.empty((2, x.shape[0], channels), dtype=torch.float32, device="cpu")
 
 
 def _rows(x: Tensor, moments: Tensor, norm: Any, activation: Activation, add: Tensor | None) -> Any:
@@ -38,9 +49,11 @@ def _rows(x: Tensor, moments: Tensor, norm: Any, activation: Activation, add: Te
     groups, name = groups_of(norm), name_of(activation)
     if not groups or name is None:
         return ()
-    n, channels, height, width = x.shape
-    rows = torch.empty((2, n, channels), device="cpu")
     parameters = (norm.weight, norm.bias, add)
+    if _native.unfit(*parameters) or not all(p is None or p.dtype in KINDS and p.is_contiguous() for p in parameters):
+        return ()
+    n, channels, height, width = x.shape
+    rows = _room(x, channels)
     kernel = _native.kernel("norm_of_moments")
     kernel(rows, moments, parameters, groups, float(height * width), norm.eps, _native.threads())
     return rows, CODES[name]

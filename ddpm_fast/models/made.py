@@ -92,13 +92,18 @@ class Kept(Table):
         self._noted.clear()
 
     def num_bytes(self) -> int:
-        """How much memory all but the recorded calls take, about: views of weights count, too."""
-        return sum(_num_bytes(e.value) for e in self.values())
+        """How much memory it takes beside the weights."""
+        held = [t for e in self.values() for t in _tensors(e.value)]
+        held += [t for call in self.recorded.values() for t in call.held]
+        memory = {_memory(t): t.nbytes for t in held}
+        given = {_memory(noted.tensor) for noted in self._noted.values() if noted.digest is not None}
+        rooms = sum(call.num_bytes for call in self.recorded.values())
+        return rooms + sum(size for place, size in memory.items() if place not in given)
 
     @contextmanager
     def for_a_chain(self) -> Iterator[Table]:
         """This table, up to date; another one within a chain of the same, and where no change would be seen."""
-        if not _native.wanted() or not self._lock.acquire(blocking=False):
+        if not _native.wanted() or _native.in_the_way() or not self._lock.acquire(blocking=False):
             yield Table()
             return
         try:
@@ -109,9 +114,9 @@ class Kept(Table):
                 self.recorded.clear()
             self._settings = settings
             yield self
-            if self.num_bytes() + sum(call.num_bytes for call in self.recorded.values()) > MOST_KEPT:
-                self.clear()
         finally:
+            if self.num_bytes() > MOST_KEPT:
+                self.clear()
             self._lock.release()
 
     def _changed(self) -> bool:
@@ -122,10 +127,14 @@ class Kept(Table):
         return [noted.digest for noted in before] != [noted.digest for noted in now]
 
 
-def _num_bytes(value: Any) -> int:
+def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, (tuple, list)):
-        return sum(map(_num_bytes, value))
-    return cast(int, value.nbytes if isinstance(value, Tensor) else value.num_bytes())
+        return [t for part in value for t in _tensors(part)]
+    return [value] if isinstance(value, Tensor) else value.tensors()
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
 
 
 _MADE: ContextVar[Table | None] = ContextVar("ddpm_fast_made_of_weights", default=None)

@@ -43,6 +43,7 @@ class Pass:
         if type(layer) in (Downsample, Upsample) and is_untouched(layer):
             return cast(Downsample | Upsample, layer).summed(x)
         h = (x if skip is None else x.joined(skip)).tensor()
+        x.moments = None  # it may write into what it is given, which may be a skip, too
         # Only residual blocks know of a noise state, unless they were replaced or wrapped.
         more: dict[str, Any] = {}
         if self.noise_state is not None and takes_noise_state(layer):

@@ -63,7 +63,7 @@ class Prepared:
         self._kind = torch.float32 if self.packs and widens(dtype) else dtype  # in which it computes
         self.bias = None if bias is None else bias.detach().to(self._kind)
         self.filters = weight.shape[2:] == (3, 3) and stride == (1, 1) and padding == (1, 1)
-        self._packed: Tensor | None = None
+        self._packed: dict[torch.Size, Tensor] = {}  # by x's shape, which decides how
         self._laid_out: dict[Way, Tensor] = {}
         self._ways: dict[torch.Size, _Run] = {}  # by x's shape
 
@@ -110,10 +110,10 @@ class Prepared:
             return self._packing
         return self._multiplying if self.pointwise and (not x.is_cpu or small and n > 1) else self._plain
 
-    def num_bytes(self) -> int:
-        """Of all that it has laid out."""
-        made = [*self._laid_out.values(), self._packed, self.bias, self.__dict__.get("weight")]
-        return sum(t.nbytes for t in made if t is not None)
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        held = [self._given, self.bias, self.__dict__.get("weight"), *self._laid_out.values(), *self._packed.values()]
+        return [t for t in held if t is not None]
 
     def transformed(self) -> int:
         """Bytes of its weights that were transformed for tiles."""
@@ -137,12 +137,14 @@ class Prepared:
         return plus(F.linear(x.permute(0, 2, 3, 1), self.matrix, bias).permute(0, 3, 1, 2), residual)
 
     def _packing(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        if self._packed is None:
+        packed = self._packed.get(x.shape)
+        if packed is None:
             pack: Any = _C._nn.mkldnn_reorder_conv2d_weight
-            self._packed = pack(self._given.to_mkldnn(self._kind), self.padding, self.stride, (1, 1), 1, x.shape)
+            packed = pack(self._given.to_mkldnn(self._kind), self.padding, self.stride, (1, 1), 1, x.shape)
+            self._packed[x.shape] = packed
         # What torch's own compiler calls where weights are frozen.
         y: Tensor = torch.ops.mkldnn._convolution_pointwise.default(
-            x, self._packed, bias, self.padding, self.stride, (1, 1), 1, "none", (), ""
+            x, packed, bias, self.padding, self.stride, (1, 1), 1, "none", (), ""
         )
         return plus(y, residual)
 

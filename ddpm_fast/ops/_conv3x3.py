@@ -158,6 +158,8 @@ def rejects(
     for value in (x, weight, bias, x2, residual):
         if value is not None and (value.dtype not in KINDS or kind not in KINDS):
             return f"takes {_native.dtype_names(tuple(KINDS))}, got {value.dtype}"
+    if norm is not None and x.dtype != kind:
+        return f"takes a norm of images in {kind}, in which it computes, got {x.dtype}"
     alike = x2 is None or x2.dtype == x.dtype or torch.is_autocast_enabled("cpu")
     if not alike or (residual is not None and residual.dtype != kind):
         return f"takes images of one dtype, and a residual of {kind}, in which it computes"
@@ -198,7 +200,7 @@ def run(
     tensors = (x, weight, bias, x2, residual)
     how = (way if way.tile else Way(2), computed_in(x))  # where it is forced, in the tiles that round least
     if stats:
-        moments = torch.empty((2, x.shape[0], weight.shape[0]), device="cpu")
+        moments = torch.empty((2, x.shape[0], weight.shape[0]), dtype=torch.float32, device="cpu")
         return _forward(*tensors, *how, norm, moments), *moments.unbind()
     if norm is not None:
         return _forward(*tensors, *how, norm)

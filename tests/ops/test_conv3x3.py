@@ -37,7 +37,7 @@ def test_against_reference(backend, dtype, layout, shape, poison_empty) -> None:
         options["factors"] = (5, 5)  # of Winograd's filtering, docs/convolution.md
     for tensors, static in [(base, {}), (every, {}), (every, {"norm": norm}), (every, {"stats": True})]:
         if backend == "native" and static:
-            continue  # it has no gradient of these: tests/ops/test_conv3x3_native.py
+            continue  # it has no gradient of these: test_conv3x3_norm.py
         check(ops.conv3x3, reference.conv3x3, tensors, static, wrt=list(tensors), **options)
 
 

@@ -106,6 +106,20 @@ def test_where_it_runs() -> None:
     assert torch.autograd.grad(ops.conv3x3(**tensors, norm=norm).sum(), x)[0].shape == x.shape
 
 
+def test_what_is_left_to_the_reference() -> None:
+    """Images that autocast would round before they are normalised."""
+    tensors, norm = given(SHAPES[4], FLOAT, "silu")
+    with torch.autocast("cpu", torch.bfloat16), ops.use_backend("native"):
+        with pytest.raises(RuntimeError, match="native: takes a norm of images in torch.bfloat16"):
+            ops.conv3x3(**tensors, norm=norm)
+    try:
+        torch.set_default_dtype(torch.float64)
+        with ops.use_backend("native"):
+            assert all(t.dtype is FLOAT for t in ops.conv3x3(**tensors, norm=norm, stats=True))
+    finally:
+        torch.set_default_dtype(FLOAT)
+
+
 def test_what_the_kernel_refuses() -> None:
     tensors, norm = given(SHAPES[1], FLOAT, "silu")
     way, k, n, c = Way(2), 3, 2, 5
@@ -126,7 +140,7 @@ def test_what_the_kernel_refuses() -> None:
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
-@pytest.mark.parametrize(("channels", "groups"), [(1, 1), (12, 4), (32, 32), (70, 7), (256, 32)])
+@pytest.mark.parametrize(("channels", "groups"), [(1, 1), (12, 4), (32, 32), (70, 7), (2048, 32)])
 @pytest.mark.parametrize("isa", _C.isas())
 def test_a_norm_of_moments(isa: str, channels: int, groups: int, dtype: torch.dtype) -> None:
     """The one over groups; parameters of any kind that there are."""
