@@ -5,6 +5,7 @@
 
 #include "cpu/conv3x3.h"
 #include "dispatch.h"
+#include "images.h"
 #include "tensors.h"
 
 namespace ddpm::cpu {
@@ -60,6 +61,56 @@ inline Image image_of(const Tensor& tensor, const char* name, const Tensor& like
     throw py::value_error(std::string(name) + ": not in channels_last");
   }
   return {tensor.data, stride[0], 1, pixel};
+}
+
+// The weights are as conv3x3_weights laid them out, `transformed` for this tile or not. `norm` is empty, or has scale
+// and shift, [2, N, C], and an activation; `moments` is None, or where y's mean and squares around it go, [2, N, K].
+inline Conv3x3 convolution_of(py::handle x, py::handle x2, const py::tuple& norm, py::handle weights, py::handle bias,
+                              py::handle residual, py::handle y, py::handle moments, int64_t tile, bool transformed,
+                              const Kernels& kernels) {
+  const Tensor from(x, "x"), more(x2, "x2"), laid_out(weights, "weights"), add(bias, "bias"), sum(residual, "residual"),
+      to(y, "y");
+  if (!from.given || from.dims != 4 || !to.given || to.dims != 4) throw py::value_error("x, y: not of four dimensions");
+  if (more.given && more.dims != 4) throw py::value_error("x2: not of four dimensions");
+  Conv3x3 of{};
+  of.images = from.size[0];
+  of.height = from.size[2];
+  of.width = from.size[3];
+  of.channels_1 = from.size[1];
+  of.channels = of.channels_1 + (more.given ? more.size[1] : 0);
+  of.out_channels = to.size[1];
+  of.half = is_half(from, "x");
+  of.tile = checked_tile(tile, false);
+  of.transformed = transformed;
+  of.x = image_of(from, "x", from, of.channels_1);
+  of.x2 = image_of(more, "x2", from, of.channels - of.channels_1);
+  of.y = image_of(to, "y", from, of.out_channels);
+  of.residual = image_of(sum, "residual", from, of.out_channels);
+  Conv3x3Weights expected{};
+  expected.channels = of.channels;
+  expected.out_channels = of.out_channels;
+  expected.tile = transformed ? of.tile : 0;
+  expected.half = of.half;
+  int64_t numbers;
+  kernels.conv3x3_room(expected, &numbers);
+  if (is_half(laid_out, "weights") != of.half || !laid_out.contiguous() || laid_out.elements() != numbers) {
+    throw py::value_error("weights: not laid out for these channels and tiles");
+  }
+  if (add.given && (add.dtype != Dtype::float32 || add.elements() != of.out_channels || !add.contiguous())) {
+    throw py::value_error("bias: not float32 [K]");
+  }
+  of.weights = laid_out.data;
+  if (!norm.empty()) {
+    of.scale = numbers_of(Tensor(norm[0], "norm"), "norm", {2, of.images, of.channels});
+    of.shift = of.scale + of.images * of.channels;
+    of.activation = activation_of(py::cast<int>(norm[1]));
+  }
+  if (!moments.is_none()) {
+    of.mean = numbers_of(Tensor(moments, "moments"), "moments", {2, of.images, of.out_channels});
+    of.squares = of.mean + of.images * of.out_channels;
+  }
+  of.bias = static_cast<const float*>(add.data);
+  return of;
 }
 
 }  // namespace ddpm::cpu

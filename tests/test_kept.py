@@ -98,7 +98,8 @@ def test_other_conditions(work: Work) -> None:
         for guidance in (None, 2.0):
             images = sampled(diffusion, y=y, guidance=guidance)
             done = work.done()
-            assert torch.equal(images, as_anew(diffusion, y=y, guidance=guidance)) and work.done()
+            assert torch.equal(images, as_anew(diffusion, y=y, guidance=guidance))
+            work.done()
     assert done == NOTHING and len(diffusion.graphs) > 1
 
 
@@ -114,7 +115,8 @@ def test_other_image_conditions(work: Work) -> None:
         for cond in (torch.randn(2, 2, 8, 8), torch.randn(1, 2, 8, 8).expand(2, -1, -1, -1), last):
             images = sampled(diffusion, cond=cond)
             done = work.done()
-            assert torch.equal(images, sampled(image_conditions(net), cond=cond)) and work.done()
+            assert torch.equal(images, sampled(image_conditions(net), cond=cond))
+            work.done()
     assert done == NOTHING
 
 
@@ -271,7 +273,8 @@ def test_a_callback_that_trains(bf16: bool, fused: bool | None, work: Work) -> N
             for _ in range(2):
                 images = [sampled(diffusion)]
                 assert by_data or work.done() == NOTHING
-                assert torch.equal(images[0], as_anew(diffusion)) and work.done()
+                assert torch.equal(images[0], as_anew(diffusion))
+                work.done()
 
 
 def test_an_error_in_a_chain() -> None:

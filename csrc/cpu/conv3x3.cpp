@@ -2,7 +2,8 @@
 // by position of a tile, for a few output channels at a time, and transformed back while it is in the second cache. Weights
 // that were transformed beforehand go by once a block. Others are transformed here, piece by piece, and forgotten.
 #include "kernels.h"
-#include "tiles.h"
+#include "moments.h"
+#include "strips.h"
 
 namespace ddpm::cpu::DDPM_ISA {
 namespace {
@@ -10,7 +11,6 @@ namespace {
 constexpr int64_t kGroup = kVec >= 16 ? 2 : 4;    // panels of transformed weights that are used at once
 constexpr int64_t kAtOnce = 256;                  // input channels whose weights are transformed at once in the kernel
 constexpr int64_t kFetches = up(kPanel * 4, 64);  // lines that a step's weights take
-constexpr int64_t kMoments = 3;                   // numbers of a channel: a pivot, and sum and squares less that
 constexpr int64_t kTiles = 32;                    // of a block; twice as many where weights are transformed for each
 
 // Channels as weights have them.
@@ -70,7 +70,8 @@ class Convolution {
         panels_(up(of.out_channels, kPanel)),
         group_(of.transformed ? kGroup : 1),
         piece_(of.transformed ? of.channels : least(kAtOnce, of.channels)),
-        moments_(of.mean != nullptr ? up(of.out_channels, kVec) * kVec : 0) {}
+        strips_(of, tiles_),
+        moments_(of, tiles_) {}
 
   void run(int threads) {
     const int64_t most = of_.transformed ? kTiles : 2 * kTiles, groups = up(panels_, group_);
@@ -81,7 +82,7 @@ class Convolution {
       float* const room = room_of(v_.floats() + threads * each);
       T* const v = reinterpret_cast<T*>(room);
       for (int64_t first = 0; first < tiles_.count; first += v_.rows) {
-        const int64_t count = least(tiles_.count - first, v_.rows), together = normed() ? up(count, threads) : 1;
+        const int64_t count = least(tiles_.count - first, v_.rows), together = strips_.wanted() ? up(count, threads) : 1;
         parallel_ranked(up(count, together), threads, [&](int64_t part, int rank) {
           const int64_t row = part * together;
           transform(first + row, least(count - row, together), row, v, room + v_.floats() + rank * each);
@@ -90,7 +91,7 @@ class Convolution {
           multiply(group, first, count, v, room + v_.floats() + rank * each);
         });
       }
-      return conclude(threads);
+      return moments_.conclude(threads);
     }
     const int64_t share = up(up(tiles_.count, most), threads) * threads;  // blocks, as many for each thread
     v_.rows = up(tiles_.count, share);
@@ -103,7 +104,7 @@ class Convolution {
       transform(first, count, 0, v, own + v_.floats());
       for (int64_t group = 0; group < groups; ++group) multiply(group, first, count, v, own + v_.floats());
     });
-    conclude(threads);
+    moments_.conclude(threads);
   }
 
  private:
@@ -112,18 +113,17 @@ class Convolution {
   // Room for the call, after zeros for the pixels outside of an image, and the moments.
   float* room_of(int64_t count) {
     const int64_t outside = whole_pages(of_.channels + kVec);
-    const int64_t segments = up(tiles_.count, v_.rows) + of_.images;
-    const int64_t moments = whole_pages(segments * kMoments * moments_);
+    const int64_t moments = moments_.size(v_.rows);
     float* const room = kept(outside + moments + count);
     std::memset(room, 0, size_t(outside) * sizeof(float));
     zeros_ = reinterpret_cast<const T*>(room);
-    of_segments_ = room + outside;
+    moments_.lie_in(room + outside);
     return room + outside + moments;
   }
 
   // What a thread needs beside transformed tiles: a strip, and when that is done weights and sums.
   int64_t own_size() const {
-    const int64_t strip = strip_size(), rest = u_size() + m_size();
+    const int64_t strip = strips_.size(v_.rows), rest = u_size() + m_size();
     return strip > rest ? strip : rest;
   }
   // Sums are [rows][panels of a group, in halves][positions].
@@ -134,90 +134,12 @@ class Convolution {
 
   // Tiles to rows of v.
   void transform(int64_t tile, int64_t count, int64_t row, T* v, float* room) const {
-    if (normed()) {
-      T* const strip = reinterpret_cast<T*>(room);
-      switch (of_.activation) {
-        case Activation::none: return normalise<Activation::none>(tile, count, row, v, strip);
-        case Activation::silu: return normalise<Activation::silu>(tile, count, row, v, strip);
-        case Activation::relu: return normalise<Activation::relu>(tile, count, row, v, strip);
-        case Activation::mish: return normalise<Activation::mish>(tile, count, row, v, strip);
-      }
-    }
+    if (strips_.wanted()) return strips_.transform(tile, count, v_, row, v, reinterpret_cast<T*>(room));
     for (const int64_t end = tile + count; tile < end; ++tile, ++row) {
       const auto at = tiles_.place(tile);
       tiles_.template transform<OfX>(of_.x, at, zeros_, 0, of_.channels_1, v_, row, v);
       if (of_.channels_1 < of_.channels) {
         tiles_.template transform<OfX>(of_.x2, at, zeros_, of_.channels_1, of_.channels, v_, row, v);
-      }
-    }
-  }
-
-  bool normed() const { return of_.scale != nullptr; }
-
-  // Pixels of so many tiles with those around them: as many rows of tiles as are complete.
-  int64_t strip_size() const {
-    if (!normed()) return 0;
-    const int64_t wide = least(v_.rows, tiles_.across()), high = v_.rows / wide;
-    return whole_pages(up((high * M + 2) * (wide * N + 2) * kDepth, kStep<T>));
-  }
-
-  // The same with scale, shift and activation: of a rectangle of tiles at a time, so that hardly a pixel is activated
-  // twice, and of a few channels.
-  template <Activation A>
-  void normalise(int64_t tile, int64_t count, int64_t row, T* v, T* strip) const {
-    const int64_t across = tiles_.across(), of_an_image = tiles_.of_an_image();
-    while (count > 0) {
-      const auto at = tiles_.place(tile);
-      const int64_t column = tile % across, whole = least(count, of_an_image - tile % of_an_image) / across;
-      const int64_t high = column == 0 && whole > 0 ? whole : 1;
-      const int64_t wide = high == 1 ? least(count, across - column) : across;
-      rectangle<A>(of_.x, at, high, wide, 0, of_.channels_1, row, v, strip);
-      if (of_.channels_1 < of_.channels) {
-        rectangle<A>(of_.x2, at, high, wide, of_.channels_1, of_.channels, row, v, strip);
-      }
-      tile += high * wide;
-      row += high * wide;
-      count -= high * wide;
-    }
-  }
-
-  // high x wide tiles of the channels [first, end), which are those of this image.
-  template <Activation A>
-  void rectangle(const Image& image, typename Tiles<T, M, N>::Place at, int64_t high, int64_t wide, int64_t first,
-                 int64_t end, int64_t row, T* v, T* strip) const {
-    const int64_t rows = high * M + 2, columns = wide * N + 2;
-    const T* const from = static_cast<const T*>(image.data) + at.image * image.image;
-    for (int64_t c = first; c < end; c += kDepth) {
-      const int64_t channels = least(end - c, kDepth);
-      const float *scale = of_.scale + at.image * of_.channels + c, *shift = of_.shift + at.image * of_.channels + c;
-      tiles<4>(channels, [&](int64_t lane, auto tile, int64_t last) DDPM_INLINED {
-        constexpr int V = decltype(tile)::value;
-        Floats x[V], a[V], b[V];
-        load_tile(a, scale + lane, last);
-        load_tile(b, shift + lane, last);
-        for (int64_t i = 0; i < rows; ++i) {
-          const int64_t y = at.y + i - 1;
-          for (int64_t j = 0; j < columns; ++j) {
-            const int64_t place = at.x + j - 1;
-            const bool inside = y >= 0 && y < of_.height && place >= 0 && place < of_.width;
-            if (inside) {
-              load_tile(x, from + (y * of_.width + place) * image.pixel + c - first + lane, last);
-              for (int k = 0; k < V; ++k) x[k] = activate<A, kPrecision<T>>(fma(x[k], a[k], b[k]));
-            } else {
-              for (int k = 0; k < V; ++k) x[k] = Floats{};
-            }
-            store_tile(strip + (i * columns + j) * kDepth + lane, x, last);
-          }
-        }
-      });
-      for (int64_t tile = 0; tile < high * wide; ++tile) {
-        const T* pixel[S][R];
-        for (int i = 0; i < S; ++i) {
-          for (int j = 0; j < R; ++j) {
-            pixel[i][j] = strip + ((tile / wide * M + i) * columns + tile % wide * N + j) * kDepth;
-          }
-        }
-        tiles_.template spread<OfX>(pixel, c, c + channels, v_, row + tile, v);
       }
     }
   }
@@ -250,52 +172,17 @@ class Convolution {
       }
     }
     const int64_t end = least(of_.out_channels, (from + panels) * kPanel);
-    int64_t image = -1;
+    int64_t image = -1;  // of the row before
     for (int64_t row = 0; row < rows; ++row) {
       const auto at = tiles_.place(first + row);
       const float* sums = m + row * group_ * 2 * kPositions * kVec;
       for (int64_t c = from * kPanel; c < end; c += kVec, sums += kPositions * kVec) {
-        if (moments_ == 0) {
-          write<false>(at, c, sums, nullptr, false);
-        } else {
-          write<true>(at, c, sums, segment(first / v_.rows, at.image) + c, at.image != image);
-        }
+        moments_.wanted() ? write<true>(at, c, sums, {first / v_.rows, at.image, at.image != image})
+                          : write<false>(at, c, sums, {});
       }
       image = at.image;
     }
   }
-
-  // What a block has of an image.
-  float* segment(int64_t block, int64_t image) const { return of_segments_ + (block + image) * kMoments * moments_; }
-
-  // The segments' moments to those of images, by Chan et al. 1979.
-  void conclude(int threads) const {
-    if (moments_ == 0) return;
-    const int64_t each = tiles_.of_an_image();
-    parallel(of_.images, threads, [&](int64_t image) {
-      float *mean = of_.mean + image * of_.out_channels, *squares = of_.squares + image * of_.out_channels;
-      double pixels = 0;
-      for (int64_t tile = image * each; tile < (image + 1) * each;) {
-        const int64_t block = tile / v_.rows, end = least((block + 1) * v_.rows, (image + 1) * each);
-        double more = 0;
-        for (; tile < end; ++tile) more += double(high(tiles_.place(tile)) * wide(tiles_.place(tile)));
-        const float *pivot = segment(block, image), *sum = pivot + moments_, *around = sum + moments_;
-        const double share = more / (pixels + more);
-        for (int64_t c = 0; c < of_.out_channels; ++c) {
-          const double part = double(sum[c]) / more, before = pixels == 0 ? 0.0 : double(mean[c]);
-          const double own = double(around[c]) - double(sum[c]) * part, apart = double(pivot[c]) + part - before;
-          mean[c] = float(before + apart * share);
-          const double rest = (own < 0 ? 0.0 : own) + apart * apart * share * pixels;
-          squares[c] = pixels == 0 ? float(rest) : float(double(squares[c]) + rest);
-        }
-        pixels += more;
-      }
-    });
-  }
-
-  // Of a tile's pixels those that are the image's.
-  int64_t high(typename Tiles<T, M, N>::Place at) const { return least(of_.height - at.y, M); }
-  int64_t wide(typename Tiles<T, M, N>::Place at) const { return least(of_.width - at.x, N); }
 
   // The rows in parts that fit the registers; the first ones fetch the next weights, if any, a line in each step.
   template <bool More>
@@ -314,11 +201,10 @@ class Convolution {
     });
   }
 
-  // A tile's sums of the output channels from c on to the result, with all that is added there; and to its segment's
-  // moments, of which it may be the first.
-  template <bool Moments>
-  void write(typename Tiles<T, M, N>::Place at, int64_t c, const float* m, float* moments, bool first) const {
-    const int64_t count = least(of_.out_channels - c, kVec), high = this->high(at), wide = this->wide(at);
+  // A tile's sums of the output channels from c on to the result, with all that is added there; and to the moments.
+  template <bool Counted>
+  void write(typename Tiles<T, M, N>::Place at, int64_t c, const float* m, Segment of) const {
+    const int64_t count = least(of_.out_channels - c, kVec), high = tiles_.high(at), wide = tiles_.wide(at);
     const auto pixel = [&](const Image& image) {
       return static_cast<T*>(image.data) + at.image * image.image + (at.y * of_.width + at.x) * image.pixel + c;
     };
@@ -340,7 +226,7 @@ class Convolution {
         const int64_t p = i * of_.width + j;
         Floats sum = out[j] + bias;
         if (residual != nullptr) sum += load_some(residual + p * of_.residual.pixel, count);
-        if (Moments) all[i][j] = stored(sum);
+        if (Counted) all[i][j] = stored<T>(sum);
         if (count == kVec) {
           store(y + p * of_.y.pixel, sum);
         } else {
@@ -348,45 +234,16 @@ class Convolution {
         }
       }
     }
-    if constexpr (!Moments) return;
-    const auto each = [&](const auto& body) DDPM_INLINED {
-      for (int64_t i = 0; i < high; ++i) {
-        for (int64_t j = 0; j < wide; ++j) body(all[i][j]);
-      }
-    };
-    Floats pivot{}, sum{}, squares{};
-    if (first) {
-      each([&](Floats x) { pivot += x; });
-      pivot *= 1.0f / float(high * wide);
-      store(moments, pivot);
-    } else {
-      pivot = load(moments);
-    }
-    each([&](Floats x) {
-      const Floats d = x - pivot;
-      sum += d;
-      squares = fma(d, d, squares);
-    });
-    float *const sums = moments + moments_, *const more = sums + moments_;
-    store(sums, first ? sum : load(sums) + sum);
-    store(more, first ? squares : load(more) + squares);
-  }
-
-  // As it is in memory.
-  static Floats stored(Floats x) {
-    if constexpr (sizeof(T) == sizeof(float)) return x;
-    T rounded[kVec];
-    store(rounded, x);
-    return load(rounded);
+    if constexpr (Counted) moments_.add(c, of, all, high, wide);
   }
 
   const Conv3x3& of_;
   const Tiles<T, M, N> tiles_;
   Matrices<T, M, N> v_;  // of a block
   const int64_t panels_, group_, piece_;
-  const int64_t moments_;  // channels in a segment's moments; 0 where nobody wants them
+  const Strips<T, M, N> strips_;
+  Moments<T, M, N> moments_;
   const T* zeros_ = nullptr;
-  float* of_segments_ = nullptr;
 };
 
 float number(const Conv3x3Weights& w, int64_t at) {

@@ -122,6 +122,9 @@ class Tiles {
 
   int64_t across() const { return across_; }
   int64_t of_an_image() const { return down_ * across_; }
+  // Of a tile's pixels those that are the image's.
+  int64_t high(Place at) const { return least(height_ - at.y, M); }
+  int64_t wide(Place at) const { return least(width_ - at.x, N); }
 };
 
 }  // namespace

@@ -3,7 +3,8 @@
 On a GPU a convolution's bias is a pass over its result, and a residual connection another one. So there a layer leaves
 both to whoever reads the result: the next norm adds them in the pass that it makes anyway, storing the sum of the two
 tensors on the way, while biases, [C] numbers, are only ever added to each other. A skip is a second tensor to read, and
-no concatenation. On a CPU a convolution adds its bias while it writes, and nothing is left for later.
+no concatenation. On a CPU a convolution adds its bias while it writes, and nothing is left for later; in chains it may
+tell the moments of what it wrote, of which the next norm is made (folding.py).
 """
 
 from collections.abc import Callable, Sequence

@@ -26,7 +26,7 @@ SHAPES = [
     (3, 1, 63, 3, 8, 9),  # the second image's channels lie across vectors
     (1, 70, 59, 70, 12, 13),  # and across those that lie together, an odd number in all
     (5, 8, 0, 3, 37, 41),  # several blocks for each thread, which begin and end within rows of tiles
-    (1, 64, 6, 130, 26, 22),  # few tiles: threads share them
+    (1, 64, 6, 130, 26, 22),  # few tiles of four columns: threads share them
 ]
 
 
