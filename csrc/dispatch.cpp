@@ -5,7 +5,7 @@
 
 namespace ddpm::cpu {
 
-// CMake defines DDPM_HAS_<set> for each set that it builds; one above another needs that too.
+// CMake defines DDPM_HAS_<set> for each set that it builds, and DDPM_EMULATED where the last one is made of AVX2.
 #define DDPM_SET(set)            \
   namespace set {                \
   extern const Kernels kernels;  \
@@ -18,19 +18,25 @@ DDPM_SET(avx512bf16)
 
 namespace {
 
+#if defined(DDPM_EMULATED)
+constexpr bool kEmulated = true;
+#else
+constexpr bool kEmulated = false;
+#endif
+
 std::vector<const Kernels*> tables() {
   std::vector<const Kernels*> found = {&baseline::kernels};
 #if defined(DDPM_HAS_avx2)
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (has_avx2) found.push_back(&avx2::kernels);
+  [[maybe_unused]] const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
 #if defined(DDPM_HAS_avx512)
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
   if (has_avx512) found.push_back(&avx512::kernels);
-#if defined(DDPM_HAS_avx512bf16)
-  const bool has_bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
-  if (has_avx512 && has_bf16) found.push_back(&avx512bf16::kernels);
 #endif
+#if defined(DDPM_HAS_avx512bf16)
+  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+  if (kEmulated ? has_avx2 : has_bf16) found.push_back(&avx512bf16::kernels);
 #endif
 #endif
   return found;

@@ -59,6 +59,7 @@ def test_the_clock_leaves_room_for_a_step_like_the_longest(monkeypatch: pytest.M
         clock.check()
 
 
+@pytest.mark.minutes
 def test_the_parts_walk_through_on_a_cpu(tmp_path: Path) -> None:
     """In a process of its own, from anywhere, then again with nothing left to do: train is as sample."""
     parts, kind = ["tune", "ops", "sample", "profile"], "bf16" if onednn_takes_bf16() else "float32"

@@ -76,7 +76,7 @@ def built(folder: Path) -> Path:
     return module
 
 
-@pytest.mark.compiling
+@pytest.mark.minutes
 def test_kernels_on_a_cpu_under_sanitizers(preload: str) -> None:
     environment = {
         "LD_PRELOAD": preload,

@@ -322,7 +322,7 @@ def compiled(*options: str, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.compiling
+@pytest.mark.minutes
 def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     """No forward kernel spills, and what should have accesses of 16 bytes has them: benchmarks/aot.py says which."""
     rows = compiled("--targets", "sm_80", "sm_90", folder=tmp_path)
