@@ -114,7 +114,7 @@ class Heads {
   static void products(int64_t rows, Rows<float> v, const float* u, int64_t steps, Sums to) {
     in_parts(rows, [&](int64_t first, int64_t count) {
       product_of<false, false>(count, {v.data + first * kDepth, v.block}, u, steps,
-                               {to.data + first * to.row, to.row, to.half}, nullptr);
+                               {to.data + first * to.row, to.row, to.half}, nullptr, 0);
     });
   }
 

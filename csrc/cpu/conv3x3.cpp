@@ -8,10 +8,9 @@
 namespace ddpm::cpu::DDPM_ISA {
 namespace {
 
-constexpr int64_t kGroup = kVec >= 16 ? 2 : 4;    // panels of transformed weights that are used at once
-constexpr int64_t kAtOnce = 256;                  // input channels whose weights are transformed at once in the kernel
-constexpr int64_t kFetches = up(kPanel * 4, 64);  // lines that a step's weights take
-constexpr int64_t kTiles = 32;                    // of a block; twice as many where weights are transformed for each
+constexpr int64_t kGroup = kVec >= 16 ? 2 : 4;  // panels of transformed weights that are used at once
+constexpr int64_t kAtOnce = 256;                // input channels whose weights are transformed at once in the kernel
+constexpr int64_t kTiles = 32;                  // of a block; twice as many where weights are transformed for each
 
 // Channels as weights have them.
 template <class T>
@@ -184,20 +183,20 @@ class Convolution {
     }
   }
 
-  // The rows in parts that fit the registers; the first ones fetch the next weights, if any, a line in each step.
+  // The rows in parts that fit the registers. The first ones fetch the next weights, if any, a line in each step; a single
+  // one all of their lines, as the weights of few rows are what takes the time.
   template <bool More>
   void products(int64_t rows, const T* v, const T* u, int64_t channels, float* m, const T* next) const {
-    const char *ahead = reinterpret_cast<const char*>(next), *const first_ahead = ahead;
-    const int64_t lines = up(channels, kStep<T>) * 64;
+    const int64_t at_once = rows <= kRows ? kFetches : 1;
+    const char* ahead = reinterpret_cast<const char*>(next);
+    int64_t left = next != nullptr ? kFetches : 0;  // of a step's lines
     in_parts(rows, [&](int64_t row, int64_t count) {
       const Rows<T> of{v + row * kDepth, v_.block()};
       const Sums to{m + row * group_ * kPanel * kPositions, group_ * kPanel * kPositions, kPositions * kVec};
-      if (next != nullptr && ahead < first_ahead + kFetches * lines) {
-        product_of<More, true>(count, of, u, channels, to, ahead);
-        ahead += lines;
-      } else {
-        product_of<More, false>(count, of, u, channels, to, ahead);
-      }
+      if (left == 0) return product_of<More, false>(count, of, u, channels, to, nullptr, 0);
+      product_of<More, true>(count, of, u, channels, to, ahead, at_once * kLine);
+      ahead += up(channels, kStep<T>) * at_once * kLine;
+      left -= at_once;
     });
   }
 

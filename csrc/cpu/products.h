@@ -11,6 +11,8 @@ namespace {
 constexpr int64_t kPanel = 2 * kVec;        // output channels of a panel
 constexpr int64_t kDepth = 64;              // input channels that lie together in a row
 constexpr int kRows = kVec >= 16 ? 12 : 6;  // most rows at once: two sums each are in registers
+constexpr int64_t kLine = 64;               // bytes that are fetched at once
+constexpr int kFetches = kPanel * 4 / kLine > 1 ? 2 : 1;  // lines that a step's weights take
 
 constexpr int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -78,9 +80,10 @@ struct Sums {
 
 // to = v u, or where more is set to += v u, of R rows and so many channels of u, [channels][kPanel]. Float32 sums of kDepth
 // channels are added up, as one chain of all of them would round more; bf16 products have lost more than that before. If it
-// is asked to, it meanwhile fetches what lies ahead, a line in each step.
+// is asked to, it meanwhile fetches what lies ahead, as many bytes in each step: a line, or as many lines as its weights.
 template <int R, bool More, bool Fetch, class T>
-__attribute__((noinline)) void product(Rows<T> v, const T* u, int64_t channels, Sums to, const char* ahead) {
+__attribute__((noinline)) void product(Rows<T> v, const T* u, int64_t channels, Sums to, const char* ahead,
+                                       int64_t bytes) {
   constexpr bool kInParts = sizeof(T) == sizeof(float);
   Floats sum[R][2];
   for (int r = 0; r < R; ++r) {
@@ -94,7 +97,8 @@ __attribute__((noinline)) void product(Rows<T> v, const T* u, int64_t channels, 
     for (int64_t c = 0; c < count; c += kStep<T>, u += kPanel * kStep<T>) {
       if (Fetch) {
         __builtin_prefetch(ahead, 0, 2);
-        ahead += 64;
+        if (kFetches > 1) __builtin_prefetch(ahead + bytes - kLine, 0, 2);
+        ahead += bytes;
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
@@ -116,9 +120,9 @@ __attribute__((noinline)) void product(Rows<T> v, const T* u, int64_t channels, 
 
 // As `product`, of `rows` in [1, kRows].
 template <bool More, bool Fetch, class T, int R = kRows>
-inline void product_of(int64_t rows, Rows<T> v, const T* u, int64_t channels, Sums to, const char* ahead) {
-  if (rows == R) return product<R, More, Fetch>(v, u, channels, to, ahead);
-  if constexpr (R > 1) product_of<More, Fetch, T, R - 1>(rows, v, u, channels, to, ahead);
+inline void product_of(int64_t rows, Rows<T> v, const T* u, int64_t channels, Sums to, const char* ahead, int64_t bytes) {
+  if (rows == R) return product<R, More, Fetch>(v, u, channels, to, ahead, bytes);
+  if constexpr (R > 1) product_of<More, Fetch, T, R - 1>(rows, v, u, channels, to, ahead, bytes);
 }
 
 // to = v' u, or where more is set to += v' u, of R neighbouring columns of v and a panel of u, both with rows kDepth apart.
