@@ -71,6 +71,7 @@ clean: ## remove .venv and everything built
 $(READY): pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { echo "Python 3.10 or newer is needed; name one: make PYTHON=python3.11"; exit 1; }
 	@$(PYTHON) -c "import ensurepip, venv" || { echo "$(PYTHON) can't make virtual environments. On Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
+	@echo "Installing into $(VENV) and compiling the kernels; this takes some minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q -c constraints.txt torch setuptools pybind11 cmake ninja
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"

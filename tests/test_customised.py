@@ -12,6 +12,9 @@ from toys import BETAS, Pixelwise, pixelwise, small
 
 import benchmarks.original as original
 from ddpm_fast import Diffusion, ResidualBlock, UNet
+from ddpm_fast.models.attention import AttentionBlock
+from ddpm_fast.models.layers import Downsample, PositionalEmbedding
+from ddpm_fast.models.upsampling import NearestUpsample, Upsample
 
 X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 T = torch.tensor([3, 5])
@@ -64,6 +67,35 @@ def test_a_replaced_forward_of_a_layer_is_called(name: str) -> None:
     old, before = layer.forward, block(x)
     layer.forward = lambda x: old(x).square()
     assert not torch.allclose(block(x), before, atol=1e-3)
+
+
+OURS = [ResidualBlock, AttentionBlock, Downsample, Upsample, NearestUpsample, PositionalEmbedding]
+STOCK = [nn.GroupNorm, nn.Conv2d, nn.Linear, nn.Dropout, nn.Sequential, nn.Identity, nn.SiLU]
+
+
+@pytest.mark.parametrize("cls", OURS + STOCK)
+def test_a_replaced_forward_of_a_class_is_called(cls: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for each of its modules and each call of the network; also after chains that could skip it."""
+    net = unet(attention_resolutions=(1,))
+    diffusion, number, calls = Diffusion(net, (8, 8), 1, None, BETAS), sum(type(m) is cls for m in net.modules()), []
+    before, plain = diffusion.sample(2, "cpu", seed=1, use_ema=False), cls.forward
+
+    def forward(self, *args):
+        calls.append(type(self) is cls)
+        y = plain(self, *args)
+        return y if isinstance(self, nn.Sequential) else 0.5 * y
+
+    monkeypatch.setattr(cls, "forward", forward)
+    net(X, T)
+    assert sum(calls) == number > 0
+    diffusion.train()(X)
+    assert sum(calls) == 2 * number
+    for chain in (1, 2):
+        images = diffusion.sample(2, "cpu", seed=1, use_ema=False)
+        assert sum(calls) == (2 + chain * len(BETAS)) * number
+    assert torch.allclose(images, before, atol=1e-4) == (cls is nn.Sequential)
+    monkeypatch.undo()
+    assert torch.equal(diffusion.sample(2, "cpu", seed=1, use_ema=False), before)
 
 
 def test_wrapped_biases_work() -> None:

@@ -12,7 +12,7 @@ from ..ops import DROPOUT, Dropout, NoiseState, timestep_embedding
 from ..ops import _checks as checks
 from .attention import AttentionBlock
 from .folding import normed_conv3x3
-from .fusing import TakesNoiseState, is_conv3x3, is_plain, is_untouched
+from .fusing import TakesNoiseState, is_conv3x3, is_plain, is_untouched, remember
 from .inputs import check_input, check_labels
 from .made import are_fixed
 from .norms import Activation, checked_activation, get_norm, is_known, norm_act, reads_sums
@@ -273,3 +273,4 @@ class ResidualBlock(TakesNoiseState):
 
 # All that a network of ours is made of, beside PyTorch's own modules.
 LAYERS = PositionalEmbedding, Downsample, NearestUpsample, Upsample, ResidualBlock, AttentionBlock
+remember(*LAYERS)

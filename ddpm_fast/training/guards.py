@@ -101,4 +101,5 @@ def warn_where_busy(device: torch.device) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if device.type == "cpu" and torch.get_num_threads() > 1 and load > 1.5 * cores:
-        warnings.warn(f"the load is {load:.1f} on {cores} cores: OMP_NUM_THREADS=1 may be faster", stacklevel=2)
+        advice = "OMP_WAIT_POLICY=passive or OMP_NUM_THREADS=1 may be many times faster"
+        warnings.warn(f"the load is {load:.1f} on {cores} cores: {advice}", stacklevel=2)
