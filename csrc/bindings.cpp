@@ -266,30 +266,40 @@ void attention(py::handle q, py::handle k, py::handle v, py::handle out, double 
 }
 
 // How many numbers a weight is once laid out; its memory may lie anywhere.
-int64_t conv3x3_room(py::handle weight, int64_t tile, bool half, bool gradient) {
+int64_t convolution_room(py::handle weight, int64_t tile, bool half, bool gradient) {
   const Tensor from(weight, "weight"), none(py::none{});
   int64_t numbers;
-  kernels().conv3x3_room(weights_of(from, none, tile, half, gradient), &numbers);
+  kernels().convolution_room(weights_of(from, none, tile, half, gradient), &numbers);
   return numbers;
 }
 
-void conv3x3_weights(py::handle weight, py::handle to, int64_t tile, bool gradient, int threads) {
+void convolution_weights(py::handle weight, py::handle to, int64_t tile, bool gradient, int threads) {
   const Tensor from(weight, "weight"), room(to, "to");
   const auto of = weights_of(from, room, tile, is_half(room, "to"), gradient);
   int64_t numbers;
-  kernels().conv3x3_room(of, &numbers);
+  kernels().convolution_room(of, &numbers);
   if (!room.contiguous() || room.elements() != numbers) throw py::value_error("to: of another size, or not contiguous");
-  const auto run = kernels().conv3x3_weights;
+  const auto run = kernels().convolution_weights;
   py::gil_scoped_release unlocked;
   run(of, threads);
 }
 
 void conv3x3(py::handle x, py::handle x2, const py::tuple& norm, py::handle weights, py::handle bias,
              py::handle residual, py::handle y, py::handle moments, int64_t tile, bool transformed, int threads) {
-  const auto of = convolution_of(x, x2, norm, weights, bias, residual, y, moments, tile, transformed, kernels());
+  const int of_tile = checked_tile(tile, false), taps = 9;
+  const auto plain = convolution_of(x, x2, weights, bias, residual, y, moments, taps, transformed ? of_tile : 0, kernels());
+  const auto of = in_tiles(plain, norm, of_tile, transformed);
   if (of.images * of.out_channels * of.height * of.width == 0) return;
-  if (of.channels == 0) throw py::value_error("x: without channels");
   const auto run = kernels().conv3x3;
+  py::gil_scoped_release unlocked;
+  run(of, std::max(threads, 1));
+}
+
+void conv1x1(py::handle x, py::handle x2, py::handle weights, py::handle bias, py::handle residual, py::handle y,
+             py::handle moments, int threads) {
+  const auto of = convolution_of(x, x2, weights, bias, residual, y, moments, 1, 0, kernels());
+  if (of.images * of.out_channels * of.height * of.width == 0) return;
+  const auto run = kernels().conv1x1;
   py::gil_scoped_release unlocked;
   run(of, std::max(threads, 1));
 }
@@ -380,10 +390,11 @@ PYBIND11_MODULE(_C, m) {
         "rows"_a, "k"_a, "clip"_a, "threads"_a);
   m.def("q_sample", &q_sample, "out"_a, "x_start"_a, "t"_a, "signal"_a, "sigma"_a, "noise"_a, "threads"_a);
   m.def("attention", &attention, "q"_a, "k"_a, "v"_a, "out"_a, "scale"_a, "threads"_a);
-  m.def("conv3x3_room", &conv3x3_room, "weight"_a, "tile"_a, "half"_a, "gradient"_a);
-  m.def("conv3x3_weights", &conv3x3_weights, "weight"_a, "to"_a, "tile"_a, "gradient"_a, "threads"_a);
+  m.def("convolution_room", &convolution_room, "weight"_a, "tile"_a, "half"_a, "gradient"_a);
+  m.def("convolution_weights", &convolution_weights, "weight"_a, "to"_a, "tile"_a, "gradient"_a, "threads"_a);
   m.def("conv3x3", &conv3x3, "x"_a, "x2"_a, "norm"_a, "weights"_a, "bias"_a, "residual"_a, "y"_a, "moments"_a,
         "tile"_a, "transformed"_a, "threads"_a);
+  m.def("conv1x1", &conv1x1, "x"_a, "x2"_a, "weights"_a, "bias"_a, "residual"_a, "y"_a, "moments"_a, "threads"_a);
   m.def("conv3x3_gradient", &conv3x3_gradient, "x"_a, "dy"_a, "to"_a, "tile"_a, "threads"_a);
   m.def("diffusion_loss", &diffusion_loss, "loss"_a, "model_out"_a, "noise"_a, "noise_coef"_a, "x_coef"_a, "x_start"_a,
         "loss_type"_a, "threads"_a);

@@ -1,9 +1,9 @@
-// Tensors of Python made into what the kernels of conv3x3 are told.
+// Tensors of Python made into what the kernels of conv3x3 and conv1x1 are told.
 #pragma once
 
 #include <string>
 
-#include "cpu/conv3x3.h"
+#include "cpu/convolution.h"
 #include "dispatch.h"
 #include "images.h"
 #include "tensors.h"
@@ -28,19 +28,20 @@ inline float* numbers_of(const Tensor& tensor, const char* name, std::initialize
   return static_cast<float*>(tensor.data);
 }
 
-// A weight [K, C, 3, 3], or with `gradient` as the one with which a result's gradient makes that of x: K and C change
+// A weight [K, C, 3, 3], or [K, C, 1, 1] without a tile, or with `gradient` as the one with which a result's gradient makes that of x: K and C change
 // places, and rows and columns are turned round. Without `to` only its size counts.
-inline Conv3x3Weights weights_of(const Tensor& weight, const Tensor& to, int64_t tile, bool half, bool gradient) {
-  if (!weight.given || weight.dims != 4 || weight.size[2] != 3 || weight.size[3] != 3) {
-    throw py::value_error("weight: not [K, C, 3, 3]");
+inline ConvolutionWeights weights_of(const Tensor& weight, const Tensor& to, int64_t tile, bool half, bool gradient) {
+  const int64_t side = weight.given && weight.dims == 4 && weight.size[2] == 1 && tile == 0 ? 1 : 3;
+  if (!weight.given || weight.dims != 4 || weight.size[2] != side || weight.size[3] != side) {
+    throw py::value_error("weight: not [K, C, 3, 3], or [K, C, 1, 1] without a tile");
   }
   const int64_t *size = weight.size, *stride = weight.stride;
-  Conv3x3Weights w{size[1], size[0], checked_tile(tile, true), half, is_half(weight, "weight"), weight.data,
-                   stride[0], stride[1], stride[2], stride[3], to.data};
+  ConvolutionWeights w{size[1], size[0], int(side * side), checked_tile(tile, true), half, is_half(weight, "weight"),
+                       weight.data, stride[0], stride[1], stride[2], stride[3], to.data};
   if (gradient) {
     std::swap(w.channels, w.out_channels);
     std::swap(w.out_stride, w.in_stride);
-    const int64_t last = 2 * (stride[2] + stride[3]) * (w.from_half ? 2 : 4);
+    const int64_t last = (side - 1) * (stride[2] + stride[3]) * (w.from_half ? 2 : 4);
     w.data = static_cast<const char*>(weight.data) + last;
     w.row_stride = -stride[2];
     w.column_stride = -stride[3];
@@ -63,16 +64,15 @@ inline Image image_of(const Tensor& tensor, const char* name, const Tensor& like
   return {tensor.data, stride[0], 1, pixel};
 }
 
-// The weights are as conv3x3_weights laid them out, `transformed` for this tile or not. `norm` is empty, or has scale
-// and shift, [2, N, C], and an activation; `moments` is None, or where y's mean and squares around it go, [2, N, K].
-inline Conv3x3 convolution_of(py::handle x, py::handle x2, const py::tuple& norm, py::handle weights, py::handle bias,
-                              py::handle residual, py::handle y, py::handle moments, int64_t tile, bool transformed,
-                              const Kernels& kernels) {
+// The weights are as convolution_weights laid them out, of so many taps, for tiles or not. `moments` is None, or where y's
+// mean and squares around it go, [2, N, K].
+inline Convolution convolution_of(py::handle x, py::handle x2, py::handle weights, py::handle bias, py::handle residual,
+                                  py::handle y, py::handle moments, int taps, int tile, const Kernels& kernels) {
   const Tensor from(x, "x"), more(x2, "x2"), laid_out(weights, "weights"), add(bias, "bias"), sum(residual, "residual"),
       to(y, "y");
   if (!from.given || from.dims != 4 || !to.given || to.dims != 4) throw py::value_error("x, y: not of four dimensions");
   if (more.given && more.dims != 4) throw py::value_error("x2: not of four dimensions");
-  Conv3x3 of{};
+  Convolution of{};
   of.images = from.size[0];
   of.height = from.size[2];
   of.width = from.size[3];
@@ -80,19 +80,18 @@ inline Conv3x3 convolution_of(py::handle x, py::handle x2, const py::tuple& norm
   of.channels = of.channels_1 + (more.given ? more.size[1] : 0);
   of.out_channels = to.size[1];
   of.half = is_half(from, "x");
-  of.tile = checked_tile(tile, false);
-  of.transformed = transformed;
   of.x = image_of(from, "x", from, of.channels_1);
   of.x2 = image_of(more, "x2", from, of.channels - of.channels_1);
   of.y = image_of(to, "y", from, of.out_channels);
   of.residual = image_of(sum, "residual", from, of.out_channels);
-  Conv3x3Weights expected{};
+  ConvolutionWeights expected{};
   expected.channels = of.channels;
   expected.out_channels = of.out_channels;
-  expected.tile = transformed ? of.tile : 0;
+  expected.taps = taps;
+  expected.tile = tile;
   expected.half = of.half;
   int64_t numbers;
-  kernels.conv3x3_room(expected, &numbers);
+  kernels.convolution_room(expected, &numbers);
   if (is_half(laid_out, "weights") != of.half || !laid_out.contiguous() || laid_out.elements() != numbers) {
     throw py::value_error("weights: not laid out for these channels and tiles");
   }
@@ -100,16 +99,27 @@ inline Conv3x3 convolution_of(py::handle x, py::handle x2, const py::tuple& norm
     throw py::value_error("bias: not float32 [K]");
   }
   of.weights = laid_out.data;
-  if (!norm.empty()) {
-    of.scale = numbers_of(Tensor(norm[0], "norm"), "norm", {2, of.images, of.channels});
-    of.shift = of.scale + of.images * of.channels;
-    of.activation = activation_of(py::cast<int>(norm[1]));
-  }
   if (!moments.is_none()) {
     of.mean = numbers_of(Tensor(moments, "moments"), "moments", {2, of.images, of.out_channels});
     of.squares = of.mean + of.images * of.out_channels;
   }
   of.bias = static_cast<const float*>(add.data);
+  if (of.channels == 0) throw py::value_error("x: without channels");
+  return of;
+}
+
+// Of weights that are `transformed` for this tile or not. `norm` is empty, or has scale and shift, [2, N, C], and an
+// activation.
+inline Conv3x3 in_tiles(const Convolution& plain, const py::tuple& norm, int tile, bool transformed) {
+  Conv3x3 of{};
+  static_cast<Convolution&>(of) = plain;
+  of.tile = tile;
+  of.transformed = transformed;
+  if (!norm.empty()) {
+    of.scale = numbers_of(Tensor(norm[0], "norm"), "norm", {2, of.images, of.channels});
+    of.shift = of.scale + of.images * of.channels;
+    of.activation = activation_of(py::cast<int>(norm[1]));
+  }
   return of;
 }
 

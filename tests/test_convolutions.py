@@ -166,15 +166,15 @@ def test_weights_are_laid_out_only_where_there_is_room() -> None:
     for way in (DIRECT, Way(2, True), Way(4, True)):
         right = lay_out(weight, way, torch.float32)
         for to in (right[:-1], torch.cat([right, right]), torch.stack([right, right], 1)[:, 0]):
-            refused("to: of another size, or not contiguous", _C.conv3x3_weights, weight, to, way.tile, False, 1)
+            refused("to: of another size, or not contiguous", _C.convolution_weights, weight, to, way.tile, False, 1)
     right = lay_out(weight, DIRECT, torch.float32)
     for wrong in (weight[0], weight[..., :2], weight[:, :, :2], None):
-        refused(r"weight: not \[K, C, 3, 3\]", _C.conv3x3_weights, wrong, right, 0, False, 1)
-        refused(r"weight: not \[K, C, 3, 3\]", _C.conv3x3_room, wrong, 0, False, False)
-    refused("weight: neither float32", _C.conv3x3_weights, weight.double(), right, 0, False, 1)
-    refused("to: neither float32", _C.conv3x3_weights, weight, right.double(), 0, False, 1)
-    refused("tile: 1, where", _C.conv3x3_room, weight, 1, True, False)
-    refused("tile: 3, where", _C.conv3x3_weights, weight, right, 3, False, 1)
+        refused(r"weight: not \[K, C, 3, 3\]", _C.convolution_weights, wrong, right, 0, False, 1)
+        refused(r"weight: not \[K, C, 3, 3\]", _C.convolution_room, wrong, 0, False, False)
+    refused("weight: neither float32", _C.convolution_weights, weight.double(), right, 0, False, 1)
+    refused("to: neither float32", _C.convolution_weights, weight, right.double(), 0, False, 1)
+    refused("tile: 1, where", _C.convolution_room, weight, 1, True, False)
+    refused("tile: 3, where", _C.convolution_weights, weight, right, 3, False, 1)
 
 
 # What chains keep.
@@ -204,8 +204,8 @@ def against_the_library(y: Tensor, x: Tensor, conv: nn.Conv2d) -> None:
 @torch.no_grad()
 def test_weights_are_transformed_once(dtype: torch.dtype, table: Callable[..., None], calls, monkeypatch) -> None:
     """For all shapes of images that take the same tiles; and anew where they were changed in place."""
-    made, plain = [], _C.conv3x3_weights
-    monkeypatch.setattr(_C, "conv3x3_weights", lambda *args: made.append(1) or plain(*args))
+    made, plain = [], _C.convolution_weights
+    monkeypatch.setattr(_C, "convolution_weights", lambda *args: made.append(1) or plain(*args))
     tile = 4 if dtype is torch.float32 else 2
     table([*ROW, 2, False], fixed=([*ROW, tile, True],))
     conv, images = layer(), [image(n, 128, 16, 16, dtype=dtype) for n in (1, 2, 1)]

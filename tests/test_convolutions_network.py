@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ddpm_fast import _C, Diffusion, UNet, generate_cosine_schedule
 from ddpm_fast.models.made import fixed_weights
-from ddpm_fast.ops import _conv3x3, exact_convolutions
+from ddpm_fast.ops import _conv1x1, _conv3x3, exact_convolutions
 from ddpm_fast.ops._conv3x3 import KINDS, Way
 
 pytestmark = FORCED
@@ -135,25 +135,28 @@ def test_what_is_computed_again_is_as_exact(half: bool, table: Callable[..., Non
     assert calls
 
 
-# Of 17 norms; else the second ones of all 8 blocks, and the first ones of two: of mid.0 and ups.0.
-INSIDE = {"batch norm": 0, "no norm": 0, "another activation": 0, "attention at every level": 8}
-INSIDE |= {"a skip beside as many channels": 18, "no blocks before the next level": 5}
+# Of 17 norms, with the library's 1x1 convolutions and with our own, which tell moments of attention's result; else the
+# second ones of all 8 blocks, and the first ones of mid.0, ups.0 and ups.3; and of mid.1.
+INSIDE = {"batch norm": (0, 0), "no norm": (0, 0), "another activation": (0, 0), "attention at every level": (8, 12)}
+INSIDE |= {"a skip beside as many channels": (19, 20), "no blocks before the next level": (5, 6)}
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["library's 1x1", "own 1x1"])
 @pytest.mark.parametrize("tile", [2, 4])
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
-def test_norms_inside_of_convolutions(name: str, tile: int, table, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each that reads nothing but what convolutions in tiles wrote, and what time and classes add: the second of a
-    block always, the first behind blocks without attention, and where the skip is of such a block, too."""
+def test_norms_inside_of_convolutions(name: str, tile: int, own: bool, table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each that reads nothing but what our own convolutions wrote, and what time and classes add: the second of a block
+    always, the first behind blocks and upsampling, where the skip is of a block, too."""
     table([*ROW, tile, False])
     monkeypatch.setattr(_conv3x3, "LEAST_CHANNELS", 1)
+    monkeypatch.setattr(_conv1x1, "pays", lambda *args: own)
     inside, plain = [], _C.norm_of_moments
     monkeypatch.setattr(_C, "norm_of_moments", lambda *args: inside.append(1) or plain(*args))
     net = network(**NETWORKS[name])
     with fixed_weights():
         (fast,) = run(net.eval(), None)
-    assert len(inside) == INSIDE.get(name, 10)
+    assert len(inside) == INSIDE.get(name, (11, 12))[own]
     slow, truth = run(net, False), run(net.double(), False)
     assert_rule(name, fast, slow[0], truth[0], 5)
 

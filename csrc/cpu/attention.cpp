@@ -91,14 +91,15 @@ class Heads {
     }
     for (int64_t p = 0; p < key_panels_; ++p) {
       const int64_t at = p * kPanel;
-      products(rows, {queries, block}, keys + at * of_.channels, of_.channels,
-               {scores + at / kDepth * block + at % kDepth, kDepth, kVec});
+      products<false>(rows, Rows<float>{queries, block}, keys + at * of_.channels, of_.channels,
+                      {scores + at / kDepth * block + at % kDepth, kDepth, kVec});
     }
     float share[kQueries];
     for (int64_t r = 0; r < rows; ++r) share[r] = 1.0f / exponentials(scores + r * kDepth, block);
     const int64_t width = value_panels_ * kPanel;
     for (int64_t p = 0; p < value_panels_; ++p) {
-      products(rows, {scores, block}, keys + keys_ + p * kPanel * of_.tokens, of_.tokens, {sums + p * kPanel, width, kVec});
+      products<false>(rows, Rows<float>{scores, block}, keys + keys_ + p * kPanel * of_.tokens, of_.tokens,
+                      {sums + p * kPanel, width, kVec});
     }
     for (int64_t r = 0; r < rows; ++r) {
       float* const out = of_.out + image * of_.out_image + (first + r) * of_.out_token;
@@ -108,14 +109,6 @@ class Heads {
         last < kVec ? store_part(out + c, y, last) : store(out + c, y);
       }
     }
-  }
-
-  // Rows in parts that fit the registers.
-  static void products(int64_t rows, Rows<float> v, const float* u, int64_t steps, Sums to) {
-    in_parts(rows, [&](int64_t first, int64_t count) {
-      product_of<false, false>(count, {v.data + first * kDepth, v.block}, u, steps,
-                               {to.data + first * to.row, to.row, to.half}, nullptr, 0);
-    });
   }
 
   // A row of scores to e^(score - the largest), whose sum it returns.

@@ -60,9 +60,9 @@ void transform_weights(const T* w, int64_t channels, T* u, int64_t step) {
 }
 
 template <class T, int M, int N>
-class Convolution {
+class InTiles {
  public:
-  explicit Convolution(const Conv3x3& of)
+  explicit InTiles(const Conv3x3& of)
       : of_(of),
         tiles_(of.images, of.height, of.width),
         v_{of.channels, 0},
@@ -70,7 +70,7 @@ class Convolution {
         group_(of.transformed ? kGroup : 1),
         piece_(of.transformed ? of.channels : least(kAtOnce, of.channels)),
         strips_(of, tiles_),
-        moments_(of, tiles_) {}
+        moments_(of, tiles_.of_an_image()) {}
 
   void run(int threads) {
     const int64_t most = of_.transformed ? kTiles : 2 * kTiles, groups = up(panels_, group_);
@@ -90,7 +90,7 @@ class Convolution {
           multiply(group, first, count, v, room + v_.floats() + rank * each);
         });
       }
-      return moments_.conclude(threads);
+      return conclude(threads);
     }
     const int64_t share = up(up(tiles_.count, most), threads) * threads;  // blocks, as many for each thread
     v_.rows = up(tiles_.count, share);
@@ -103,7 +103,7 @@ class Convolution {
       transform(first, count, 0, v, own + v_.floats());
       for (int64_t group = 0; group < groups; ++group) multiply(group, first, count, v, own + v_.floats());
     });
-    moments_.conclude(threads);
+    conclude(threads);
   }
 
  private:
@@ -126,6 +126,7 @@ class Convolution {
     return strip > rest ? strip : rest;
   }
   // Sums are [rows][panels of a group, in halves][positions].
+  Sums sums_at(float* first) const { return {first, group_ * kPanel * kPositions, kPositions * kVec}; }
   int64_t m_size() const { return whole_pages(v_.rows * group_ * kPanel * kPositions); }
   // Of weights that are transformed here.
   int64_t u_step() const { return whole_steps<T>(piece_) * kPanel + 64 / int64_t(sizeof(T)); }
@@ -152,7 +153,8 @@ class Convolution {
       const T* u = static_cast<const T*>(of_.weights) + from * kPositions * size;
       for (int p = 0; p < kPositions; ++p) {
         for (int64_t panel = 0; panel < panels; ++panel, u += size) {
-          products<false>(rows, v + p * v_.position(), u, of_.channels, m + (panel * 2 * kPositions + p) * kVec, u + size);
+          products<false>(rows, Rows<T>{v + p * v_.position(), v_.block()}, u, of_.channels,
+                          sums_at(m + (panel * 2 * kPositions + p) * kVec), u + size);
         }
       }
     } else {
@@ -163,10 +165,11 @@ class Convolution {
         transform_weights<M, N>(w, channels, u, u_step());
         const T* next = w + channels * kTaps * kPanel;
         for (int p = 0; p < kPositions; ++p, next += channels * kPanel) {
-          const T* const tiles = v + p * v_.position() + c * v_.rows;
+          const Rows<T> tiles{v + p * v_.position() + c * v_.rows, v_.block()};
+          const Sums to = sums_at(m + p * kVec);
           const T* const ahead = p < kTaps ? next : nullptr;  // a tap's weights at a position
-          c == 0 ? products<false>(rows, tiles, u + p * u_step(), channels, m + p * kVec, ahead)
-                 : products<true>(rows, tiles, u + p * u_step(), channels, m + p * kVec, ahead);
+          c == 0 ? products<false>(rows, tiles, u + p * u_step(), channels, to, ahead)
+                 : products<true>(rows, tiles, u + p * u_step(), channels, to, ahead);
         }
       }
     }
@@ -183,20 +186,11 @@ class Convolution {
     }
   }
 
-  // The rows in parts that fit the registers. The first ones fetch the next weights, if any, a line in each step; a single
-  // one all of their lines, as the weights of few rows are what takes the time.
-  template <bool More>
-  void products(int64_t rows, const T* v, const T* u, int64_t channels, float* m, const T* next) const {
-    const int64_t at_once = rows <= kRows ? kFetches : 1;
-    const char* ahead = reinterpret_cast<const char*>(next);
-    int64_t left = next != nullptr ? kFetches : 0;  // of a step's lines
-    in_parts(rows, [&](int64_t row, int64_t count) {
-      const Rows<T> of{v + row * kDepth, v_.block()};
-      const Sums to{m + row * group_ * kPanel * kPositions, group_ * kPanel * kPositions, kPositions * kVec};
-      if (left == 0) return product_of<More, false>(count, of, u, channels, to, nullptr, 0);
-      product_of<More, true>(count, of, u, channels, to, ahead, at_once * kLine);
-      ahead += up(channels, kStep<T>) * at_once * kLine;
-      left -= at_once;
+  void conclude(int threads) const {
+    moments_.conclude(threads, [&](int64_t first, int64_t end) {
+      int64_t pixels = 0;
+      for (int64_t tile = first; tile < end; ++tile) pixels += tiles_.high(tiles_.place(tile)) * tiles_.wide(tiles_.place(tile));
+      return pixels;
     });
   }
 
@@ -241,19 +235,19 @@ class Convolution {
   Matrices<T, M, N> v_;  // of a block
   const int64_t panels_, group_, piece_;
   const Strips<T, M, N> strips_;
-  Moments<T, M, N> moments_;
+  Moments moments_;
   const T* zeros_ = nullptr;
 };
 
-float number(const Conv3x3Weights& w, int64_t at) {
+float number(const ConvolutionWeights& w, int64_t at) {
   return w.from_half ? as<float>(uint32_t{static_cast<const uint16_t*>(w.data)[at]} << 16) : static_cast<const float*>(w.data)[at];
 }
 
-// Nine vectors of a panel, [9][kPanel], of the channels of one step.
+// The taps of a panel, [taps][kPanel], of the channels of one step.
 template <class T>
-void gather(const Conv3x3Weights& w, int64_t panel, int64_t channel, T* to) {
+void gather(const ConvolutionWeights& w, int64_t panel, int64_t channel, T* to) {
   const int64_t first = panel * kPanel, lanes = least(w.out_channels - first, kPanel);
-  for (int64_t tap = 0; tap < kTaps; ++tap, to += kPanel * kStep<T>) {
+  for (int64_t tap = 0; tap < w.taps; ++tap, to += kPanel * kStep<T>) {
     float row[kStep<T>][kPanel] = {};
     for (int64_t i = 0; i < least(kStep<T>, w.channels - channel); ++i) {
       const int64_t at = (channel + i) * w.in_stride + tap / 3 * w.row_stride + tap % 3 * w.column_stride;
@@ -271,13 +265,13 @@ void gather(const Conv3x3Weights& w, int64_t panel, int64_t channel, T* to) {
 }
 
 template <class T, int M, int N>
-void lay_out(const Conv3x3Weights& w, int threads) {
+void lay_out(const ConvolutionWeights& w, int threads) {
   const int64_t channels = whole_steps<T>(w.channels), panels = up(w.out_channels, kPanel);
   parallel(panels * (channels / kStep<T>), threads, [&](int64_t task) {
     const int64_t panel = task / (channels / kStep<T>), channel = task % (channels / kStep<T>) * kStep<T>;
     T* const to = static_cast<T*>(w.to);
     if constexpr (M == 0) {
-      gather(w, panel, channel, to + (panel * channels + channel) * kTaps * kPanel);
+      gather(w, panel, channel, to + (panel * channels + channel) * w.taps * kPanel);
     } else {
       constexpr int64_t kPositions = (M + 2) * (N + 2);
       const int64_t first = panel / kGroup * kGroup, in_group = least(panels - first, kGroup);
@@ -303,22 +297,22 @@ void with_tiles(bool half, int tile, const Body& body) {
 
 void conv3x3(const Conv3x3& of, int threads) {
   with_tiles(of.half, of.tile, [&](auto kind, auto rows, auto columns) {
-    Convolution<decltype(kind), rows.value, columns.value>(of).run(threads);
+    InTiles<decltype(kind), rows.value, columns.value>(of).run(threads);
   });
 }
 
-void conv3x3_room(const Conv3x3Weights& of, int64_t* numbers) {
+void convolution_room(const ConvolutionWeights& of, int64_t* numbers) {
   const int64_t channels = of.half ? whole_steps<bf16>(of.channels) : of.channels;
-  int64_t numbers_of_nine = kTaps;
+  int64_t numbers_of_taps = of.taps;
   if (of.tile != 0) {
     with_tiles(of.half, of.tile, [&](auto, auto rows, auto columns) {
-      numbers_of_nine = (rows.value + 2) * (columns.value + 2);
+      numbers_of_taps = (rows.value + 2) * (columns.value + 2);
     });
   }
-  *numbers = channels * up(of.out_channels, kPanel) * kPanel * numbers_of_nine;
+  *numbers = channels * up(of.out_channels, kPanel) * kPanel * numbers_of_taps;
 }
 
-void conv3x3_weights(const Conv3x3Weights& of, int threads) {
+void convolution_weights(const ConvolutionWeights& of, int threads) {
   if (of.tile == 0) return of.half ? lay_out<bf16, 0, 0>(of, threads) : lay_out<float, 0, 0>(of, threads);
   with_tiles(of.half, of.tile, [&](auto kind, auto rows, auto columns) {
     lay_out<decltype(kind), rows.value, columns.value>(of, threads);

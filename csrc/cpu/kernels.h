@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "../philox.h"
-#include "conv3x3.h"
+#include "convolution.h"
 #include "group_norm_silu.h"
 
 namespace ddpm::cpu {
@@ -98,8 +98,9 @@ struct DiffusionLoss {
 //   ema_update               average += weight (value - average), for each stretch
 //   digests                  a number for each of the pieces, which a change of its bits or of their order changes
 //   attention                softmax(q k' scale) v
-//   conv3x3                  as in ddpm_fast/reference, of weights that conv3x3_weights laid out; conv3x3_room tells how
-//                            many numbers these are; conv3x3_gradient is that of the weight
+//   conv3x3                  as in ddpm_fast/reference, of weights that convolution_weights laid out; convolution_room
+//                            tells how many numbers these are; conv3x3_gradient is that of the weight
+//   conv1x1                  a product of pixels and weights, of what convolution_weights laid out, too
 //   diffusion_loss           a sum for each piece of the batch; and the gradient of means of `count` elements, given
 //                            theirs: grad[step n] is that of the mean that sample n is in
 #define DDPM_KERNELS(KERNEL)                                                                              \
@@ -116,9 +117,10 @@ struct DiffusionLoss {
                               int64_t half, int threads))                                                 \
   KERNEL(attention, (const Attention& of, int threads))                                                     \
   KERNEL(conv3x3, (const Conv3x3& of, int threads))                                                         \
+  KERNEL(conv1x1, (const Convolution& of, int threads))                                                     \
   KERNEL(conv3x3_gradient, (const Conv3x3Gradient& of, int threads))                                        \
-  KERNEL(conv3x3_room, (const Conv3x3Weights& of, int64_t* numbers))                                       \
-  KERNEL(conv3x3_weights, (const Conv3x3Weights& of, int threads))                                          \
+  KERNEL(convolution_room, (const ConvolutionWeights& of, int64_t* numbers))                                       \
+  KERNEL(convolution_weights, (const ConvolutionWeights& of, int threads))                                          \
   KERNEL(ema_update, (const Stretch* stretches, int64_t count, float weight, int threads))                \
   KERNEL(digests, (const Bytes* pieces, int64_t count, uint64_t* digests, int threads))                   \
   KERNEL(diffusion_loss, (const DiffusionLoss& of, double* sums, int threads))                            \

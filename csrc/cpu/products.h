@@ -125,6 +125,23 @@ inline void product_of(int64_t rows, Rows<T> v, const T* u, int64_t channels, Su
   if constexpr (R > 1) product_of<More, Fetch, T, R - 1>(rows, v, u, channels, to, ahead, bytes);
 }
 
+// As `product`, of any number of rows, in parts that fit the registers. The first parts fetch the weights that come next, if
+// any, a line in each step; a single one all of their lines, as the weights of few rows are what takes the time.
+template <bool More, class T>
+inline void products(int64_t rows, Rows<T> v, const T* u, int64_t channels, Sums to, const T* next = nullptr) {
+  const int64_t at_once = rows <= kRows ? kFetches : 1;
+  const char* ahead = reinterpret_cast<const char*>(next);
+  int64_t left = next != nullptr ? kFetches : 0;  // of a step's lines
+  in_parts(rows, [&](int64_t row, int64_t count) {
+    const Rows<T> of{v.data + row * kDepth, v.block};
+    const Sums sums{to.data + row * to.row, to.row, to.half};
+    if (left == 0) return product_of<More, false>(count, of, u, channels, sums, nullptr, 0);
+    product_of<More, true>(count, of, u, channels, sums, ahead, at_once * kLine);
+    ahead += up(channels, kStep<T>) * at_once * kLine;
+    left -= at_once;
+  });
+}
+
 // to = v' u, or where more is set to += v' u, of R neighbouring columns of v and a panel of u, both with rows kDepth apart.
 // What is there is added last: sums of many rows round less in parts.
 template <int R, bool More>

@@ -2,7 +2,7 @@
 // memory, so that hardly a pixel is activated twice, and of a few channels.
 #pragma once
 
-#include "conv3x3.h"
+#include "convolution.h"
 #include "tiles.h"
 
 namespace ddpm::cpu::DDPM_ISA {

@@ -12,12 +12,13 @@ from ..ops._native import wanted
 from ..ops.attention import OP as ATTENTION
 from ..ops.attention import rejects
 from ..reference.attention import attention
+from .folding import told_onto
 from .fusing import is_pointwise
 from .inputs import check_input
 from .made import are_fixed, made
 from .norms import get_norm
 from .sums import Sum, added
-from .weights import Prepared, computed_in, convolve, is_tiny, widens
+from .weights import Prepared, computed_in, convolve, widens
 
 # Where products are faster on CPUs than the fused kernel (docs/performance.md): in bf16 from so many tokens on, in
 # float32 up to so many, of several images; and not beyond so many scores, which are memory.
@@ -46,7 +47,7 @@ class AttentionBlock(nn.Module):
             keys = _tokens(h)
             out = _image(attend(_tokens(folded.to_query(h)), keys, keys), h)
             if not x.later:
-                return Sum(folded.to_out(out), own=True).plus(x)
+                return told_onto(out, folded.to_out, x)
             if x.own:
                 return x.with_products([out], [folded.to_out.matrix], added(x.bias, folded.bias))
             return Sum(folded.to_out(out, False), folded.bias, later=True).plus(x)
@@ -64,7 +65,7 @@ class AttentionBlock(nn.Module):
         qkv, out = self.to_qkv, self.to_out
         if not are_fixed() or not h.is_contiguous(memory_format=torch.channels_last):
             return None
-        if not is_pointwise(qkv) or not is_pointwise(out) or is_tiny(h, qkv.weight.numel()):
+        if not is_pointwise(qkv) or not is_pointwise(out):
             return None
         kind = computed_in(h)
         of = qkv.weight, qkv.bias, out.weight, out.bias

@@ -1,5 +1,5 @@
-"""Norms inside of the convolutions around them, in chains on CPUs: a convolution in tiles takes the moments of what it
-writes, and the next one normalises and activates what it reads. So such a norm makes no pass over the image.
+"""Norms inside of the convolutions around them, in chains on CPUs: our own convolutions tell the moments of what they
+write, and the next one in tiles normalises and activates what it reads. So such a norm makes no pass over the image.
 """
 
 from typing import Any
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ..ops import _native
 from ..ops._conv3x3 import CODES, KINDS
-from .norms import Activation, groups_of, name_of, norm_act
+from .norms import Activation, groups_of, name_of, norm_act, reads_sums
 from .sums import Sum
-from .weights import convolve3x3, in_tiles
+from .weights import Own, Prepared, convolve3x3, own_kernel, takes
 
 
 def normed_conv3x3(
@@ -22,21 +22,48 @@ def normed_conv3x3(
     with_bias: bool = True,
     add: Tensor | None = None,
     residual: Tensor | None = None,
+    skip: Sum | None = None,
 ) -> Sum:
-    """conv(activation(norm(x + add))) + residual, where sums are not made later."""
-    bias = conv.bias if with_bias else None
-    if x.moments is not None:
-        tiled = in_tiles(conv, x.x, residual)
-        rows = () if tiled is None else _rows(x.x, x.moments, norm, activation, add)
-        if tiled is not None and rows:
-            moments = _room(x.x, conv.out_channels)
-            return Sum(tiled(x.x, bias, residual, rows, moments), own=True, moments=moments)
-    h = norm_act(norm, activation, x.x, add=add)
-    tiled = in_tiles(conv, h, residual)
-    if tiled is None:
-        return Sum(convolve3x3(h, conv, with_bias, residual), own=True)
-    moments = _room(h, conv.out_channels)
-    return Sum(tiled(h, bias, residual, (), moments), own=True, moments=moments)
+    """conv(activation(norm(x + add))) + residual, where sums are not made later; with a skip as if concatenated, where
+    both are `alike`."""
+    x2 = None if skip is None else skip.x
+    moments = x.moments if skip is None else x.moments_with(skip)
+    own = None if moments is None else own_kernel(conv, x.x, residual, x2)
+    if own is not None and moments is not None:
+        rows = _rows(x.x, moments, norm, activation, add)
+        if rows:
+            return _told(own, x.x, conv.bias if with_bias else None, residual, norm=rows, x2=x2)
+    if x2 is None or reads_sums(norm):
+        h = norm_act(norm, activation, x.x, add=add, x2=x2)
+    else:
+        h = norm_act(norm, activation, torch.cat([x.x, x2], dim=1), add=add)
+    return told_conv3x3(h, conv, with_bias, residual)
+
+
+def told_conv3x3(x: Tensor, conv: nn.Conv2d, with_bias: bool = True, residual: Tensor | None = None) -> Sum:
+    """conv(x) + residual, with its moments where our own kernel tells them."""
+    own = own_kernel(conv, x, residual)
+    if own is None:
+        return Sum(convolve3x3(x, conv, with_bias, residual), own=True)
+    return _told(own, x, conv.bias if with_bias else None, residual)
+
+
+def told_onto(x: Tensor, fast: Prepared, onto: Sum) -> Sum:
+    """The same of a convolution that was prepared, plus a sum that is not made later."""
+    own = fast.own(x) if takes(x) and fast.adds(onto.x, x) else None
+    if own is None:
+        return Sum(fast(x), own=True).plus(onto)
+    return _told(own, x, fast.bias, onto.x)
+
+
+def alike(x: Tensor, x2: Tensor) -> bool:
+    """Whether both can be read as one image tensor without being concatenated."""
+    return x.dtype is x2.dtype and takes(x) and takes(x2)
+
+
+def _told(own: Own, x: Tensor, bias: Tensor | None, residual: Tensor | None, **more: Any) -> Sum:
+    moments = _room(x, own.out_channels)
+    return Sum(own(x, bias, residual, moments=moments, **more), own=True, moments=moments)
 
 
 def _room(x: Tensor, channels: int) -> Tensor:
@@ -45,15 +72,15 @@ def _room(x: Tensor, channels: int) -> Tensor:
 
 
 def _rows(x: Tensor, moments: Tensor, norm: Any, activation: Activation, add: Tensor | None) -> Any:
-    """The norm as a convolution takes it; () where it doesn't."""
+    """The norm as a convolution takes it, of an image tensor like x with these moments; () where it doesn't."""
     groups, name = groups_of(norm), name_of(activation)
     if not groups or name is None:
         return ()
     parameters = (norm.weight, norm.bias, add)
     if _native.unfit(*parameters) or not all(p is None or p.dtype in KINDS and p.is_contiguous() for p in parameters):
         return ()
-    n, channels, height, width = x.shape
-    rows = _room(x, channels)
+    height, width = x.shape[2:]
+    rows = torch.empty_like(moments)
     kernel = _native.kernel("norm_of_moments")
     kernel(rows, moments, parameters, groups, float(height * width), norm.eps, _native.threads())
     return rows, CODES[name]

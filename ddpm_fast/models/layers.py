@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..ops import DROPOUT, Dropout, NoiseState, timestep_embedding
 from ..ops import _checks as checks
 from .attention import AttentionBlock
-from .folding import normed_conv3x3
+from .folding import alike, normed_conv3x3
 from .fusing import TakesNoiseState, is_conv3x3, is_plain, is_untouched, remember
 from .inputs import check_input, check_labels
 from .made import are_fixed
@@ -149,12 +149,13 @@ class ResidualBlock(TakesNoiseState):
             keep: for the backward, what goes into the convolutions; else the norms run again in it.
         """
         drop, conv_2 = cast(tuple[nn.Dropout, nn.Conv2d], tuple(self.conv_2.children()))
-        if skip is not None and not x.later:
+        fixed = not x.later and are_fixed() and not drop.training
+        if skip is not None and not x.later and not (fixed and alike(x.x, skip.x)):
             x, skip = x.joined(skip), None
         norm_1, norm_2, activation = self.norm_1, self.norm_2, self.activation
-        if not x.later and are_fixed() and not drop.training:
-            h = normed_conv3x3(x, norm_1, activation, self.conv_1, False)
-            add, residual = self._with_class(bias, h.x.shape[0], y), self._residual(x)
+        if fixed:
+            h = normed_conv3x3(x, norm_1, activation, self.conv_1, False, skip=skip)
+            add, residual = self._with_class(bias, h.x.shape[0], y), self._residual(x, skip)
             return self._attended(normed_conv3x3(h, norm_2, activation, conv_2, add=add, residual=residual), False)
 
         def first() -> Callable[[], Tensor]:
@@ -191,9 +192,11 @@ class ResidualBlock(TakesNoiseState):
             return out.plus(x if skip is None else x.joined(skip))
         return out.through(self.residual_connection, x, skip)
 
-    def _residual(self, x: Sum) -> Tensor:
-        """residual_connection(x), where sums are not made later."""
-        return x.x if self._connects_as_it_is() else convolve(x.x, self.residual_connection)
+    def _residual(self, x: Sum, skip: Sum | None = None) -> Tensor:
+        """residual_connection(x), where sums are not made later, with a skip as if concatenated."""
+        if self._connects_as_it_is():
+            return (x if skip is None else x.joined(skip)).x
+        return convolve(x.x, self.residual_connection, x2=None if skip is None else skip.x)
 
     def _connects_as_it_is(self) -> bool:
         return type(self.residual_connection) is nn.Identity and is_plain(self.residual_connection)

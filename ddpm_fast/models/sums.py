@@ -57,8 +57,14 @@ class Sum:
 
     def joined(self, skip: "Sum") -> "Sum":
         """The concatenation of both."""
-        known = None if self.moments is None or skip.moments is None else torch.cat([self.moments, skip.moments], dim=2)
-        return Sum(torch.cat([self.tensor(), skip.tensor()], dim=1), later=self.later, moments=known)
+        moments = self.moments_with(skip)
+        return Sum(torch.cat([self.tensor(), skip.tensor()], dim=1), later=self.later, moments=moments)
+
+    def moments_with(self, skip: "Sum") -> Tensor | None:
+        """Those of the concatenation."""
+        if self.moments is None or skip.moments is None:
+            return None
+        return torch.cat([self.moments, skip.moments], dim=2)
 
     def as_it_is(self) -> "Sum":
         """The same sum, whatever becomes of this one."""

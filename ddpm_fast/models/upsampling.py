@@ -18,6 +18,7 @@ from ..ops import _checks as checks
 from ..ops._conv3x3 import CHANGING, FIXED, choose, is_exact
 from ..ops._dispatch import forced
 from ..ops._native import wanted
+from .folding import told_conv3x3
 from .fusing import is_conv3x3, is_untouched
 from .inputs import check_input
 from .made import are_fixed, are_trained, made
@@ -145,7 +146,10 @@ class Upsample(nn.Module):
         small = x.tensor()
         if phases_pay(small, conv, x.later):
             return x.convolved(small, conv, in_phases)
-        return x.convolved(nearest(small), conv, convolve3x3 if is_conv3x3(conv) else convolve)
+        large = nearest(small)
+        if is_conv3x3(conv) and are_fixed() and not x.later:
+            return told_conv3x3(large, cast(nn.Conv2d, conv))
+        return x.convolved(large, conv, convolve3x3 if is_conv3x3(conv) else convolve)
 
     def _is_plain(self) -> bool:
         """Whether nothing was put into or around the two steps."""

@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import _C, Tensor, nn
 
-from ..ops._conv3x3 import CHANGING, FIXED, Way, choose, computed_in, is_exact, lay_out, room
-from ..ops._conv3x3 import convolve as convolve_tiles
+from ..ops import _conv1x1 as by_pixels
+from ..ops import _conv3x3 as by_tiles
+from ..ops._conv3x3 import CHANGING, DIRECT, FIXED, Way, choose, computed_in, is_exact, lay_out, room
 from ..ops._dispatch import forced
 from ..ops._native import is_watched, wanted
 from ..ops.conv3x3 import OP as CONV3X3
@@ -65,7 +66,7 @@ class Prepared:
         self.filters = weight.shape[2:] == (3, 3) and stride == (1, 1) and padding == (1, 1)
         self._packed: dict[torch.Size, Tensor] = {}  # by x's shape, which decides how
         self._laid_out: dict[Way, Tensor] = {}
-        self._ways: dict[torch.Size, _Run] = {}  # by x's shape
+        self._ways: dict[tuple[int, ...], _Run] = {}  # by x's shape, and how many of its channels are another tensor's
 
     @cached_property
     def weight(self) -> Tensor:
@@ -77,33 +78,50 @@ class Prepared:
         """[O, I] of a 1x1 convolution."""
         return self.weight.flatten(1)
 
-    def __call__(self, x: Tensor, with_bias: bool = True, residual: Tensor | None = None) -> Tensor:
-        """x [N, I, H, W] in channels_last -> [N, O, ...] likewise, plus a residual like it."""
+    def __call__(
+        self, x: Tensor, with_bias: bool = True, residual: Tensor | None = None, x2: Tensor | None = None
+    ) -> Tensor:
+        """x [N, I, H, W] in channels_last -> [N, O, ...] likewise, plus a residual like it; x2 as if concatenated."""
+        bias = self.bias if with_bias else None
+        if x2 is not None:
+            own = self.own(x, x2)
+            if own is not None:
+                return own(x, bias, residual, x2=x2)
+            x = torch.cat([x, x2], dim=1)
         if x.dtype is not self._kind:
             x = x.to(self._kind)
         way = self._chosen(x)
-        bias = self.bias if with_bias else None
         if self._kind is self.dtype:
             return way(x, bias, residual)
         return plus(way(x, bias, None).to(self.dtype), residual)
 
-    def in_tiles(self, x: Tensor) -> "InTiles | None":
+    def own(self, x: Tensor, x2: Tensor | None = None) -> "Own | None":
         """What convolves x itself, where that is our own kernel."""
-        way = self._chosen(x) if x.dtype is self._kind is self.dtype else None
-        return way if isinstance(way, InTiles) else None
+        alike = x.dtype is self._kind is self.dtype and (x2 is None or x2.dtype is x.dtype)
+        way = self._chosen(x, x2) if alike else None
+        return way if isinstance(way, Own) else None
 
-    def _chosen(self, x: Tensor) -> "_Run":
-        way = self._ways.get(x.shape)
+    def adds(self, residual: Tensor, x: Tensor) -> bool:
+        """Whether it adds this residual of x's convolution while it writes."""
+        shape = (x.shape[0], self._given.shape[0], *x.shape[2:])
+        return residual.dtype is self.dtype and residual.shape == shape and takes(residual)
+
+    def _chosen(self, x: Tensor, x2: Tensor | None = None) -> "_Run":
+        key = (*x.shape, 0 if x2 is None else x2.shape[1])
+        way = self._ways.get(key)
         if way is None:
-            way = self._ways[x.shape] = self._way(x)
+            way = self._ways[key] = self._way(x, x2 is not None)
         return way
 
-    def _way(self, x: Tensor) -> "_Run":
+    def _way(self, x: Tensor, two: bool) -> "_Run":
         n, _, height, width = x.shape
-        if self.packs and self.filters and wanted():
-            way = choose(self._kind, tuple(x.shape), self._given.shape[0], FIXED)
-            if way.tile:
-                return self._filtering(way, x)
+        if self.packs and wanted():
+            if self.filters:
+                way = choose(self._kind, (n, self._given.shape[1], height, width), self._given.shape[0], FIXED)
+                if way.tile:
+                    return self._filtering(way, x)
+            elif self.pointwise and by_pixels.pays(self._kind, n * height * width, two):
+                return self._own(DIRECT, by_pixels.convolve)
         products = n * height * width * self._given.numel() // (self.stride[0] * self.stride[1])
         small = x.is_cpu and self.dtype is torch.float32 and products < PRODUCTS
         if self.packs and not (small and (self.pointwise or n == 1)):
@@ -123,11 +141,17 @@ class Prepared:
         if way not in self._laid_out:
             if way.transformed:
                 if in_use().transformed() + room(self._given, way, self._kind) > MOST_TRANSFORMED:
-                    way = choose(self._kind, tuple(x.shape), self._given.shape[0], CHANGING)
+                    shape = (x.shape[0], self._given.shape[1], *x.shape[2:])
+                    way = choose(self._kind, shape, self._given.shape[0], CHANGING)
                     return self._filtering(way, x) if way.tile else self._packing
+        return self._own(way, partial(by_tiles.convolve, way=way))
+
+    def _own(self, way: Way, run: Callable[..., Tensor]) -> "Own":
+        if way not in self._laid_out:
             self._laid_out[way] = lay_out(self._given, way, self._kind)
         bias = None if self.bias is None else self.bias.float()
-        return InTiles(self._laid_out[way], way, self._given.shape[0], bias)
+        channels = self._given.shape[0]
+        return Own(partial(run, weights=self._laid_out[way], out_channels=channels), channels, bias)
 
     def _plain(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         y = F.conv2d(x, self.weight, bias, self.stride, self.padding)
@@ -150,25 +174,16 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class InTiles:
-    """Convolves x in tiles, of weights that are laid out."""
+class Own:
+    """A kernel of our own that convolves x, with weights that are laid out."""
 
-    weights: Tensor
-    way: Way
+    run: Callable[..., Tensor]
     out_channels: int
     bias: Tensor | None  # in float32
 
-    def __call__(
-        self,
-        x: Tensor,
-        bias: Tensor | None,  # None without one
-        residual: Tensor | None,
-        norm: tuple[Tensor, int] | tuple[()] = (),
-        moments: Tensor | None = None,
-    ) -> Tensor:
-        own = None if bias is None else self.bias
-        more: Any = {"residual": residual, "norm": norm, "moments": moments}
-        return convolve_tiles(x, self.weights, self.way, self.out_channels, own, **more)
+    def __call__(self, x: Tensor, bias: Tensor | None, residual: Tensor | None, **more: Any) -> Tensor:
+        """As `_Run`, without a bias where it is None; and what else the kernel takes."""
+        return self.run(x, bias=None if bias is None else self.bias, residual=residual, **more)
 
 
 _Run = Callable[..., Tensor]  # (x, bias, residual) -> y
@@ -188,7 +203,7 @@ def prepared(conv: nn.Module, x: Tensor) -> Prepared | None:
     if not are_fixed() or type(conv) is not nn.Conv2d:
         return None
     weight, bias = conv._parameters.get("weight"), conv._parameters.get("bias")
-    if weight is None or is_tiny(x, weight.numel()) or not _takes(x) or not is_convolution(conv):
+    if weight is None or not takes(x) or not is_convolution(conv):
         return None
     stride, padding = cast(tuple[tuple[int, int], tuple[int, int]], (conv.stride, conv.padding))
     kind = computed_in(x)
@@ -197,27 +212,15 @@ def prepared(conv: nn.Module, x: Tensor) -> Prepared | None:
     )
 
 
-def in_tiles(conv: nn.Conv2d, x: Tensor, residual: Tensor | None) -> InTiles | None:
+def own_kernel(conv: nn.Conv2d, x: Tensor, residual: Tensor | None, x2: Tensor | None = None) -> Own | None:
     """What convolves x, and images like it, with our own kernel and adds such a residual; None where others do."""
     fast = prepared(conv, x)
-    if fast is None or residual is not None and not _fits(residual, fast, x, conv):
+    if fast is None or residual is not None and not fast.adds(residual, x):
         return None
-    return fast.in_tiles(x)
+    return fast.own(x, x2)
 
 
-def _fits(residual: Tensor, fast: Prepared, x: Tensor, conv: nn.Conv2d) -> bool:
-    """Whether a convolution adds it while it writes."""
-    shape = (x.shape[0], conv.out_channels, *x.shape[2:])
-    return residual.dtype is fast.dtype and residual.shape == shape and _takes(residual)
-
-
-def is_tiny(x: Tensor, weights: int) -> bool:
-    """Whether so many weights for one image gain nothing on a CPU from what is made of them."""
-    n, _, height, width = x.shape
-    return n == 1 and height * width * weights < PRODUCTS and x.dtype is torch.float32 and x.is_cpu
-
-
-def _takes(x: Tensor) -> bool:
+def takes(x: Tensor) -> bool:
     """Whether what is prepared takes x; a dispatch mode wants to see torch's own operators."""
     if not x.is_cpu:
         return True
@@ -226,11 +229,13 @@ def _takes(x: Tensor) -> bool:
     return plain and not seen and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def convolve(x: Tensor, conv: nn.Module, with_bias: bool = True) -> Tensor:
-    """conv(x); without its bias only if `is_convolution`."""
+def convolve(x: Tensor, conv: nn.Module, with_bias: bool = True, x2: Tensor | None = None) -> Tensor:
+    """conv(x), with x2 as if concatenated, which is taken as x is; without its bias only if `is_convolution`."""
     fast = prepared(conv, x)
     if fast is not None:
-        return fast(x, with_bias)
+        return fast(x, with_bias, x2=x2)
+    if x2 is not None:
+        x = torch.cat([x, x2], dim=1)
     if with_bias:
         return cast(Tensor, conv(x))
     c = cast(nn.Conv2d, conv)
@@ -241,7 +246,7 @@ def convolve3x3(x: Tensor, conv: nn.Conv2d, with_bias: bool = True, residual: Te
     """The same where `is_conv3x3`, plus a residual [N, O, H, W]."""
     fast = prepared(conv, x)
     if fast is not None:
-        if residual is None or _fits(residual, fast, x, conv):
+        if residual is None or fast.adds(residual, x):
             return fast(x, with_bias, residual)
         return plus(fast(x, with_bias), residual)
     if not torch.compiler.is_compiling() and is_exact():  # in this order

@@ -93,15 +93,15 @@ def lay_out(weight: Tensor, way: Way, dtype: torch.dtype, gradient: bool = False
     """The numbers of a weight [K, C, 3, 3] as `convolve` takes them; with `gradient`, as the one that makes of the
     result's gradient that of x."""
     weight, tile = weight.detach(), way.tile if way.transformed else 0
-    numbers = _native.load().conv3x3_room(weight, tile, dtype == torch.bfloat16, gradient)
+    numbers = _native.load().convolution_room(weight, tile, dtype == torch.bfloat16, gradient)
     to = torch.empty(numbers, dtype=dtype, device="cpu")
-    _native.kernel("conv3x3_weights")(weight, to, tile, gradient, _native.threads())
+    _native.kernel("convolution_weights")(weight, to, tile, gradient, _native.threads())
     return to
 
 
 def room(weight: Tensor, way: Way, dtype: torch.dtype) -> int:
     """The bytes of what `lay_out` makes."""
-    numbers: int = _native.load().conv3x3_room(
+    numbers: int = _native.load().convolution_room(
         weight, way.tile if way.transformed else 0, dtype == torch.bfloat16, False
     )
     return numbers * dtype.itemsize
