@@ -18,7 +18,7 @@ from .inputs import check_input
 from .made import are_fixed, made
 from .norms import get_norm
 from .sums import Sum, added
-from .weights import Prepared, computed_in, convolve, widens
+from .weights import Prepared, computed_in, convolve, takes, widens
 
 # Where products are faster on CPUs than the fused kernel (docs/performance.md): in bf16 from so many tokens on, in
 # float32 up to so many, of several images; and not beyond so many scores, which are memory.
@@ -63,7 +63,7 @@ class AttentionBlock(nn.Module):
     def _folded(self, h: Tensor) -> "Folded | None":
         """What was made of the weights for inputs like h; None where a module was replaced or hooked."""
         qkv, out = self.to_qkv, self.to_out
-        if not are_fixed() or not h.is_contiguous(memory_format=torch.channels_last):
+        if not are_fixed() or not h.is_contiguous(memory_format=torch.channels_last) or not takes(h):
             return None
         if not is_pointwise(qkv) or not is_pointwise(out):
             return None

@@ -1,5 +1,7 @@
 """The native conv1x1, and who takes it."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,8 +9,9 @@ from filtering import FORCED, image
 from native_state import restored  # noqa: F401
 from oracle import assert_rule
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_fast import _C
+from ddpm_fast import _C, AttentionBlock
 from ddpm_fast.models.made import fixed_weights
 from ddpm_fast.models.weights import Own, convolve, prepared
 from ddpm_fast.ops import _conv1x1, exact_convolutions
@@ -143,3 +146,24 @@ def test_in_chains(monkeypatch: pytest.MonkeyPatch) -> None:
             assert_rule("y", y, conv(joined), truth, 2)
             assert_rule("y of one", convolve(joined, conv), conv(joined), truth, 2)
         assert torch.equal(convolve(x, conv, x2=x2), conv(joined))
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **kwargs or {})
+
+
+@torch.no_grad()
+def test_a_dispatch_mode_sees_the_librarys_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_conv1x1, "pays", lambda *args: True)
+    block, x = AttentionBlock(64, num_groups=8), image(2, 64, 8, 8)
+    with fixed_weights():
+        block(x)  # its weights are there now
+        with Seen() as seen:
+            block(x)
+    assert seen.names.count("aten::convolution") == 2
