@@ -147,10 +147,13 @@ def check_backward(op: str, *grads: Tensor | None) -> None:
             raise RuntimeError(f"{op}: this backend takes no batched gradients; ops.use_backend('reference') does")
 
 
-@torch.compiler.assume_constant_result  # where a compiler asks
 def wanted() -> bool:
     """Whether the module can be loaded, and no other backend is forced."""
     return forced() in (None, "native") and _load("_C")[0] is not None
+
+
+# For a compiler: torch.compiler.assume_constant_result, which imports all of it, as long again as torch itself.
+wanted._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_not_forced_away(op: str) -> None:
