@@ -10,6 +10,7 @@ import torch
 
 from . import __version__, ops
 from .adaptive import adaptive
+from .ops._conv1x1 import ANY, most_pixels
 from .ops._conv3x3 import CHANGING, FIXED, KINDS, WEIGHT, choose
 from .ops._native import wanted
 from .samplers import ADAPTIVE, SAMPLERS, option_defaults
@@ -33,8 +34,18 @@ def show() -> None:
         print(f"{op:<20} {backend:<10} {reason or 'available'}")
     lines = convolutions()
     if lines:
-        print("\n3x3 convolutions of the CIFAR-10 network in chains and in training, by batch size")
-        print("\n".join(lines))
+        print("\n3x3 convolutions of the CIFAR-10 network in chains and in training, by batch size; and 1x1")
+        print("\n".join([*lines, *pointwise()]))
+
+
+def pointwise() -> list[str]:
+    """Which 1x1 convolutions of chains are native on this CPU, a line for each precision that has any."""
+    lines = []
+    for dtype, name in KINDS.items():
+        one, two = (f"up to {most} pixels" if most < ANY else "any number" for most in most_pixels(dtype))
+        if most_pixels(dtype)[1]:
+            lines.append(f"{name:<9} chain            1x1: native of {one} of a batch, with a skip of {two}")
+    return lines
 
 
 def convolutions() -> list[str]:

@@ -21,8 +21,12 @@ def pays(dtype: torch.dtype, pixels: int, two: bool) -> bool:
     which a library takes concatenated."""
     if is_exact() or dtype not in KINDS:
         return False
-    most = MOST_PIXELS.get((_native.load().isa(), dtype), (0, 0))[two]
-    return 0 < pixels <= most
+    return 0 < pixels <= most_pixels(dtype)[two]
+
+
+def most_pixels(dtype: torch.dtype) -> tuple[int, int]:
+    """Of one image tensor and of two, on this CPU."""
+    return MOST_PIXELS.get((_native.load().isa(), dtype), (0, 0))
 
 
 def convolve(

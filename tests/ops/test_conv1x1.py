@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_fast import _C, AttentionBlock
+from ddpm_fast.info import pointwise
 from ddpm_fast.models.made import fixed_weights
 from ddpm_fast.models.weights import Own, convolve, prepared
 from ddpm_fast.ops import _conv1x1, exact_convolutions
-from ddpm_fast.ops._conv1x1 import MOST_PIXELS, pays
+from ddpm_fast.ops._conv1x1 import most_pixels, pays
 from ddpm_fast.ops._conv3x3 import DIRECT, lay_out
 
 pytestmark = FORCED
@@ -122,14 +123,14 @@ def test_the_kernel_takes_only_what_it_can_address() -> None:
 
 def test_who_takes_it() -> None:
     """What the table says for this set, in chains; not where exact convolutions are asked for."""
-    isa = _C.isas()[-1]
-    most, two = MOST_PIXELS.get((isa, FLOAT), (0, 0))
+    most, two = most_pixels(FLOAT)
     assert pays(FLOAT, most, False) == (most > 0) and not pays(FLOAT, most + 1, False) and two >= most
     assert not pays(FLOAT, 0, False) and not pays(torch.float64, 1, False)
     with exact_convolutions():
         assert not pays(FLOAT, 1, False)
+    assert len(pointwise()) == sum(most_pixels(dtype)[1] > 0 for dtype in (FLOAT, HALF))
     _C.force_isa("baseline")
-    assert not pays(FLOAT, 1, False)
+    assert not pays(FLOAT, 1, False) and not pointwise()
 
 
 @torch.no_grad()
