@@ -188,10 +188,24 @@ class InPlace(nn.Module):
         return self.block(x.relu_(), *rest)
 
 
-@pytest.mark.parametrize("change", [strange_activation, strange_norm, writing_block])
+def writing_downsampling(net: UNet) -> UNet:
+    net.downs[2].downsample = InPlace(net.downs[2].downsample)
+    return net
+
+
+def writing_connection(net: UNet) -> UNet:
+    net.downs[1].residual_connection = InPlace(nn.Conv2d(16, 16, 1))
+    return net
+
+
+CHANGES = [strange_activation, strange_norm, writing_block, writing_downsampling, writing_connection]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
-def test_what_is_not_folded(change: Callable[[UNet], UNet], table) -> None:
+def test_what_is_not_folded(change: Callable[[UNet], UNet], table, monkeypatch: pytest.MonkeyPatch) -> None:
     table([*ROW, 2, False])
+    monkeypatch.setattr(_conv1x1, "pays", lambda *args: True)
     net = change(network(channel_mults=(1, 1), num_res_blocks=2)).eval()
     x, t, _ = inputs(net)
     for kind in (FLOAT, torch.float64):

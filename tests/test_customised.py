@@ -69,7 +69,7 @@ def test_a_replaced_forward_of_a_layer_is_called(name: str) -> None:
     assert not torch.allclose(block(x), before, atol=1e-3)
 
 
-OURS = [ResidualBlock, AttentionBlock, Downsample, Upsample, NearestUpsample, PositionalEmbedding]
+OURS = [UNet, ResidualBlock, AttentionBlock, Downsample, Upsample, NearestUpsample, PositionalEmbedding]
 STOCK = [nn.GroupNorm, nn.Conv2d, nn.Linear, nn.Dropout, nn.Sequential, nn.Identity, nn.SiLU]
 
 

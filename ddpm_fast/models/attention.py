@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import _checks as checks
+from ..ops._conv3x3 import is_exact
 from ..ops._dispatch import forced
 from ..ops._native import wanted
 from ..ops.attention import OP as ATTENTION
@@ -69,7 +70,7 @@ class AttentionBlock(nn.Module):
             return None
         kind = computed_in(h)
         of = qkv.weight, qkv.bias, out.weight, out.bias
-        return made(("folded", kind), of, lambda: Folded.of(qkv, out, kind))
+        return made(("folded", kind, is_exact()), of, lambda: Folded.of(qkv, out, kind))
 
 
 class Folded(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import _native
 from ..ops._conv3x3 import CODES, KINDS
-from .norms import Activation, groups_of, name_of, norm_act, reads_sums
+from .norms import Activation, groups_of, name_of, norm_act
 from .sums import Sum
 from .weights import Own, Prepared, convolve3x3, own_kernel, takes
 
@@ -25,7 +25,7 @@ def normed_conv3x3(
     skip: Sum | None = None,
 ) -> Sum:
     """conv(activation(norm(x + add))) + residual, where sums are not made later; with a skip as if concatenated, where
-    both are `alike`."""
+    both are `alike` and the norm reads sums."""
     x2 = None if skip is None else skip.x
     moments = x.moments if skip is None else x.moments_with(skip)
     own = None if moments is None else own_kernel(conv, x.x, residual, x2)
@@ -33,10 +33,7 @@ def normed_conv3x3(
         rows = _rows(x.x, moments, norm, activation, add)
         if rows:
             return _told(own, x.x, conv.bias if with_bias else None, residual, norm=rows, x2=x2)
-    if x2 is None or reads_sums(norm):
-        h = norm_act(norm, activation, x.x, add=add, x2=x2)
-    else:
-        h = norm_act(norm, activation, torch.cat([x.x, x2], dim=1), add=add)
+    h = norm_act(norm, activation, x.x, add=add, x2=x2)
     return told_conv3x3(h, conv, with_bias, residual)
 
 

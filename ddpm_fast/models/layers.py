@@ -12,7 +12,7 @@ from ..ops import DROPOUT, Dropout, NoiseState, timestep_embedding
 from ..ops import _checks as checks
 from .attention import AttentionBlock
 from .folding import alike, normed_conv3x3
-from .fusing import TakesNoiseState, is_conv3x3, is_plain, is_untouched, remember
+from .fusing import TakesNoiseState, is_conv3x3, is_convolution, is_plain, is_untouched, remember
 from .inputs import check_input, check_labels
 from .made import are_fixed
 from .norms import Activation, checked_activation, get_norm, is_known, norm_act, reads_sums
@@ -150,9 +150,9 @@ class ResidualBlock(TakesNoiseState):
         """
         drop, conv_2 = cast(tuple[nn.Dropout, nn.Conv2d], tuple(self.conv_2.children()))
         fixed = not x.later and are_fixed() and not drop.training
-        if skip is not None and not x.later and not (fixed and alike(x.x, skip.x)):
-            x, skip = x.joined(skip), None
         norm_1, norm_2, activation = self.norm_1, self.norm_2, self.activation
+        if skip is not None and not x.later and not (fixed and reads_sums(norm_1) and alike(x.x, skip.x)):
+            x, skip = x.joined(skip), None
         if fixed:
             h = normed_conv3x3(x, norm_1, activation, self.conv_1, False, skip=skip)
             add, residual = self._with_class(bias, h.x.shape[0], y), self._residual(x, skip)
@@ -196,6 +196,8 @@ class ResidualBlock(TakesNoiseState):
         """residual_connection(x), where sums are not made later, with a skip as if concatenated."""
         if self._connects_as_it_is():
             return (x if skip is None else x.joined(skip)).x
+        if not is_convolution(self.residual_connection):
+            x.moments = None  # it may write into what it is given
         return convolve(x.x, self.residual_connection, x2=None if skip is None else skip.x)
 
     def _connects_as_it_is(self) -> bool:

@@ -100,6 +100,7 @@ class Sum:
     def convolved(self, x: Tensor, conv: nn.Module, run: Callable[..., Tensor] = convolve) -> "Sum":
         """conv(x) as `run` does it, its bias left for later if this sum's is."""
         if not is_convolution(conv):
+            self.moments = None  # it may write into what it is given
             return Sum(run(x, conv), later=self.later)
         if not self.later:
             return Sum(run(x, conv), own=True)

@@ -13,7 +13,7 @@ from ..ops import DROPOUT, NoiseState
 from ..ops import _checks as checks
 from ..ops._dispatch import forced
 from ..reference.philox import MAX_STREAM
-from .fusing import TakesNoiseState, is_known_throughout, is_untouched
+from .fusing import TakesNoiseState, is_known_throughout, is_untouched, remember
 from .inputs import Switch, check_input, check_labels, check_size
 from .layers import LAYERS, Downsample, PositionalEmbedding, ResidualBlock, Upsample
 from .made import plain_path
@@ -288,3 +288,6 @@ class UNet(TakesNoiseState):
         if len(img_size) != 2:
             raise ValueError(f"img_size must be (height, width) for a UNet, got {tuple(img_size)}")
         check_size("img_size", img_size[0], img_size[1], self.multiple, self.initial_pad)
+
+
+remember(UNet)

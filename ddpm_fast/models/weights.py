@@ -11,7 +11,7 @@ from torch import _C, Tensor, nn
 
 from ..ops import _conv1x1 as by_pixels
 from ..ops import _conv3x3 as by_tiles
-from ..ops._conv3x3 import CHANGING, DIRECT, FIXED, Way, choose, computed_in, is_exact, lay_out, room
+from ..ops._conv3x3 import CHANGING, DIRECT, FIXED, KINDS, Way, choose, computed_in, is_exact, lay_out, room
 from ..ops._dispatch import forced
 from ..ops._native import is_watched, wanted
 from ..ops.conv3x3 import OP as CONV3X3
@@ -98,6 +98,7 @@ class Prepared:
     def own(self, x: Tensor, x2: Tensor | None = None) -> "Own | None":
         """What convolves x itself, where that is our own kernel."""
         alike = x.dtype is self._kind is self.dtype and (x2 is None or x2.dtype is x.dtype)
+        alike &= x.shape[1] + (0 if x2 is None else x2.shape[1]) == self._given.shape[1]
         way = self._chosen(x, x2) if alike else None
         return way if isinstance(way, Own) else None
 
@@ -148,7 +149,8 @@ class Prepared:
 
     def _own(self, way: Way, run: Callable[..., Tensor]) -> "Own":
         if way not in self._laid_out:
-            self._laid_out[way] = lay_out(self._given, way, self._kind)
+            given = self._given if self._given.dtype in KINDS else self._given.to(self._kind)
+            self._laid_out[way] = lay_out(given, way, self._kind)
         bias = None if self.bias is None else self.bias.float()
         channels = self._given.shape[0]
         return Own(partial(run, weights=self._laid_out[way], out_channels=channels), channels, bias)

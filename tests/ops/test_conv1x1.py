@@ -17,7 +17,7 @@ from ddpm_fast.models.made import fixed_weights
 from ddpm_fast.models.weights import Own, convolve, prepared
 from ddpm_fast.ops import _conv1x1, exact_convolutions
 from ddpm_fast.ops._conv1x1 import most_pixels, pays
-from ddpm_fast.ops._conv3x3 import DIRECT, lay_out
+from ddpm_fast.ops._conv3x3 import DIRECT, is_exact, lay_out
 
 pytestmark = FORCED
 
@@ -27,7 +27,8 @@ SHAPES = [
     (1, 1, 0, 1, 1, 1),  # a pixel
     (2, 5, 3, 7, 3, 5),  # less than a vector; the second image tensor's channels lie across vectors
     (1, 63, 70, 33, 9, 8),  # one channel less than lie together, and an odd number in all
-    (3, 256, 0, 250, 4, 4),  # few pixels: threads share the output channels
+    (1, 256, 0, 250, 4, 4),  # few pixels: threads share the output channels
+    (5, 8, 0, 260, 4, 4),  # which with 8 threads are two blocks
     (5, 64, 65, 70, 13, 11),  # blocks that begin and end within images
     (70, 6, 0, 40, 1, 1),  # and that consist of many
 ]
@@ -67,18 +68,18 @@ def test_by_the_rule(isa: str, dtype: torch.dtype) -> None:
             wide, narrow = (
                 {k: None if v is None else v.to(kind) for k, v in what.items()} for kind in (torch.float64, dtype)
             )
-            truth, moments, found = plain(**wide), torch.full((2, shape[0], shape[3]), float("nan")), []
-            for threads in (1, 2, 3):
+            y = run(**what)
+            assert y.dtype is dtype and y.is_contiguous(memory_format=torch.channels_last)
+            assert_rule(f"y of {shape}", y, plain(**narrow), plain(**wide), 2)
+            z = y.double()
+            mean = z.mean((2, 3))
+            exact = (z - mean[..., None, None]).square().sum((2, 3))
+            for threads in (1, 2, 3, 8):
                 torch.set_num_threads(threads)
-                found.append(run(**what, moments=moments))
-                assert torch.equal(run(**what), found[0])
-            assert all(torch.equal(y, found[0]) for y in found)
-            assert found[0].dtype is dtype and found[0].is_contiguous(memory_format=torch.channels_last)
-            assert_rule(f"y of {shape}", found[0], plain(**narrow), truth, 2)
-            z = found[0].double()
-            exact = (z - z.mean((2, 3), keepdim=True)).square().sum((2, 3))
-            assert ((moments[0] - z.mean((2, 3))).abs() <= 1e-6 * z.abs().mean((2, 3)) + 1e-12).all()
-            assert ((moments[1] - exact).abs() <= 1e-5 * exact + 1e-12).all()
+                moments = torch.full((2, shape[0], shape[3]), float("nan"))
+                assert torch.equal(run(**what, moments=moments), y) and torch.equal(run(**what), y)
+                assert ((moments[0] - mean).abs() <= 1e-6 * z.abs().mean((2, 3)) + 1e-12).all()
+                assert ((moments[1] - exact).abs() <= 2e-5 * exact + 1e-12).all()
 
 
 def test_an_offset_costs_its_moments_nothing() -> None:
@@ -135,7 +136,7 @@ def test_who_takes_it() -> None:
 
 @torch.no_grad()
 def test_in_chains(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two image tensors are read as they are, and concatenated where it isn't taken, or can't be."""
+    """Two image tensors are read as they are, and concatenated where that isn't taken."""
     conv, (x, x2) = nn.Conv2d(96, 64, 1), (image(4, c, 8, 8) for c in (64, 32))
     joined = torch.cat([x, x2], dim=1)
     truth = F.conv2d(joined.double(), conv.weight.double(), conv.bias.double())
@@ -147,6 +148,23 @@ def test_in_chains(monkeypatch: pytest.MonkeyPatch) -> None:
             assert_rule("y", y, conv(joined), truth, 2)
             assert_rule("y of one", convolve(joined, conv), conv(joined), truth, 2)
         assert torch.equal(convolve(x, conv, x2=x2), conv(joined))
+
+
+@torch.no_grad()
+def test_exactness_and_dtypes_that_change_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_conv1x1, "pays", lambda *args: not is_exact())
+    calls, run_it = [], _conv1x1.convolve
+    monkeypatch.setattr(_conv1x1, "convolve", lambda *args, **rest: calls.append(1) or run_it(*args, **rest))
+    block, x = AttentionBlock(64, num_groups=8), image(2, 64, 8, 8)
+    with fixed_weights():
+        for exact in (False, True, False):
+            calls.clear()
+            with exact_convolutions(exact):
+                block(x)
+            assert len(calls) == (0 if exact else 2)
+        with torch.autocast("cpu", HALF):
+            conv = nn.Conv2d(64, 64, 1).half()  # neither float32 nor bfloat16
+            assert_rule("y", convolve(x.to(HALF), conv), conv(x.to(HALF)), conv.double()(x.to(HALF).double()), 2)
 
 
 class Seen(TorchDispatchMode):
