@@ -9,7 +9,7 @@ from ._conv3x3 import KINDS, LAST, is_exact
 # Up to how many pixels of a batch they are, of one image tensor and of two, by instruction set (docs/convolution.md).
 ANY = 1 << 62
 MOST_PIXELS = {
-    ("avx2", torch.float32): (256, ANY),
+    ("avx2", torch.float32): (1024, ANY),
     ("avx512", torch.float32): (64, 64),
     ("avx512bf16", torch.float32): (64, 64),
     ("avx512bf16", torch.bfloat16): (256, 256),
