@@ -304,16 +304,8 @@ void conv1x1(py::handle x, py::handle x2, py::handle weights, py::handle bias, p
   run(of, std::max(threads, 1));
 }
 
-// The gradient of the weight, to [K, C, 3, 3]; all in float32.
 void conv3x3_gradient(py::handle x, py::handle dy, py::handle to, int64_t tile, int threads) {
-  const Tensor from(x, "x"), grad(dy, "dy"), result(to, "to");
-  if (!from.given || from.dims != 4 || !grad.given || grad.dims != 4) throw py::value_error("x, dy: not of four dimensions");
-  if (is_half(from, "x")) throw py::value_error("x: not float32");
-  Conv3x3Gradient of{from.size[0], from.size[2], from.size[3], from.size[1], grad.size[1], checked_tile(tile, false),
-                     image_of(from, "x", from, from.size[1]), image_of(grad, "dy", from, grad.size[1]),
-                     whole<float>(result, Dtype::float32, "to")};
-  if (!result.has_shape({of.out_channels, of.channels, 3, 3})) throw py::value_error("to: not [K, C, 3, 3]");
-  if (grad.elements() == 0 || from.elements() == 0) throw py::value_error("x, dy: empty");
+  const auto of = gradient_of(Tensor(x, "x"), Tensor(dy, "dy"), Tensor(to, "to"), tile);
   const auto run = kernels().conv3x3_gradient;
   py::gil_scoped_release unlocked;
   run(of, threads);

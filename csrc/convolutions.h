@@ -28,8 +28,8 @@ inline float* numbers_of(const Tensor& tensor, const char* name, std::initialize
   return static_cast<float*>(tensor.data);
 }
 
-// A weight [K, C, 3, 3], or [K, C, 1, 1] without a tile, or with `gradient` as the one with which a result's gradient makes that of x: K and C change
-// places, and rows and columns are turned round. Without `to` only its size counts.
+// A weight [K, C, 3, 3], or [K, C, 1, 1] without a tile; or with `gradient` as the one with which a result's gradient makes
+// that of x: K and C change places, and rows and columns are turned round. Without `to` only its size counts.
 inline ConvolutionWeights weights_of(const Tensor& weight, const Tensor& to, int64_t tile, bool half, bool gradient) {
   const int64_t side = weight.given && weight.dims == 4 && weight.size[2] == 1 && tile == 0 ? 1 : 3;
   if (!weight.given || weight.dims != 4 || weight.size[2] != side || weight.size[3] != side) {
@@ -120,6 +120,18 @@ inline Conv3x3 in_tiles(const Convolution& plain, const py::tuple& norm, int til
     of.shift = of.scale + of.images * of.channels;
     of.activation = activation_of(py::cast<int>(norm[1]));
   }
+  return of;
+}
+
+// To the gradient of a weight, [K, C, 3, 3]; all in float32.
+inline Conv3x3Gradient gradient_of(const Tensor& x, const Tensor& dy, const Tensor& to, int64_t tile) {
+  if (!x.given || x.dims != 4 || !dy.given || dy.dims != 4) throw py::value_error("x, dy: not of four dimensions");
+  if (is_half(x, "x")) throw py::value_error("x: not float32");
+  const Conv3x3Gradient of{x.size[0], x.size[2], x.size[3], x.size[1], dy.size[1], checked_tile(tile, false),
+                           image_of(x, "x", x, x.size[1]), image_of(dy, "dy", x, dy.size[1]),
+                           whole<float>(to, Dtype::float32, "to")};
+  if (!to.has_shape({of.out_channels, of.channels, 3, 3})) throw py::value_error("to: not [K, C, 3, 3]");
+  if (dy.elements() == 0 || x.elements() == 0) throw py::value_error("x, dy: empty");
   return of;
 }
 

@@ -1,5 +1,5 @@
-// What the kernels of conv3x3 and conv1x1 are told. Images are channels_last, with rows as far apart as their pixels; strides are in
-// elements; what is absent is null.
+// What the kernels of conv3x3 and conv1x1 are told. Images are channels_last, with rows as far apart as their pixels;
+// strides are in elements; what is absent is null.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,6 @@
-// Moments of what a convolution writes: mean, and sum of squares around it, of each image and channel. What a block of tiles
-// has of an image, a segment, is summed up less a pivot, the mean of its first tile; segments are merged by Chan et al. 1979.
+// Moments of what a convolution writes: mean, and sum of squares around it, of each image and channel. What a block of tiles,
+// or pixels, has of an image, a segment, is summed up less a pivot, the mean of its first tile; segments are merged by Chan
+// et al. 1979.
 #pragma once
 
 #include "convolution.h"

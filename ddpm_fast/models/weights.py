@@ -139,12 +139,11 @@ class Prepared:
         return sum(t.nbytes for way, t in self._laid_out.items() if way.transformed)
 
     def _filtering(self, way: Way, x: Tensor) -> "_Run":
-        if way not in self._laid_out:
-            if way.transformed:
-                if in_use().transformed() + room(self._given, way, self._kind) > MOST_TRANSFORMED:
-                    shape = (x.shape[0], self._given.shape[1], *x.shape[2:])
-                    way = choose(self._kind, shape, self._given.shape[0], CHANGING)
-                    return self._filtering(way, x) if way.tile else self._packing
+        new = way.transformed and way not in self._laid_out
+        if new and in_use().transformed() + room(self._given, way, self._kind) > MOST_TRANSFORMED:
+            shape = (x.shape[0], self._given.shape[1], *x.shape[2:])
+            way = choose(self._kind, shape, self._given.shape[0], CHANGING)
+            return self._filtering(way, x) if way.tile else self._packing
         return self._own(way, partial(by_tiles.convolve, way=way))
 
     def _own(self, way: Way, run: Callable[..., Tensor]) -> "Own":

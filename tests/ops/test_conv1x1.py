@@ -79,10 +79,10 @@ def test_by_the_rule(isa: str, dtype: torch.dtype) -> None:
                 moments = torch.full((2, shape[0], shape[3]), float("nan"))
                 assert torch.equal(run(**what, moments=moments), y) and torch.equal(run(**what), y)
                 assert ((moments[0] - mean).abs() <= 1e-6 * z.abs().mean((2, 3)) + 1e-12).all()
-                assert ((moments[1] - exact).abs() <= 2e-5 * exact + 1e-12).all()
+                assert ((moments[1] - exact).abs() <= 1e-5 * exact + 1e-12).all()
 
 
-def test_an_offset_costs_its_moments_nothing() -> None:
+def test_an_offset_costs_its_moments_little() -> None:
     """A mean of 1e4, which float32 rounds by 5e-4, hides no more than that."""
     moments, bias = torch.empty(2, 2, 32), torch.full((32,), 1e4)
     z = run(image(2, 64, 9, 9), torch.randn(32, 64, 1, 1), moments, bias=bias).double()
