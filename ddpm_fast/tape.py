@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .footprint import Footprint, NotRecorded, switches
+from .models.fusing import code
 from .models.made import Table
 from .ops import _native
 
@@ -251,8 +252,8 @@ class Repeated:
     def _has_changed(self, device: torch.device) -> bool:
         """Whether anything has since the last look, which decides about what a call does."""
         versions = [weight._version for weight in self._weights if not weight.is_inference()]
-        code = [type(module).forward for module in self._modules]
-        before, self._state = self._state, (versions, code, _native.threads(), switches(device))
+        known = [code(type(module)) for module in self._modules]
+        before, self._state = self._state, (versions, known, _native.threads(), switches(device))
         return self._state != before or not self._seen.unchanged()
 
     def _recorded(self, x: Tensor, t: Tensor, *inputs: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 import threading
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -20,9 +21,9 @@ X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 T = torch.tensor([3, 5])
 
 
-def unet(cls: type = UNet, **options) -> UNet:
+def unet(cls: type = UNet, base_channels: int = 8, **options) -> UNet:
     torch.manual_seed(0)
-    return cls(1, 8, (1, 2), 1, **{"time_emb_dim": 8, "num_groups": 4, "dropout": 0.2} | options)
+    return cls(1, base_channels, (1, 2), 1, **{"time_emb_dim": 8, "num_groups": 4, "dropout": 0.2} | options)
 
 
 class Plain(UNet):
@@ -96,6 +97,51 @@ def test_a_replaced_forward_of_a_class_is_called(cls: type[nn.Module], monkeypat
     assert torch.allclose(images, before, atol=1e-4) == (cls is nn.Sequential)
     monkeypatch.undo()
     assert torch.equal(diffusion.sample(2, "cpu", seed=1, use_ema=False), before)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["modules", "class"])
+def test_a_replaced_part_of_convolutions_is_called(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is patched to make images that tile."""
+
+    def tiled(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        p = conv.padding[0]
+        return F.conv2d(F.pad(x, (p, p, p, p), mode="circular"), weight, bias, conv.stride)
+
+    def losses_and_images(diffusion: Diffusion) -> list[Tensor]:
+        diffusion.seed = diffusion.calls = 0
+        return [diffusion.train()(X).detach(), *(diffusion.sample(2, "cpu", seed=1, use_ema=False) for _ in range(2))]
+
+    truth, patched = (Diffusion(unet(base_channels=32, dropout=0.0), (8, 8), 1, None, BETAS) for _ in range(2))
+    before = losses_and_images(patched)
+    for conv in truth.modules():
+        if type(conv) is nn.Conv2d and conv.padding != (0, 0):
+            conv.padding_mode = "circular"
+    for conv in patched.modules():
+        if type(conv) is nn.Conv2d and not whole:
+            conv._conv_forward = partial(tiled, conv)
+    if whole:
+        monkeypatch.setattr(nn.Conv2d, "_conv_forward", tiled)
+    for was, is_now, expected in zip(before, losses_and_images(patched), losses_and_images(truth), strict=True):
+        assert torch.allclose(is_now, expected, atol=1e-4) and not torch.allclose(was, expected, atol=1e-3)
+
+
+def test_weights_of_a_subclass_of_tensor_compute_as_it_does() -> None:
+    class Halved(Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            halved = func is F.conv2d or func is F.linear or func is F.group_norm
+            result = super().__torch_function__(func, types, args, kwargs or {})
+            return 0.5 * result.as_subclass(Tensor) if halved else result
+
+    inside = "conv_1", "norm_2", "time_bias", "attention.norm", "attention.to_qkv", "attention.to_out"
+    for name in ("time_mlp.1", "init_conv", "ups.0.residual_connection", *(f"mid.0.{name}" for name in inside)):
+        net = unet(attention_resolutions=(1,))
+        diffusion, layer = Diffusion(net, (8, 8), 1, None, BETAS[:8]), net.get_submodule(name)
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Halved))
+        images = diffusion.sample(2, "cpu", seed=1, use_ema=False)
+        layer.weight = nn.Parameter(0.5 * layer.weight.detach().as_subclass(Tensor))
+        layer.bias = None if layer.bias is None else nn.Parameter(0.5 * layer.bias.detach())
+        assert torch.allclose(images, diffusion.sample(2, "cpu", seed=1, use_ema=False), atol=1e-4), name
 
 
 def test_wrapped_biases_work() -> None:

@@ -1,24 +1,30 @@
 """When ops may stand in for modules.
 
-Where a submodule was hooked, parametrized or replaced, the modules themselves are called: nothing of it is skipped.
+Where a submodule was hooked, parametrized, patched or replaced, the modules themselves are called: nothing of that is
+skipped.
 """
 
 import inspect
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 _STOCK = {nn.GroupNorm, nn.InstanceNorm2d, nn.BatchNorm2d, nn.Identity, nn.Conv2d, nn.Dropout, nn.Sequential}
 
 _HELD = {nn.Linear, nn.SiLU, nn.Embedding, nn.ModuleList}
 
-# What calling one of a class runs, unless somebody patches the class.
-_FORWARDS: dict[type, Any] = {}
+_CODE: dict[type, tuple[Any, ...]] = {}  # of classes, unless somebody patches them
+
+
+def code(of: type[nn.Module]) -> tuple[Any, ...]:
+    """What calling a module of this class runs: its forward, and the part of a convolution's that people replace."""
+    return of.forward, getattr(of, "_conv_forward", None)
 
 
 def remember(*classes: type[nn.Module]) -> None:
-    """From now on a class is touched when its forward isn't the one of now."""
-    _FORWARDS.update({each: each.forward for each in classes})
+    """From now on a class is touched when its code isn't that of now."""
+    _CODE.update({each: code(each) for each in classes})
 
 
 remember(*_STOCK, *_HELD)
@@ -39,12 +45,13 @@ class TakesNoiseState(nn.Module):
 def takes_noise_state(module: nn.Module) -> bool:
     """Whether forward can be given a noise_state, also under torch.compile; not where it was replaced."""
     module = getattr(module, "_orig_mod", module)
-    return getattr(module, "takes_noise_state", False) and _has_its_own_forward(module)
+    return getattr(module, "takes_noise_state", False) and _runs_its_own_code(module)
 
 
 def is_plain(*modules: nn.Module) -> bool:
-    """Whether an op may stand in for these modules: PyTorch's own classes, without hooks or a replaced forward."""
-    return all(type(m) in _STOCK for m in modules) and is_untouched(*modules)
+    """Whether an op may stand in for these modules: PyTorch's own classes and tensors, without hooks or other code."""
+    own = all(type(m) in _STOCK and are_plain(*m._parameters.values()) for m in modules)
+    return own and is_untouched(*modules)
 
 
 def is_untouched(*modules: nn.Module) -> bool:
@@ -54,21 +61,30 @@ def is_untouched(*modules: nn.Module) -> bool:
     for m in modules:
         if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
             return False
-        if not _has_its_own_forward(m) or getattr(m, "_compiled_call_impl", None) is not None:
+        if not _runs_its_own_code(m) or getattr(m, "_compiled_call_impl", None) is not None:
             return False
     return True
 
 
-def _has_its_own_forward(module: nn.Module) -> bool:
-    """Whether nobody put another forward in the place of its class's, into the module or the class."""
+def _runs_its_own_code(module: nn.Module) -> bool:
+    """Whether nobody put other code in the place of its class's, into the module or the class."""
+    own = module.__dict__
+    if "forward" in own or "_conv_forward" in own:
+        return False
     of = type(module)
-    return "forward" not in module.__dict__ and of.forward is _FORWARDS.get(of, of.forward)
+    return of not in _CODE or code(of) == _CODE[of]
 
 
 def is_known_throughout(module: nn.Module, *ours: type[nn.Module]) -> bool:
-    """Whether all in it is of these classes or PyTorch's, in eval mode, and nobody else's."""
+    """Whether all in it is of these classes or PyTorch's, in eval mode, and nobody else's; its tensors, too."""
     classes, modules = _STOCK | _HELD | set(ours), list(module.modules())
-    return all(type(m) in classes and not m.training for m in modules) and is_untouched(*modules)
+    plain = are_plain(*module.parameters(), *module.buffers())
+    return plain and all(type(m) in classes and not m.training for m in modules) and is_untouched(*modules)
+
+
+def are_plain(*tensors: Tensor | None) -> bool:
+    """Whether these are PyTorch's own kinds, and not of a subclass, which may compute otherwise; or a compiler's."""
+    return all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors) or torch.compiler.is_compiling()
 
 
 def is_convolution(conv: nn.Module) -> bool:
