@@ -1,9 +1,12 @@
 """The denoising loop: runs any plan, eagerly or by a recorded step, and never waits for the device by itself."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock, get_ident
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -65,18 +68,43 @@ def torch_start(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return lambda part: (x[part].clone(), None)
 
 
+class _Users:
+    """Who has a model in eval mode: threads, each as often as it entered; and the modules that the last one to leave
+    puts back into training mode."""
+
+    def __init__(self) -> None:
+        self.threads: Counter[int] = Counter()
+        self.training: list[nn.Module] = []
+
+
+_USERS: WeakKeyDictionary[nn.Module, _Users] = WeakKeyDictionary()
+_ENTERING = Lock()
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode and without gradients; afterwards every module is in the mode it was in."""
-    training = [m for m in model.modules() if m.training]
-    try:
+    """The model in eval mode and without gradients; afterwards every module is in the mode it was in, once no other
+    thread needs it in eval mode."""
+    with _ENTERING:
+        users, me = _USERS.setdefault(model, _Users()), get_ident()
+        users.threads[me] += 1
+        training = [m for m in model.modules() if m.training]
         if training:
             model.eval()
+    try:
         with torch.no_grad(), _cast_once(model):
             yield model
     finally:
-        for module in training:
-            module.training = True
+        with _ENTERING:
+            users.threads -= Counter([me])
+            if users.threads and me not in users.threads:
+                users.training += training
+                training = []
+            elif not users.threads:
+                training += users.training
+                users.training = []
+            for module in training:
+                module.training = True
 
 
 @contextmanager

@@ -1,14 +1,17 @@
 """Sampling beyond the original's contract: what an image depends on, what the network is told, warnings."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import cast
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from toys import BETAS, Pixelwise, pixelwise, small
 
-from ddpm_fast import Diffusion
+from ddpm_fast import Diffusion, sample
 
 
 def test_an_image_depends_on_seed_and_index_alone() -> None:
@@ -73,6 +76,30 @@ def test_sampling_is_in_eval_mode_and_restores_each_module() -> None:
     diffusion.sample(1, "cpu")
     assert seen and not any(seen)
     assert [m.training for m in diffusion.modules()] == modes
+
+
+def test_threads_that_share_a_network_sample_in_eval_mode() -> None:
+    """The first chain, which found it in train mode, ends within the second."""
+    net, plan, seen = Pixelwise().train(), pixelwise().plan(), []
+    entered, both_in, first_out = (Event() for _ in range(3))
+
+    def first(k: int, x: Tensor) -> None:
+        entered.set()
+        assert both_in.wait(30)
+
+    def second(k: int, x: Tensor) -> None:
+        both_in.set()
+        assert first_out.wait(30)
+        seen.append(net.training)
+
+    with ThreadPoolExecutor(2) as pool:
+        chains = [pool.submit(sample, net, (1, 2, 5, 7), plan, seed=1, callback=first)]
+        assert entered.wait(30)
+        chains.append(pool.submit(sample, net, (1, 2, 5, 7), plan, seed=1, callback=second))
+        chains[0].result()
+        first_out.set()
+        chains[1].result()
+    assert len(seen) == len(plan) and not any(seen) and net.training
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
