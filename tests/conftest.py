@@ -7,6 +7,9 @@ os.environ.setdefault(
     "TRITON_INTERPRET", str(int(not (os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/kfd"))))
 )
 
+# Where a test asks for two threads, they share a core with another test's: waiting, they must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import random
 from collections.abc import Iterator
 from pathlib import Path
