@@ -161,8 +161,8 @@ class Diffusion(SamplingDiffusion, TrainingLoss):
             *("prediction", "loss_weighting", "timestep_sampling", "learned_variance", "label_dropout"),
             *("time_input", "cond_channels"),
         ]
-        arguments: dict[str, Any] = {name: getattr(config, name) for name in names}
-        return cls(config.build_unet(), betas=config.betas(), **arguments | options)
+        arguments: dict[str, Any] = {name: getattr(config, name) for name in names} | {"betas": config.betas()}
+        return cls(config.build_unet(), **arguments | options)
 
     def update_ema(self) -> None:
         """Call after each optimizer step: moves `ema_model` towards `model`."""

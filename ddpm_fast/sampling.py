@@ -247,7 +247,7 @@ class SamplingDiffusion(Conditions):
             way, guides = self._adaptive_way(num_steps, options, scale, corrections, device), scale is not None
         else:
             plan = mean_plan(self.sigma) if own_mean else self.plan(sampler, num_steps, options)
-            plan.check_told(self.num_timesteps, self.time_input == "noise_level")
+            plan.check_network(self.prediction, self.num_timesteps, self.time_input == "noise_level")
             plan = plan if guidance is None else plan.guided(guidance)
             corrections, guides = check_corrections(corrections), plan.guidance is not None
             way = by_plan(plan, device, self.graphs, engine=self.engine, corrections=corrections)

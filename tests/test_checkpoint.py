@@ -32,7 +32,7 @@ TINY = Config(
 
 def trained(steps: int = 3) -> tuple[Diffusion, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    diffusion = Diffusion.from_config(TINY, seed=5)
+    diffusion = Diffusion.from_config(TINY, seed=5, betas=TINY.betas())
     optimizer = torch.optim.Adam(diffusion.model.parameters(), lr=1e-2)
     for _ in range(steps):
         loss = diffusion(torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 0]))

@@ -166,7 +166,9 @@ def test_a_busy_machine_is_named(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     calls = (TRAIN + " --overwrite --steps 1 --out {out}/run", DRAW + "/{c.stem}.png --overwrite --steps 1 --num 1")
-    for load, threads, said in ((5.21, 2, True), (5.21, 1, False), (2.5, 2, False)):
+    cases = (5.21, 2, "active", True), (5.21, 1, "", False), (2.5, 2, "", False), (5.21, 2, "PASSIVE", False)
+    for load, threads, waiting, said in cases:
+        monkeypatch.setenv("OMP_WAIT_POLICY", waiting)
         monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0), raising=False)
         torch.set_num_threads(threads)
         for command in calls:

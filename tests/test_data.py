@@ -170,9 +170,14 @@ def test_a_folder_inside_a_zip(photos: Path) -> None:
         load_images(archive / "test")
 
 
-def test_classes_on_two_levels_are_refused(photos: Path) -> None:
-    Image.new("RGB", (6, 4)).save(photos / "stray.png")
-    with pytest.raises(ValueError, match="one sub-folder per class"):
+def test_classes_on_two_levels_are_refused_before_any_image_is_decoded(photos: Path) -> None:
+    nested = zipped(photos, "train/")
+    with zipfile.ZipFile(nested, "a") as archive:
+        archive.writestr("test/cat/a.png", b"no image")
+    with pytest.raises(ValueError, match=r"one sub-folder per class, or --data .*\.zip/train; found .*/test/cat, "):
+        load_images(nested)
+    (photos / "stray.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="one sub-folder per class, none of them beside sub-folders"):
         load_images(photos)
 
 

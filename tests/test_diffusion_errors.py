@@ -96,9 +96,11 @@ def told(times: list[float]) -> Plan:
     return Plan([[t, 1, 1, 0, 1, 0, 0, 0] for t in times])
 
 
+OF_X0 = Diffusion(Pixelwise(), (4, 4), 1, None, BETAS, prediction="x0").plan()
+
 CALLS = [
     (lambda d: d(X[:, :, :7]), ValueError, r"x must have shape \[N, 1, 8, 8\] with N >= 1, got"),
-    (lambda d: d(X.byte()), TypeError, "x must be a floating point tensor, got uint8"),
+    (lambda d: d(X.byte()), TypeError, r"x must be a floating point tensor, got uint8 .*: pixels become it by"),
     (lambda d: d("image"), TypeError, "x must be a tensor"),
     (lambda d: d(X), ValueError, "y is required: this network was built with num_classes=3"),
     (lambda d: d(X, Y[:1]), ValueError, r"y must have shape \[2\]"),
@@ -119,6 +121,7 @@ CALLS = [
     (lambda d: d.sample(2, "cpu", y=Y, num_steps=13), ValueError, r"num_steps must be an integer in \[1, 12\], got 13"),
     (lambda d: d.sample(2, "cpu", y=Y, sampler_options={"eta": 1}), TypeError, "'ddpm' has no option 'eta'"),
     (lambda d: d.sample(2, "cpu", y=Y, sampler=d.plan(), num_steps=3), ValueError, "a Plan holds its own"),
+    (lambda d: d.sample(2, "cpu", y=Y, sampler=OF_X0), ValueError, "is for prediction 'x0', the network's is"),
     (lambda d: d.sample(2, "cpu", y=Y, first_index=-1), ValueError, r"first_index must be an integer in \[0, "),
     (lambda d: d(X[:0], Y[:0]), ValueError, "with N >= 1"),
     (lambda d: d(X.to("meta"), Y), ValueError, "x is on meta, this Diffusion on cpu"),
@@ -146,7 +149,7 @@ CALLS = [
     (lambda d: d.sample(2, "cpu", y=Y, noise=X[:1]), ValueError, "noise must have shape"),
     (lambda d: d([X, X], Y), TypeError, r"x must be a tensor, got \[float32 \[2, 1, 8, 8\] on cpu, .* \(list\)"),
     (lambda d: d({"image": X}), TypeError, r"got \{'image': float32 \[2, 1, 8, 8\] on cpu\} \(dict\)$"),
-    (lambda d: d(X.numpy(), Y), TypeError, r"x must be a tensor, got float32 \[2, 1, 8, 8\] of numpy$"),
+    (lambda d: d(X.numpy(), Y), TypeError, r"x must be a tensor, got float32 \[2, 1, 8, 8\] of numpy: torch.as_ten"),
     (lambda d: d.sample(2, "cpu", y=Y, sampler=told([5000, 1])), ValueError, "row 0 has t = 5000, expected 0 to 11"),
     (lambda d: d.sample(2, "cpu", y=Y, sampler=told([11, -1])), ValueError, "row 1 has t = -1, expected 0 to 11"),
     (lambda d: d.sample_diffusion_sequence(2, "cpu", Y, sampler=told([12])), ValueError, "row 0 has t = 12"),

@@ -51,9 +51,11 @@ def tensor(
 ) -> None:
     """Raise TypeError or ValueError unless `value` is such a tensor; without a dtype, any floating one."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {text(value)}")
+        hint = f": torch.as_tensor({name}) makes one" if isinstance(value, (np.ndarray, list, tuple)) else ""
+        raise TypeError(f"{name} must be a tensor, got {text(value)}{hint}")
     if dtype is None and not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating point tensor, got {text(value)}: convert it with .float()")
+        how = "pixels become it by .float() / 127.5 - 1" if value.dtype is torch.uint8 else "convert it with .float()"
+        raise TypeError(f"{name} must be a floating point tensor, got {text(value)}: {how}")
     if dtype is not None and value.dtype != dtype:
         raise TypeError(f"{name} must have dtype {dtype}, got {text(value)}: convert it with .to({dtype})")
     if shape is not None and value.shape != tuple(shape):

@@ -30,6 +30,7 @@ class Plan:
             Salimans 2022); None for none.
         abar: [S], the level at which each row starts: x = sqrt(abar) x_0 + sqrt(1 - abar) noise; None if unknown.
         noise_levels: t are noise levels: the network is told them in float32, also where all are whole numbers.
+        prediction: what the model predicts, for which p_x and p_m are made; None if unknown.
 
     Raises:
         ValueError, TypeError: the rows are no finite table of this shape with S >= 1, or another argument doesn't fit.
@@ -40,6 +41,7 @@ class Plan:
     guidance: Tensor | None = None
     abar: Tensor | None = None
     noise_levels: bool = False
+    prediction: str | None = None
 
     def __post_init__(self) -> None:
         rows = _table("rows", self.rows)
@@ -103,8 +105,13 @@ class Plan:
         plan = replace(self, guidance=column)
         return plan if (column != 1).any() else replace(plan, guidance=None)
 
-    def check_told(self, num_timesteps: int, noise_levels: bool) -> None:
-        """Raise ValueError where a row tells a network of `num_timesteps` or of noise levels something else."""
+    def check_network(self, prediction: str, num_timesteps: int, noise_levels: bool) -> None:
+        """Raise ValueError where this is for a network of another prediction, or a row tells one of `num_timesteps`, or
+        of noise levels, something else."""
+        if self.prediction not in (None, prediction):
+            raise ValueError(
+                f"sampler: this plan is for prediction {self.prediction!r}, the network's is {prediction!r}"
+            )
         t = self.column("t")
         if noise_levels and not self.noise_levels and (t > 1).any():
             raise ValueError("sampler: this plan tells timesteps, the network takes noise levels: .told_noise_levels()")
@@ -156,4 +163,5 @@ def plan_of(
     p_x, p_m = x0_coefficients(prediction, np.sqrt(abar), np.sqrt(1 - abar))
     columns = np.broadcast_arrays(t, 1.0, p_x, p_m, c_x, c_0, c_h, c_z, *([] if c_v is None else [c_v]))
     rows = torch.from_numpy(np.stack(columns, axis=1).astype(np.float64))
-    return Plan(rows, clip=1.0 if clip else None, abar=torch.from_numpy(np.array(abar, dtype=np.float64)))
+    levels = torch.from_numpy(np.array(abar, dtype=np.float64))
+    return Plan(rows, clip=1.0 if clip else None, abar=levels, prediction=prediction)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..progress import progress_bar
 from . import cache
-from .readers import IMAGE_SUFFIXES, READ_ERRORS, Files, Read, classes, decode, hidden, natural, resize
+from .readers import IMAGE_SUFFIXES, READ_ERRORS, Files, Read, check_depth, classes, decode, hidden, natural, resize
 from .workers import ordered
 
 Item = TypeVar("Item")
@@ -62,6 +62,7 @@ def read_folder(
     names = [name for name in sorted(files, key=natural) if files[name] is not None and _is_image(name)]
     if not names:
         raise ValueError(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    check_depth(root, names)
     opened = (_open(root, name, files[name]) for name in names)
     place = cache.cache_file(cache_folder, root, size) if cache_folder else None
     found: tuple[Tensor, dict[str, str]] | None = None

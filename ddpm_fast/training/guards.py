@@ -100,6 +100,7 @@ def warn_where_busy(device: torch.device) -> None:
     """A warning where other work holds the cores: the threads that share an operation then wait for each other."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if device.type == "cpu" and torch.get_num_threads() > 1 and load > 1.5 * cores:
+    spins = os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive"
+    if device.type == "cpu" and torch.get_num_threads() > 1 and load > 1.5 * cores and spins:
         advice = "OMP_WAIT_POLICY=passive or OMP_NUM_THREADS=1 may be many times faster"
         warnings.warn(f"the load is {load:.1f} on {cores} cores: {advice}", stacklevel=2)

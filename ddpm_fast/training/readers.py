@@ -149,19 +149,26 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     return archive.read(info)
 
 
+def check_depth(root: Path, names: list[PurePosixPath]) -> None:
+    """Raise ValueError where images lie in folders that are no neighbours, of which none can be the classes."""
+    folders = sorted({name.parent for name in names}, key=natural)
+    levels = {folder.parent if folder.name else None for folder in folders}
+    if len(levels) > 1:
+        found = ", ".join(f"{root}/{folder}" for folder in folders[:3])
+        how = "none of them beside sub-folders" if None in levels else f"or --data {root}/{folders[-1].parent}"
+        raise ValueError(f"{root}: expected one sub-folder per class, {how}; found images in {found}...")
+
+
 def classes(
     root: Path, files: Files, names: list[PurePosixPath], skipped: Container[str] = ()
 ) -> tuple[Tensor | None, tuple[str, ...] | None]:
-    """Labels int64 [N] of the images called `names` but not `skipped`, and the classes' names.
+    """Labels int64 [N] of the images called `names` but not `skipped`, and the classes' names; `check_depth` first.
 
     The folder an image lies in is its class; there are none where all lie in one folder.
     """
     folders = {name.parent for name in names}
     if len(folders) == 1:
         return None, None
-    if len({folder.parent if folder.name else None for folder in folders}) > 1:
-        found = ", ".join(f"{root}/{folder}" for folder in sorted(folders, key=natural)[:3])
-        raise ValueError(f"{root}: expected one sub-folder per class, found images in {found}...: name one level")
     kept = [name.parent for name in names if str(name) not in skipped]
     parent = names[0].parent.parent
     every = folders | {p for p, read in files.items() if read is None and p.parent == parent and not hidden(p)}
