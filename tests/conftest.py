@@ -12,6 +12,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,12 @@ from torch.utils._device import _device_constructors
 
 from ddpm_fast import engine, graphs
 from ddpm_fast.training import step
+
+if os.environ["TRITON_INTERPRET"] == "1" and find_spec("triton"):
+    from triton.runtime.interpreter import interpreter_builder
+
+    # It looks for overflows, a quarter of its time, only to say nothing of them where it isn't debugging.
+    interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
 
 torch.manual_seed(0)  # the arguments that tests are named after are the same in every process that collects them
 

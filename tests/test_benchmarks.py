@@ -304,6 +304,7 @@ def test_ops_run(tmp_path, capsys, monkeypatch):
     assert "| contender |" in capsys.readouterr().out
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("script", ["sample_throughput.py", "train_throughput.py"])
 def test_throughput_scripts_run_from_anywhere(script, tmp_path):
     file = tmp_path / "out.json"

@@ -104,6 +104,7 @@ def test_a_trainer_that_computes_something_else_is_refused(family, precision, mo
         check_training(p, family, TRAINERS[family](p))
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("family", TRAINERS)
 def test_a_compiler_takes_a_trainer(family):
     need(family)
@@ -276,6 +277,7 @@ def test_two_pass_norm_joins_the_forward_on_gpus_alone():
         assert (name in contenders(case, torch.device("cuda"), compile=False)) == (not case.grads)
 
 
+@pytest.mark.minutes
 @pytest.mark.skipif(sys.platform != "linux", reason="the resident memory is read from /proc")
 def test_peak_memory_is_the_contenders_own():
     peaks = []
@@ -329,6 +331,7 @@ def test_real_images_come_in_the_models_size(tmp_path, size, expected):
         assert torch.equal(images.pixels, expected(torch.from_numpy(pixels[:, None])))
 
 
+@pytest.mark.minutes
 def test_scripts_take_peers(tmp_path):
     need("onnxruntime")
     file = tmp_path / "out.json"

@@ -15,6 +15,7 @@ from ddpm_fast import ops
 CPU = torch.device("cpu")
 NAMES = list(gpu_checks.checks(CPU, dry=True))
 FOR_GPUS = ("graph", "compute-sanitizer memcheck", "compute-sanitizer racecheck")
+LONG = ("parity group_norm_silu", "parity diffusion_loss", "parity sampler_step", "reruns")  # in an interpreter
 CUDA_NAMES = [name for name in NAMES if name.endswith(gpu_checks.CUDA)]
 
 
@@ -24,7 +25,9 @@ def same_settings() -> Iterator[None]:
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.minutes) if name in LONG else name for name in NAMES]
+)
 def test_holds_here(name: str) -> None:
     check = gpu_checks.checks(CPU, dry=True)[name]
     if name in (*FOR_GPUS, *CUDA_NAMES):

@@ -28,7 +28,9 @@ def run(script: str, arguments: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize(("schedule", "labels"), [("cosine", "True"), ("linear", "no")])
+@pytest.mark.parametrize(
+    ("schedule", "labels"), [pytest.param("cosine", "True", marks=pytest.mark.minutes), ("linear", "no")]
+)
 def test_scripts_run_from_training_over_resuming_to_images(tmp_path, schedule, labels) -> None:
     options = TINY.format(schedule=schedule, labels=labels)
     out = run("train_like_upstream.py", f"{options} --log_dir {tmp_path}")

@@ -22,9 +22,10 @@ def arguments(shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("backend", "dtype"), typed_backends("diffusion_loss"), ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("loss_type", "reduction"), [("l1", "none"), ("l2", "mean"), ("huber", "none")])
+@pytest.mark.parametrize(
+    ("layout", "loss_type", "reduction"), list(zip(LAYOUTS, LOSSES, ("none", "mean", "none"), strict=True))
+)
 def test_against_reference(backend, dtype, layout, shape, loss_type, reduction, poison_empty) -> None:
     tensors = arguments(shape)
     noise = {"noise": torch.randn(shape, dtype=torch.float64)}
