@@ -89,9 +89,9 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
         users, me = _USERS.setdefault(model, _Users()), get_ident()
         users.threads[me] += 1
         training = [m for m in model.modules() if m.training]
+    try:
         if training:
             model.eval()
-    try:
         with torch.no_grad(), _cast_once(model):
             yield model
     finally:
