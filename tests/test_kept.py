@@ -128,6 +128,7 @@ NAMES += ["ups.2.upsample.1.weight", "ups.4.residual_connection.weight", "out_no
 
 # On the plain path autocast alone keeps anything, and treats all weights alike.
 CASTS = [(name, True, False) for name in NAMES[::4]]
+CASTS += [pytest.param(name, True, False, marks=pytest.mark.minutes) for name in NAMES if name not in NAMES[::4]]
 
 
 @pytest.mark.parametrize(
@@ -254,7 +255,9 @@ def test_chains_within_a_chain_and_in_threads(work: Work) -> None:
             assert torch.equal(images, expected)
 
 
-@pytest.mark.parametrize(("bf16", "fused"), [(False, None), (True, None), (False, False)])
+@pytest.mark.parametrize(
+    ("bf16", "fused"), [(False, None), (True, None), pytest.param(True, False, marks=pytest.mark.minutes)]
+)
 def test_a_callback_that_trains(bf16: bool, fused: bool | None, work: Work) -> None:
     """What it changes counts from its step on, or where torch counts no change from the next chain on."""
 
